@@ -1,0 +1,130 @@
+"""The command line's side of the settings: one flag per field, named and explained by the field itself."""
+
+import functools
+import re
+from collections.abc import Callable, Collection, Mapping
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import click
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
+
+class NumberList(click.ParamType):
+    """Numbers separated by commas, such as `1,9,17`."""
+
+    name = "numbers"
+
+    def __init__(self, number: type[int] | type[float]) -> None:
+        self.number = number
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
+        if not isinstance(value, str):
+            return list(value)
+        try:
+            return [self.number(item) for item in value.split(",")]
+        except ValueError:
+            return self.fail(f"expected {self.number.__name__}s separated by commas, found {value!r}", param, ctx)
+
+
+def config_options(
+    section_model: type[BaseModel], section: str, only: Collection[str] | None = None
+) -> Callable[[Decorated], Decorated]:
+    """Decorator that adds one option per field of a section to a click command.
+
+    The parameter of field `a.b` is `section__a__b`, and None unless the flag is given. Dict fields get no flag.
+    `only` limits the flags to the fields it names; a nested section's name (`prefix`) stands for all in it.
+    """
+    fields = {key: field for key, field in leaf_fields(section_model).items() if _click_type(field) is not None}
+    if only is not None:
+        unknown = [name for name in only if not any(_within(key, name) for key in fields)]
+        if unknown:
+            raise ValueError(f"{section} has no fields with flags named {', '.join(sorted(unknown))}")
+        fields = {key: field for key, field in fields.items() if any(_within(key, name) for name in only)}
+
+    def decorate(command: Decorated) -> Decorated:
+        for key, field in reversed(fields.items()):
+            command = _option(f"{section}.{key}", key, field)(command)
+        return command
+
+    return decorate
+
+
+def collect_overrides(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted key -> value of the flags that were given, from a click command's keyword arguments."""
+    given = {name: value for name, value in kwargs.items() if "__" in name and value is not None}
+    return {name.replace("__", "."): value for name, value in given.items()}
+
+
+def plain_types(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union, without `Annotated`: `Annotated[int, Ge(1)] | None` gives `(int, NoneType)`."""
+    if get_origin(annotation) is Annotated:
+        return plain_types(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return tuple(found for member in get_args(annotation) for found in plain_types(member))
+    return (annotation,)
+
+
+@functools.cache
+def leaf_fields(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """Dotted key -> field, for every field below `model` that is not itself a section."""
+    leaves = {}
+    for name, field in model.model_fields.items():
+        nested = field.annotation
+        if isinstance(nested, type) and issubclass(nested, BaseModel):
+            leaves |= {f"{name}.{key}": leaf for key, leaf in leaf_fields(nested).items()}
+        else:
+            leaves[name] = field
+    return leaves
+
+
+def takes_text(field: FieldInfo) -> bool:
+    """Whether a string is a value of this field as it stands."""
+    return any(member is str or get_origin(member) is Literal for member in plain_types(field.annotation))
+
+
+def from_text(text: str) -> Any:
+    """A command-line value read as YAML; the text itself where it is no YAML."""
+    try:
+        return yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError):
+        return text
+
+
+def _within(key: str, name: str) -> bool:
+    return key == name or key.startswith(f"{name}.")
+
+
+def _click_type(field: FieldInfo) -> click.ParamType | None:
+    """How the command line reads a field; None where it has no flag."""
+    member = next(found for found in plain_types(field.annotation) if found is not NoneType)
+    if get_origin(member) is Literal:
+        return click.Choice(get_args(member))
+    if get_origin(member) in (list, tuple):
+        return NumberList(plain_types(get_args(member)[0])[0])
+    return {bool: click.BOOL, int: click.INT, float: click.FLOAT, str: click.STRING}.get(member)
+
+
+def _option(dotted: str, key: str, field: FieldInfo) -> Callable[[Decorated], Decorated]:
+    """The option of one field; `key` is its dotted name within the section."""
+    name = key.replace(".", "-").replace("_", "-")
+    kind = _click_type(field)
+    flag = f"--{name}/--no-{name}" if kind is click.BOOL else f"--{name}"
+    parameter = dotted.replace(".", "__")
+    return click.option(flag, parameter, type=kind, default=None, show_default=False, help=_help(field))
+
+
+def _help(field: FieldInfo) -> str:
+    """First sentence of the field's docstring, and its default."""
+    text = " ".join((field.description or "").split())
+    sentence = re.split(r"(?<=\.) ", text, maxsplit=1)[0]
+    default = field.get_default(call_default_factory=True)
+    if isinstance(default, list | tuple):
+        shown = ",".join(map(str, default))
+    else:
+        shown = str(default).lower() if default is None or isinstance(default, bool) else str(default)
+    return f"{sentence} [default: {shown}]"
