@@ -3,13 +3,15 @@
 import functools
 import re
 from collections.abc import Callable, Collection, Mapping
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from types import NoneType
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
 import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+
+from ..stages.config import plain_types
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -58,15 +60,6 @@ def collect_overrides(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted key -> value of the flags that were given, from a click command's keyword arguments."""
     given = {name: value for name, value in kwargs.items() if "__" in name and value is not None}
     return {name.replace("__", "."): value for name, value in given.items()}
-
-
-def plain_types(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union, without `Annotated`: `Annotated[int, Ge(1)] | None` gives `(int, NoneType)`."""
-    if get_origin(annotation) is Annotated:
-        return plain_types(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, UnionType):
-        return tuple(found for member in get_args(annotation) for found in plain_types(member))
-    return (annotation,)
 
 
 @functools.cache
@@ -120,8 +113,8 @@ def _option(dotted: str, key: str, field: FieldInfo) -> Callable[[Decorated], De
 
 def _help(field: FieldInfo) -> str:
     """First sentence of the field's docstring, and its default."""
-    text = " ".join((field.description or "").split())
-    sentence = re.split(r"(?<=\.) ", text, maxsplit=1)[0]
+    paragraph = " ".join((field.description or "").partition("\n\n")[0].split())
+    sentence = re.split(r"(?<=\.) (?=[A-Z])", paragraph, maxsplit=1)[0]
     default = field.get_default(call_default_factory=True)
     if isinstance(default, list | tuple):
         shown = ",".join(map(str, default))

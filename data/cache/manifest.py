@@ -46,8 +46,6 @@ class CacheManifest(BaseModel):
     codec: str = "raw"
     chunk_tokens: int
     """Tokens of an inner Zarr chunk; every sequence starts on a chunk."""
-    engine: dict[str, Any]
-    """Name, version, dtype and arguments of the engine that computed the states."""
     versions: dict[str, str]
     rendered_sample: str
     """The first prompt as the template rendered it."""

@@ -3,7 +3,9 @@
 # T tokens with a state, S tokens of the sequence (T, or T+1 with the last generated one), K layers, H hidden width
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -135,6 +137,12 @@ class Cache:
         return sum(row.num_tokens for row in self.rows)
 
     @property
+    def fingerprint(self) -> str:
+        """Hash of the manifest and of every commit record; 16 hex digits."""
+        content = self.manifest.model_dump_json() + json.dumps(self.commits, sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all committed parts of states."""
         return sum(file["bytes"] for record in self.commits.values() for file in record["files"].values())
@@ -176,9 +184,15 @@ class Cache:
 class StateWriter:
     """Adds sequences to a cache; starts a new part when one is full."""
 
-    def __init__(self, cache: Cache, part_bytes: int):
+    def __init__(self, cache: Cache, part_bytes: int, facts: dict[str, Any]):
+        """
+        Args:
+            part_bytes: size of a part's hidden states at which it is committed.
+            facts: what made the states; goes into every commit record.
+        """
         self.cache = cache
         self._part_bytes = part_bytes
+        self._facts = facts
         self._part: PartWriter | None = None
         self._rows: list[dict[str, Any]] = []
 
@@ -232,8 +246,8 @@ class StateWriter:
         part, rows, self._part, self._rows = self._part, self._rows, None, []
         index = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(rows, INDEX_SCHEMA), index)
-        facts = {"num_sequences": len(rows), "num_tokens": sum(row["num_tokens"] for row in rows)}
-        part.commit(facts, {f"{INDEX}/{part.name}.parquet": index.getvalue()})
+        counts = {"num_sequences": len(rows), "num_tokens": sum(row["num_tokens"] for row in rows)}
+        part.commit({**self._facts, **counts}, {f"{INDEX}/{part.name}.parquet": index.getvalue()})
         return part.name
 
     def abandon(self) -> None:

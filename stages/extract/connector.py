@@ -77,7 +77,7 @@ class StateSender:
             header, states_TKH, wait_copied = item
             wait_copied()
             self._connection.send(header)
-            self._connection.send_bytes(states_TKH.flatten().view(torch.uint8).numpy())
+            self._connection.send_bytes(states_TKH.flatten().view(torch.uint8).numpy().data)
 
 
 class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):

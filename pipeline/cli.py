@@ -1,0 +1,163 @@
+"""The `vpd` command: arguments to settings, settings to a stage, results to people or machines."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from ..data.errors import ConfigError, VpdError
+from ..stages.config import DraftConfig, DrafterSection, EvalConfig, ExtractConfig, TrainConfig
+from . import commands
+from .config import VpdConfig, from_drafter_json, load_config, parse_assignment
+from .options import collect_overrides, config_options
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+PATH = click.Path(path_type=Path)
+
+
+def common_options(command: Command) -> Command:
+    """Options of every command."""
+    for option in (
+        click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+        click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object."),
+        click.option(
+            "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting, such as train.lr=3e-4."
+        ),
+        click.option("--config", "source", metavar="NAME|FILE", help="A recipe's name, or a YAML file."),
+    ):
+        command = option(command)
+    return command
+
+
+def resolve(
+    source: str | None, assignments: tuple[str, ...], flags: dict[str, Any], below: dict[str, Any] | None = None
+) -> VpdConfig:
+    """Settings by rising rank: defaults, recipe, `below` (a drafter's config.json), --set, flags."""
+    explicit = dict(map(parse_assignment, assignments)) | collect_overrides(flags)
+    return load_config(source, {**(below or {}), **explicit})
+
+
+def reporting_errors(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Prints an error that a user can act on as one paragraph: exit code 2 for settings, 1 for the rest."""
+
+    @functools.wraps(command)
+    def run(*args: Any, debug: bool, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except VpdError as error:
+            if debug:
+                raise
+            click.echo(f"vpd: error: {error}", err=True)
+            sys.exit(2 if isinstance(error, ConfigError) else 1)
+        except KeyboardInterrupt:
+            click.echo("vpd: interrupted; what was committed is kept, the same command continues.", err=True)
+            sys.exit(130)
+
+    return run
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="vpd")
+def main() -> None:
+    """Trains the VP-Drafter of D2SD offline: states of the target once, any number of training runs after."""
+
+
+@main.command()
+@click.argument("target")
+@click.argument("prompts", nargs=-1, required=True, type=PATH)
+@click.option("--out", required=True, type=PATH, help="The cache: a new folder, or one to continue.")
+@click.option("--first-drafter", type=PATH, help="A DFlash drafter: its drafts and boundaries go into the cache too.")
+@common_options
+@config_options(ExtractConfig, "extract")
+@reporting_errors
+def extract(
+    target: str,
+    prompts: tuple[Path, ...],
+    out: Path,
+    first_drafter: Path | None,
+    source: str | None,
+    assignments: tuple[str, ...],
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Stage one: run TARGET (a folder or a hub id) over PROMPTS and store its hidden states."""
+    commands.extract(target, prompts, out, first_drafter, resolve(source, assignments, flags), as_json)
+
+
+@main.command()
+@click.argument("cache", type=PATH)
+@click.option("--first-drafter", required=True, type=PATH, help="A DFlash drafter: a checkpoint or a run.")
+@common_options
+@config_options(DraftConfig, "draft")
+@reporting_errors
+def draft(
+    cache: Path, first_drafter: Path, source: str | None, assignments: tuple[str, ...], as_json: bool, **flags: Any
+) -> None:
+    """First drafts and rejection boundaries over CACHE, without the target."""
+    commands.draft(cache, first_drafter, resolve(source, assignments, flags), as_json)
+
+
+@main.command()
+@click.argument("cache", type=PATH)
+@click.option("--out", required=True, type=PATH, help="The run: a new folder, or one to continue.")
+@click.option(
+    "--drafter-config", type=PATH, help="A drafter's config.json in place of the drafter section; flags win over it."
+)
+@common_options
+@config_options(DrafterSection, "drafter")
+@config_options(TrainConfig, "train")
+@reporting_errors
+def train(
+    cache: Path,
+    out: Path,
+    drafter_config: Path | None,
+    source: str | None,
+    assignments: tuple[str, ...],
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Stage two: train a drafter from CACHE, without the target."""
+    below = from_drafter_json(drafter_config) if drafter_config is not None else {}
+    commands.train(cache, out, resolve(source, assignments, flags, below), as_json)
+
+
+@main.command("eval")
+@click.argument("cache", type=PATH)
+@click.option("--first-drafter", required=True, type=PATH, help="The first drafter: a checkpoint or a run.")
+@click.option("--drafter", type=PATH, help="The VP-Drafter: a checkpoint or a run.")
+@click.option("--out", type=PATH, help="Also write the result to this file, as JSON.")
+@common_options
+@config_options(EvalConfig, "eval")
+@reporting_errors
+def evaluate(
+    cache: Path,
+    first_drafter: Path,
+    drafter: Path | None,
+    out: Path | None,
+    source: str | None,
+    assignments: tuple[str, ...],
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Acceptance length on held-out sequences of CACHE, by replay without the target."""
+    commands.evaluate(cache, first_drafter, drafter, out, resolve(source, assignments, flags), as_json)
+
+
+@main.command()
+@click.option("--out", default=Path("runs/demo"), show_default=True, type=PATH, help="Folder of everything it makes.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@reporting_errors
+def demo(out: Path) -> None:
+    """The whole method on SmolLM2-135M-Instruct, on a CPU, in minutes."""
+    from .demo import run_demo
+
+    run_demo(out)
+
+
+if __name__ == "__main__":
+    main()

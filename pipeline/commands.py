@@ -1,0 +1,179 @@
+"""What each command does once its settings are known."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..data.cache.drafts import NOT_DRAFTED, FirstDrafts
+from ..data.cache.files import write_text_durably
+from ..data.cache.store import Cache
+from ..data.prompts import read_prompts
+from ..stages.drafter.checkpoint import check_fits, load_shape
+from ..stages.evaluate.replay import Replay
+from ..stages.extract.first_draft import draft_cache
+from ..stages.extract.run import (
+    ExtractReport,
+    make_chat,
+    make_engine,
+    open_cache,
+    plan_layers,
+    plan_manifest,
+)
+from ..stages.extract.run import extract as run_extraction
+from ..stages.extract.target import load_target
+from ..stages.train.checkpoints import find_drafter, list_checkpoints
+from ..stages.train.run import make_trainer
+from ..stages.train.samples import is_held_out
+from .config import VpdConfig, config_yaml
+from .progress import ProgressReport
+from .run import SECTIONS, RunFolder, held_out_share
+
+DEFAULT_HOLDOUT = 0.05
+
+
+def emit(result: dict[str, Any], as_json: bool, text: str) -> None:
+    """The result on standard output: one JSON object for machines, or a text for people."""
+    click.echo(json.dumps(result) if as_json else text)
+
+
+def extract(
+    target_name: str,
+    prompt_files: tuple[Path, ...],
+    out: Path,
+    first_drafter: Path | None,
+    config: VpdConfig,
+    as_json: bool,
+) -> ExtractReport:
+    settings = config.extract
+    if not as_json:
+        click.echo(config_yaml(config, ["extract"]), err=True)
+    prompts = read_prompts(prompt_files, skip_bad=settings.skip_bad, limit=settings.limit)
+    target = load_target(target_name)
+    layer_ids = plan_layers(target, settings)
+    chat = make_chat(target, settings)
+    manifest = plan_manifest(target, layer_ids, chat, prompts, settings)
+    drafter = find_drafter(first_drafter) if first_drafter is not None else None
+    if drafter is not None:
+        check_fits(load_shape(drafter), manifest, drafter)
+    cache = open_cache(out, manifest, target)
+    missing = len(prompts.records) - len(cache)
+    with ProgressReport("extract", missing, "tokens") as progress:
+        report = run_extraction(
+            lambda: make_engine(target, layer_ids, settings),
+            cache,
+            prompts,
+            chat,
+            target,
+            settings,
+            progress.advance,
+        )
+    if drafter is not None:
+        draft_over(Cache.open(out), drafter, config)
+    cache = Cache.open(out, allow_empty=True)
+    result = {
+        "cache": str(out),
+        "num_sequences": len(cache),
+        "num_tokens": cache.num_tokens,
+        "num_bytes": cache.num_bytes,
+        "num_written": report.num_written,
+        "num_present": report.num_present,
+        "num_checked": report.num_checked,
+        "num_argmax_differing": report.num_argmax_differing,
+        "skipped": dict(report.skipped),
+    }
+    emit(
+        result,
+        as_json,
+        f"{out}: {len(cache)} sequences, {cache.num_tokens} tokens, {cache.num_bytes / 2**20:.1f} MiB "
+        f"({report.num_written} written now, {report.num_present} there before; skipped: "
+        f"{dict(report.skipped) or 'none'}). Of {report.num_checked} greedy choices the stored states confirm "
+        f"{report.num_checked - report.num_argmax_differing}.",
+    )
+    return report
+
+
+def draft_over(cache: Cache, drafter: Path, config: VpdConfig) -> FirstDrafts:
+    with ProgressReport("draft", len(cache), "anchors") as progress:
+        return draft_cache(cache, drafter, config.draft, progress.advance)
+
+
+def accept_length_histogram(cache: Cache, drafts: FirstDrafts) -> dict[int, int]:
+    """Number of anchors by accept length of the first draft."""
+    counts: Counter[int] = Counter()
+    for row in cache.rows:
+        accept_len_T = drafts.read(row).accept_len_T
+        counts.update(accept_len_T[accept_len_T != NOT_DRAFTED].tolist())
+    return dict(sorted(counts.items()))
+
+
+def draft(cache_folder: Path, first_drafter: Path, config: VpdConfig, as_json: bool) -> None:
+    cache = Cache.open(cache_folder)
+    drafts = draft_over(cache, find_drafter(first_drafter), config)
+    histogram = accept_length_histogram(cache, drafts)
+    num_anchors = sum(histogram.values())
+    result = {"fingerprint": drafts.fingerprint, "num_anchors": num_anchors, "accept_lengths": histogram}
+    shares = ", ".join(f"{length}: {count / num_anchors:.0%}" for length, count in histogram.items())
+    text = f"first drafts {drafts.fingerprint}: {num_anchors} anchors; accept lengths {shares or 'none'}"
+    emit(result, as_json, text)
+
+
+def train(cache_folder: Path, out: Path, config: VpdConfig, as_json: bool) -> None:
+    cache = Cache.open(cache_folder)
+    settings = config.train
+    trainer = make_trainer(cache, out, config.drafter, settings)
+    folder = RunFolder(out, config, cache)
+    if not as_json:
+        click.echo(config_yaml(config, SECTIONS), err=True)
+    folder.start_metrics(trainer.step)
+    remaining = trainer.num_steps - trainer.step
+
+    with ProgressReport("train", remaining, "labels") as progress:
+
+        def on_step(metrics: dict[str, Any]) -> None:
+            step = metrics["step"]
+            if step % settings.log_every == 0 or step == trainer.num_steps:
+                folder.log(metrics)
+            note = f"step {step}  loss {metrics['loss']:.3f}  first token right {metrics['first_accuracy']:.0%}"
+            progress.advance(metrics["num_labels"], note)
+
+        trainer.train(on_step)
+    checkpoint = list_checkpoints(out)[-1]
+    emit({"run": str(out), "step": trainer.step, "checkpoint": str(checkpoint)}, as_json, f"trained: {checkpoint}")
+
+
+def evaluate(
+    cache_folder: Path,
+    first_drafter: Path,
+    drafter: Path | None,
+    out: Path | None,
+    config: VpdConfig,
+    as_json: bool,
+) -> dict[str, Any]:
+    cache = Cache.open(cache_folder)
+    first = find_drafter(first_drafter)
+    second = find_drafter(drafter) if drafter is not None else None
+    share = config.eval.holdout
+    if share is None:
+        share = held_out_share([path for path in (first, second) if path is not None])
+    if share is None:
+        share = DEFAULT_HOLDOUT
+    rows = [row for row in cache.rows if is_held_out(row.seq_id, share)]
+    replay = Replay(cache, first, second, config.eval)
+    with ProgressReport("eval", len(rows[: config.eval.limit])) as progress:
+        result = replay.run(rows, progress.advance).to_json()
+    if out is not None:
+        write_text_durably(out, json.dumps(result, indent=2) + "\n")
+    alphas = ", ".join(f"{name} {alpha:.3f}" for name, alpha in result["alpha"].items())
+    emit(
+        result,
+        as_json,
+        f"alpha: {alphas}\n(k {result['k']}, block size {result['block_size']}, {result['num_tokens']} tokens of "
+        f"{result['num_responses']} responses in {result['num_sequences']} held-out sequences; skipped: "
+        f"{result['skipped'] or 'none'})",
+    )
+    return result

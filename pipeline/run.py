@@ -1,0 +1,103 @@
+"""A run's folder: resolved config, provenance, metrics."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..data.cache.files import write_text_durably
+from ..data.cache.store import Cache
+from ..data.errors import ConfigError
+from .config import VpdConfig, config_yaml, load_config
+
+CONFIG, PROVENANCE, METRICS = "config.yaml", "provenance.json", "metrics.jsonl"
+SECTIONS = ("drafter", "train")
+FREE_SETTINGS = frozenset({"train.log_every", "train.save_every", "train.keep"})
+"""Settings that a resumed run may change: they do not touch what is computed."""
+PACKAGES = ("vpd", "torch", "transformers", "accelerate", "zarr", "pyarrow", "safetensors")
+
+
+class RunFolder:
+    """The folder of a training run, new or resumed."""
+
+    def __init__(self, folder: Path, config: VpdConfig, cache: Cache):
+        """
+        Raises:
+            ConfigError: the folder holds a run with other settings or from another state of the cache.
+        """
+        self.folder = folder
+        if (folder / CONFIG).is_file():
+            self._check_same_run(config, cache)
+        write_text_durably(folder / CONFIG, config_yaml(config, SECTIONS))
+        write_text_durably(folder / PROVENANCE, json.dumps(provenance(cache), indent=2) + "\n")
+
+    def start_metrics(self, step: int) -> None:
+        """Drops metrics of steps after `step`, which are about to be computed again."""
+        path = self.folder / METRICS
+        lines = path.read_text().splitlines() if path.is_file() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        write_text_durably(path, "".join(f"{line}\n" for line in kept))
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        with open(self.folder / METRICS, "a") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    def _check_same_run(self, config: VpdConfig, cache: Cache) -> None:
+        found = load_config(self.folder / CONFIG, {})
+        different = [
+            f"{key}: the run has {theirs}, now {ours}"
+            for key, theirs, ours in _pairs(found, config)
+            if theirs != ours and key not in FREE_SETTINGS
+        ]
+        recorded = json.loads((self.folder / PROVENANCE).read_text())["cache_fingerprint"]
+        if recorded != cache.fingerprint:
+            different.append(f"cache: the run was started from {recorded}, it is now {cache.fingerprint}")
+        if different:
+            raise ConfigError(
+                f"{self.folder} holds a run with other settings, so it can't be continued. {'; '.join(different)}. "
+                "Use the same settings, or another --out."
+            )
+
+
+def provenance(cache: Cache) -> dict[str, Any]:
+    """Where a run comes from."""
+    return {
+        "command": sys.argv,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cache": str(cache.folder),
+        "cache_fingerprint": cache.fingerprint,
+        "target": cache.manifest.target,
+        "target_fingerprint": cache.manifest.target_fingerprint,
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+    }
+
+
+def held_out_share(drafters: list[Path]) -> float | None:
+    """The share that all of these drafters' runs held out: the smallest, as the smaller is part of the larger.
+
+    None if none of them lies in a run's folder.
+    """
+    shares = []
+    for drafter in drafters:
+        for folder in (drafter, *drafter.parents[:2]):
+            if (folder / CONFIG).is_file():
+                shares.append(float(yaml.safe_load((folder / CONFIG).read_text())["train"]["holdout"]))
+                break
+    return min(shares, default=None)
+
+
+def _pairs(found: VpdConfig, config: VpdConfig) -> list[tuple[str, Any, Any]]:
+    """(dotted key, value found, value now) of every setting of a run."""
+    return [
+        (f"{section}.{name}", getattr(getattr(found, section), name), getattr(getattr(config, section), name))
+        for section in SECTIONS
+        for name in type(getattr(config, section)).model_fields
+    ]

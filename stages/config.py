@@ -1,0 +1,215 @@
+"""Settings of the stages, one section each.
+
+One field is the YAML key, the command-line flag and the documentation at once.
+"""
+
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+Count = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+BlockSize = Annotated[int, Field(ge=2, le=255)]
+Branches = Annotated[int, Field(ge=0, le=64)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Ratio = Annotated[float, Field(gt=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=False, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_for_number(cls, value: Any, info: ValidationInfo) -> Any:
+        types = plain_types(cls.model_fields[str(info.field_name)].annotation)
+        values = value if isinstance(value, list | tuple) else [value]
+        if bool not in types and any(isinstance(item, bool) for item in values):
+            raise ValueError("a value other than true and false")
+        return value
+
+
+class ExtractConfig(Section):
+    """`extract`: prompts through the target, its hidden states into the cache."""
+
+    mode: Literal["generate", "given"] = "generate"
+    """Whether the target answers the prompts, or the records already hold the answers."""
+    engine: Literal["vllm", "transformers"] = "vllm"
+    """What runs the target."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What the target computes in; auto = the target's own. States are always stored as bfloat16."""
+    num_draft_layers: Count = 5
+    """Number of context layers, chosen by DFlash's layer rule; >= 1."""
+    layer_ids: Annotated[list[NonNegative], Field(min_length=1)] | None = None
+    """Context layers, in place of the rule's; id i = output of 0-based target layer i; distinct, >= 0."""
+    max_len: Count = 3072
+    """Longest sequence, in tokens of prompt and response together; >= 1."""
+    max_new_tokens: Count = 2048
+    """Longest answer, in tokens per assistant turn; >= 1."""
+    temperature: NonNegativeFloat = 0.0
+    """Sampling temperature; >= 0. 0 = greedy, which replay needs."""
+    top_p: Ratio = 1.0
+    """Probability mass of the tokens sampled from; in (0, 1]."""
+    top_k: NonNegative = 0
+    """Number of tokens sampled from; >= 0, 0 = off."""
+    seed: NonNegative = 0
+    """Seed of sampling; >= 0."""
+    chat_template: str | None = None
+    """Jinja file of the chat template; none = the tokenizer's own."""
+    template_args: dict[str, Any] = {}
+    """Arguments of the chat template, such as `enable_thinking: false`."""
+    skip_bad: bool = False
+    """Leave out records that can't be used, and count them, in place of stopping at the first."""
+    limit: Count | None = None
+    """Number of records to read from the start of the prompt file; >= 1, none = all."""
+    part_mib: Count = 1024
+    """Size of a part of the cache, in MiB; >= 1."""
+    max_in_flight: Count = 256
+    """Requests in the engine or waiting for the writer, which bounds memory; >= 1."""
+    engine_args: dict[str, Any] = {}
+    """Arguments passed to the engine as they are."""
+
+    @field_validator("layer_ids")
+    @classmethod
+    def _distinct(cls, value: list[int] | None) -> list[int] | None:
+        if value is not None and len(set(value)) < len(value):
+            raise ValueError("distinct layer ids")
+        return value
+
+
+class DraftConfig(Section):
+    """`draft`: first drafts and their boundaries over an existing cache."""
+
+    stride: Count = 1
+    """Draft at every stride-th supervised anchor; >= 1."""
+    anchors_per_pass: Count = 256
+    """Blocks drafted in one forward pass; >= 1."""
+    device: str = "auto"
+    """Torch device; auto = a GPU where there is one."""
+
+
+class DrafterSection(Section):
+    """`drafter`: shape of the drafter that is trained."""
+
+    num_layers: Count = 5
+    """Number of decoder layers; >= 1."""
+    block_size: BlockSize = 16
+    """Block positions, the anchor included (gamma); in 2..255."""
+    mask_token_id: NonNegative | None = None
+    """Id of the mask token; >= 0, none = chosen from the first drafter or the tokenizer."""
+    num_attention_heads: Count | None = None
+    """Number of query heads; >= 1, none = the target's."""
+    num_key_value_heads: Count | None = None
+    """Number of key and value heads; >= 1, none = the target's."""
+    head_dim: Count | None = None
+    """Width of a head; >= 1, none = the target's."""
+    intermediate_size: Count | None = None
+    """Width of the MLP; >= 1, none = the target's."""
+    rope_theta: PositiveFloat | None = None
+    """Base of RoPE; > 0, none = the target's."""
+
+
+class PrefixConfig(Section):
+    """`train.prefix`: how many tokens after the anchor a training block shows."""
+
+    sampler: Literal["geometric", "visible-geometric", "boundary"] = "boundary"
+    """Where prefix lengths come from.
+
+    geometric: Eq. 6 of arXiv 2606.04446 over 0..gamma-2; visible-geometric: the public code's rule, which
+    never draws 0; boundary: the accept length of the first draft at the anchor.
+    """
+    beta: Ratio = 0.9
+    """Ratio of the geometric prior over prefix lengths (Eq. 6); in (0, 1]."""
+    prior_share: Share = 0.3
+    """Share of `boundary` blocks whose prefix comes from the geometric prior all the same; in [0, 1].
+
+    Above 0, every prefix length keeps a floor probability.
+    """
+
+
+class TrainConfig(Section):
+    """`train`: one training run from a cache."""
+
+    objective: Literal["dflash", "vp"] = "vp"
+    """What is trained: a first drafter (dflash) or a VP-Drafter (vp)."""
+    prefix: PrefixConfig = PrefixConfig()
+    """Prefix lengths of the training blocks; read by the vp objective alone."""
+    first_drafter: str | None = None
+    """Folder of the first drafter, or fingerprint of its drafts in the cache; none = the only one there."""
+    num_anchors: Count = 512
+    """Blocks drawn per sequence and visit; >= 1."""
+    tau: PositiveFloat = 7.0
+    """Decay length of the loss weights, in block positions (Eq. 7); > 0."""
+    normalise: Literal["block", "batch"] = "block"
+    """What the weighted loss is divided by: each block's weights (the paper) or the batch's (public code)."""
+    labels: Literal["recorded", "argmax"] = "recorded"
+    """What a block must predict: the recorded tokens or the target's argmax."""
+    lr: PositiveFloat = 6e-4
+    """Peak learning rate of AdamW; > 0."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Weight decay of AdamW; >= 0."""
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
+    """Two decay rates of AdamW's moments; each in [0, 1)."""
+    clip: PositiveFloat = 1.0
+    """Largest gradient norm; > 0."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate after warm-up."""
+    warmup: Share = 0.04
+    """Share of all steps in which the learning rate rises; in [0, 1]."""
+    epochs: PositiveFloat = 6.0
+    """Visits to every training sequence; > 0."""
+    max_steps: Count | None = None
+    """Number of optimizer steps, in place of epochs; >= 1."""
+    batch_size: Count = 4
+    """Sequences per optimizer step and process; >= 1."""
+    max_len: Count = 3072
+    """Tokens of a sequence that are read, from its start; >= 1."""
+    holdout: BelowOne = 0.05
+    """Share of sequences kept from training, chosen by hash of their id; in [0, 1)."""
+    seed: NonNegative = 0
+    """Seed of initial weights, order, anchors and prefix lengths; >= 0."""
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    """What the forward pass computes in; auto = bf16 on a GPU that has it."""
+    num_sampled_tokens: NonNegative = 0
+    """Other tokens per step in a sampled softmax; >= 0, 0 = the whole vocabulary.
+
+    n > 0: the softmax runs over the tokens that occur in the cache plus n of the others, drawn anew each
+    step, whose weight is scaled up to stand for all of them. On a CPU the head is most of a step.
+    """
+    log_every: Count = 10
+    """Optimizer steps between log lines; >= 1."""
+    save_every: Count = 500
+    """Optimizer steps between checkpoints; >= 1."""
+    keep: Count = 2
+    """Number of latest checkpoints kept; >= 1."""
+    init: str | None = None
+    """Folder of a drafter checkpoint to start from; none = random weights."""
+
+
+class EvalConfig(Section):
+    """`eval`: acceptance length by replay of held-out sequences."""
+
+    k: Branches = 4
+    """Branches beside the first draft in each cycle; in 0..64."""
+    holdout: BelowOne | None = None
+    """Share of sequences held out; in [0, 1), none = as in the drafters' runs, else 0.05."""
+    limit: Count | None = None
+    """Number of held-out sequences; >= 1, none = all."""
+    device: str = "auto"
+    """Torch device; auto = a GPU where there is one."""
+
+
+def plain_types(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union, without `Annotated`: `Annotated[int, Ge(1)] | None` gives `(int, NoneType)`."""
+    if get_origin(annotation) is Annotated:
+        return plain_types(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return tuple(found for member in get_args(annotation) for found in plain_types(member))
+    return (annotation,)

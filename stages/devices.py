@@ -1,0 +1,19 @@
+"""Which device a stage computes on."""
+
+import torch
+
+from ..data.errors import ConfigError
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the first CUDA device if there is one, else the CPU.
+
+    Raises:
+        ConfigError: the device is unknown or not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"expected a device such as auto, cpu or cuda:0, got {name} ({error}).") from None

@@ -1,0 +1,47 @@
+"""Fills blocks with a drafter: the most likely tokens of each masked position."""
+
+# T context tokens, N blocks, G block size, A alternatives, H hidden width, V vocabulary
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .model import Drafter, LayerContext
+from .target_pieces import TargetPieces
+
+POSITIONS_PER_CHUNK = 1024
+
+
+@torch.inference_mode()
+def fill_blocks(
+    drafter: Drafter,
+    pieces: TargetPieces,
+    context: list[LayerContext],
+    block_ids_NG: Tensor,
+    anchors_N: Tensor,
+    wanted_NG: Tensor,
+    num_alternatives: int,
+) -> tuple[Tensor, Tensor]:
+    """Most likely tokens (int64 [N, G, A], best first) and their probabilities (float32) at the wanted positions.
+
+    Args:
+        block_ids_NG: visible tokens, and the mask token at the rest.
+        wanted_NG: bool; other positions come back as token 0 with probability 0.
+    """
+    hidden_NGH = drafter(pieces.embed_VH[block_ids_NG], anchors_N, context)
+    tokens_NGA = block_ids_NG.new_zeros(*block_ids_NG.shape, num_alternatives)
+    probs_NGA = torch.zeros(tokens_NGA.shape, device=tokens_NGA.device)
+    found = [
+        _most_likely(states_PH, pieces.head_VH, num_alternatives)
+        for states_PH in hidden_NGH[wanted_NG].split(POSITIONS_PER_CHUNK)
+    ]
+    if found:
+        tokens_NGA[wanted_NG] = torch.cat([tokens for tokens, _ in found])
+        probs_NGA[wanted_NG] = torch.cat([probs for _, probs in found])
+    return tokens_NGA, probs_NGA
+
+
+def _most_likely(states_PH: Tensor, head_VH: Tensor, num_alternatives: int) -> tuple[Tensor, Tensor]:
+    logits_PV = (states_PH @ head_VH.T).float()
+    top_PA, tokens_PA = logits_PV.topk(num_alternatives, dim=-1)
+    return tokens_PA, (top_PA - logits_PV.logsumexp(dim=-1, keepdim=True)).exp()

@@ -1,0 +1,160 @@
+"""The drafter: Qwen3-style layers that fill masked blocks, given the target's states before each anchor.
+
+Architecture of DFlash (arXiv 2602.06036). First drafter and VP-Drafter share it; they differ in how many
+tokens of a block are visible.
+"""
+
+# T context tokens, N blocks, G block size, D context features (K layers x H), H hidden width
+# h query heads, k key-value heads, r = h / k, d head width
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .shape import DrafterShape
+
+INIT_STD = 0.02
+
+
+class LayerContext(NamedTuple):
+    """A layer's keys and values of the context states, computed once per sequence."""
+
+    key_kTd: Tensor
+    value_kTd: Tensor
+
+
+class Drafter(nn.Module):
+    """Predicts every position of a block at once; embedding and LM head are the target's and not part of it."""
+
+    def __init__(self, shape: DrafterShape):
+        super().__init__()
+        self.shape = shape
+        eps = shape.rms_norm_eps
+        self.fc = nn.Linear(len(shape.target_layer_ids) * shape.hidden_size, shape.hidden_size, bias=False)
+        self.hidden_norm = nn.RMSNorm(shape.hidden_size, eps=eps)
+        self.layers = nn.ModuleList([DrafterLayer(shape) for _ in range(shape.num_layers)])
+        self.norm = nn.RMSNorm(shape.hidden_size, eps=eps)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Draws all matrices from a normal distribution; norms start at one."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=INIT_STD, generator=generator)
+            elif isinstance(module, nn.RMSNorm):
+                nn.init.ones_(module.weight)
+
+    def context(self, features_TD: Tensor) -> list[LayerContext]:
+        """Keys and values of every layer for the context features [T, D] at positions 0..T-1."""
+        states_TH = self.hidden_norm(self.fc(features_TD))
+        rope = rotary(torch.arange(len(states_TH), device=states_TH.device), self.shape, states_TH.dtype)
+        return [cast(DrafterLayer, layer).self_attn.context(states_TH, rope) for layer in self.layers]
+
+    def forward(self, blocks_NGH: Tensor, anchors_N: Tensor, context: list[LayerContext]) -> Tensor:
+        """Hidden states [N, G, H] of the blocks, ready for the target's LM head.
+
+        Args:
+            blocks_NGH: embedded tokens of the blocks, the mask token's embedding where the drafter shall predict.
+            anchors_N: int64, the anchors' positions; block n sees the context strictly before anchors_N[n].
+            context: what `context` returned for the blocks' sequence.
+        """
+        block_size = blocks_NGH.shape[1]
+        num_context = context[0].key_kTd.shape[1]
+        offsets_G = torch.arange(block_size, device=blocks_NGH.device)
+        rope = rotary(anchors_N[:, None] + offsets_G, self.shape, blocks_NGH.dtype)
+        hidden_NT = torch.arange(num_context, device=blocks_NGH.device) >= anchors_N[:, None]
+        bias_NT = torch.zeros_like(hidden_NT, dtype=blocks_NGH.dtype).masked_fill_(hidden_NT, float("-inf"))
+        states_NGH = blocks_NGH
+        for layer, layer_context in zip(self.layers, context, strict=True):
+            states_NGH = layer(states_NGH, rope, layer_context, bias_NT)
+        return self.norm(states_NGH)
+
+
+class DrafterLayer(nn.Module):
+    def __init__(self, shape: DrafterShape):
+        super().__init__()
+        self.self_attn = BlockAttention(shape)
+        self.mlp = SwiGLU(shape)
+        self.input_layernorm = nn.RMSNorm(shape.hidden_size, eps=shape.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(shape.hidden_size, eps=shape.rms_norm_eps)
+
+    def forward(
+        self, states_NGH: Tensor, rope: tuple[Tensor, Tensor], context: LayerContext, bias_NT: Tensor
+    ) -> Tensor:
+        states_NGH = states_NGH + self.self_attn(self.input_layernorm(states_NGH), rope, context, bias_NT)
+        return states_NGH + self.mlp(self.post_attention_layernorm(states_NGH))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, shape: DrafterShape):
+        super().__init__()
+        self.gate_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=False)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(states)) * self.up_proj(states))
+
+
+class BlockAttention(nn.Module):
+    """Each block attends to the context before its anchor and, in both directions, to itself.
+
+    The scores are [N, G, T + G]: blocks never meet, so no mask over all blocks' positions exists.
+    """
+
+    def __init__(self, shape: DrafterShape):
+        super().__init__()
+        self.num_heads, self.num_kv_heads = shape.num_attention_heads, shape.num_key_value_heads
+        self.head_dim = shape.head_dim
+        width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(shape.hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(shape.hidden_size, kv_width, bias=False)
+        self.v_proj = nn.Linear(shape.hidden_size, kv_width, bias=False)
+        self.o_proj = nn.Linear(width, shape.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=shape.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=shape.rms_norm_eps)
+
+    def context(self, states_TH: Tensor, rope: tuple[Tensor, Tensor]) -> LayerContext:
+        key_Tkd, value_Tkd = self._keys_values(states_TH, rope)
+        return LayerContext(key_Tkd.transpose(0, 1), value_Tkd.transpose(0, 1))
+
+    def forward(
+        self, states_NGH: Tensor, rope: tuple[Tensor, Tensor], context: LayerContext, bias_NT: Tensor
+    ) -> Tensor:
+        N, G, _ = states_NGH.shape
+        k, r, d = self.num_kv_heads, self.num_heads // self.num_kv_heads, self.head_dim
+        query_NGhd = rotate(self.q_norm(self.q_proj(states_NGH).view(N, G, self.num_heads, d)), rope)
+        # The r query heads of a key-value head go beside each other: [k, N, G * r, d].
+        query_kNRd = query_NGhd.view(N, G, k, r, d).permute(2, 0, 1, 3, 4).reshape(k, N, G * r, d) * d**-0.5
+        key_NGkd, value_NGkd = self._keys_values(states_NGH, rope)
+        key_kNGd, value_kNGd = (x.permute(2, 0, 1, 3) for x in (key_NGkd, value_NGkd))
+
+        context_scores = (query_kNRd.flatten(1, 2) @ context.key_kTd.transpose(1, 2)).view(k, N, G * r, -1)
+        context_scores = context_scores + bias_NT[:, None, :]
+        own_scores = query_kNRd @ key_kNGd.transpose(2, 3)
+        weights = torch.cat([context_scores, own_scores], dim=-1).softmax(dim=-1, dtype=torch.float32)
+        to_context, to_own = weights.to(states_NGH.dtype).split([context_scores.shape[-1], G], dim=-1)
+        mixed_kNRd = (to_context.flatten(1, 2) @ context.value_kTd).view(k, N, G * r, d) + to_own @ value_kNGd
+        mixed_NGH = mixed_kNRd.view(k, N, G, r, d).permute(1, 2, 0, 3, 4).reshape(N, G, -1)
+        return self.o_proj(mixed_NGH)
+
+    def _keys_values(self, states: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        split = (*states.shape[:-1], self.num_kv_heads, self.head_dim)
+        return rotate(self.k_norm(self.k_proj(states).view(split)), rope), self.v_proj(states).view(split)
+
+
+def rotary(positions: Tensor, shape: DrafterShape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [*positions, 1, d] of the rotary embedding, computed in float32."""
+    half = torch.arange(0, shape.head_dim, 2, device=positions.device, dtype=torch.float32)
+    angles = positions[..., None].float() * shape.rope_theta ** (-half / shape.head_dim)
+    angles = torch.cat([angles, angles], dim=-1)[..., None, :]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(states: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Applies the rotary embedding to [..., heads, d], halves paired as in Llama and Qwen3."""
+    cosine, sine = rope
+    first, second = states.chunk(2, dim=-1)
+    return states * cosine + torch.cat([-second, first], dim=-1) * sine

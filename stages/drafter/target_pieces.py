@@ -1,0 +1,73 @@
+"""The target's pieces that stage two needs: embedding, LM head, final norm. Stored once, with the cache."""
+
+# V vocabulary, H hidden width
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ...data.errors import CacheCorruptError, DrafterError
+
+TARGET, PIECES = "target", "pieces.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class TargetPieces:
+    """Frozen tensors of the target; with tied weights `head_VH` and `embed_VH` are one tensor."""
+
+    embed_VH: Tensor
+    head_VH: Tensor
+    norm_H: Tensor
+    """Weight of the final norm."""
+
+    @classmethod
+    def load(
+        cls, cache_folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> TargetPieces:
+        """Reads the pieces of a cache's target.
+
+        Raises:
+            CacheCorruptError: they are not there.
+        """
+        path = cache_folder / TARGET / PIECES
+        if not path.is_file():
+            raise CacheCorruptError(f"expected the target's pieces at {path}, found none. Run `vpd extract` again.")
+        with safe_open(path, "pt", device=str(device)) as file:
+            tensors = {name: file.get_tensor(name).to(dtype) for name in file.keys()}  # noqa: SIM118
+        embed_VH = tensors["embed_tokens.weight"]
+        return cls(embed_VH, tensors.get("lm_head.weight", embed_VH), tensors["norm.weight"])
+
+
+def load_tokenizer(cache_folder: Path) -> PreTrainedTokenizerBase:
+    """The target's tokenizer as stored with the cache."""
+    return AutoTokenizer.from_pretrained(cache_folder / TARGET, local_files_only=True)
+
+
+def choose_mask_token(explicit: int | None, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
+    """The mask token: the given one, else the tokenizer's, else the first slot that no token uses.
+
+    Raises:
+        DrafterError: none of these exists, or the given one lies outside the vocabulary.
+    """
+    if explicit is not None:
+        if not 0 <= explicit < vocab_size:
+            raise DrafterError(
+                f"expected a mask token id within the vocabulary of {vocab_size}, got {explicit}. "
+                "Set drafter.mask_token_id to a token that never occurs in text."
+            )
+        return explicit
+    mask_token_id: Any = getattr(tokenizer, "mask_token_id", None)
+    if mask_token_id is not None:
+        return int(mask_token_id)
+    if len(tokenizer) < vocab_size:
+        return len(tokenizer)
+    raise DrafterError(
+        f"the tokenizer has no mask token and uses all {vocab_size} slots of the vocabulary. "
+        "Set drafter.mask_token_id to a special token that never occurs in text."
+    )

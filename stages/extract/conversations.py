@@ -1,0 +1,184 @@
+"""From a prompt record to requests for the engine, and from completions to a finished sequence."""
+
+# T tokens that entered the target
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ...data.chat import ChatFormat
+from ...data.errors import PromptError
+from ...data.prompts import Message, PromptRecord
+from .engine import Completion, EngineRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedSequence:
+    """A sequence ready to be written: T tokens, and the last generated one if there is one."""
+
+    record: PromptRecord
+    token_ids: list[int]
+    loss_mask: list[int]
+    target_argmax: list[int]
+    hidden_TKH: Tensor
+    prompt_len: int
+    final_token_id: int | None
+    finish_reason: str
+    num_checked: int
+    """Greedy choices made by the engine while generating."""
+    num_argmax_differing: int
+    """Those that the argmax computed from the states does not confirm: ties within rounding."""
+
+
+class SequenceTooLong(PromptError):
+    """The prompt alone fills the sequence."""
+
+
+class Conversation(Protocol):
+    """Asks the engine until a record's sequence is finished."""
+
+    record: PromptRecord
+
+    def first_request(self) -> EngineRequest: ...
+
+    def advance(self, completion: Completion) -> EngineRequest | FinishedSequence: ...
+
+
+class GivenConversation:
+    """The response is in the record: one prefill."""
+
+    def __init__(self, record: PromptRecord, chat: ChatFormat, max_len: int):
+        """
+        Raises:
+            PromptError: the record has no assistant token within the first `max_len` tokens.
+        """
+        self.record = record
+        tokenized = chat.text(record.text) if record.text is not None else chat.conversation(record.messages)
+        self._token_ids = tokenized.token_ids[:max_len]
+        self._loss_mask = tokenized.loss_mask[:max_len]
+        if not any(self._loss_mask):
+            raise PromptError(
+                f"{record.source}, row {record.row}: no assistant token is left in the first {max_len} tokens of "
+                f"{len(tokenized.token_ids)}. Raise extract.max_len, or skip such records with --skip-bad."
+            )
+
+    def first_request(self) -> EngineRequest:
+        return EngineRequest(key=self.record.seq_id, prompt_ids=self._token_ids, max_new_tokens=1, capture=True)
+
+    def advance(self, completion: Completion) -> FinishedSequence:
+        assert completion.argmax_T is not None
+        assert completion.hidden_TKH is not None
+        return FinishedSequence(
+            record=self.record,
+            token_ids=self._token_ids,
+            loss_mask=self._loss_mask,
+            target_argmax=[*completion.argmax_T.tolist()[:-1], completion.output_ids[0]],
+            hidden_TKH=completion.hidden_TKH,
+            prompt_len=self._loss_mask.index(1),
+            final_token_id=None,
+            finish_reason="given",
+            num_checked=0,
+            num_argmax_differing=0,
+        )
+
+
+class GeneratedConversation:
+    """The target answers turn by turn; states are captured with the last answer, whose prompt holds the others."""
+
+    def __init__(
+        self,
+        record: PromptRecord,
+        chat: ChatFormat,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_len: int,
+        max_new_tokens: int,
+        greedy: bool,
+    ):
+        self.record = record
+        self._chat, self._tokenizer = chat, tokenizer
+        self._max_len, self._max_new_tokens, self._greedy = max_len, max_new_tokens, greedy
+        self._turns = split_turns(record)
+        self._messages: list[Message] = list(self._turns.pop(0)) if self._turns else []
+        if record.text is None and not self._messages:
+            raise PromptError(f"{record.source}, row {record.row}: expected a user message to answer, found none.")
+
+    def first_request(self) -> EngineRequest:
+        return self._request()
+
+    def advance(self, completion: Completion) -> EngineRequest | FinishedSequence:
+        if self._turns:
+            answer = self._tokenizer.decode(completion.output_ids, skip_special_tokens=True)
+            self._messages += [Message("assistant", str(answer)), *self._turns.pop(0)]
+            return self._request()
+        return self._finish(completion)
+
+    def _request(self) -> EngineRequest:
+        if self.record.text is not None:
+            prompt_ids = self._chat.text(self.record.text).token_ids
+        else:
+            prompt_ids = self._chat.prompt_ids(self._messages)
+        room = self._max_len + 1 - len(prompt_ids)
+        if room < 2:
+            raise SequenceTooLong(
+                f"{self.record.source}, row {self.record.row}: the prompt has {len(prompt_ids)} tokens and leaves no "
+                f"room for a response in {self._max_len}. Raise extract.max_len, or skip such records with --skip-bad."
+            )
+        return EngineRequest(
+            key=self.record.seq_id,
+            prompt_ids=prompt_ids,
+            max_new_tokens=min(self._max_new_tokens, room),
+            capture=not self._turns,
+        )
+
+    def _finish(self, completion: Completion) -> FinishedSequence:
+        assert completion.argmax_T is not None
+        assert completion.hidden_TKH is not None
+        prompt_ids, output_ids = completion.prompt_ids, completion.output_ids
+        argmax = completion.argmax_T.tolist()
+        differing = 0
+        if self._greedy:
+            # The engine's own choices are the greedy ones by definition, whatever rounding says afterwards.
+            chosen = slice(len(prompt_ids) - 1, None)
+            differing = sum(ours != theirs for ours, theirs in zip(argmax[chosen], output_ids, strict=True))
+            argmax[chosen] = output_ids
+        return FinishedSequence(
+            record=self.record,
+            token_ids=prompt_ids + output_ids[:-1],
+            loss_mask=self._prompt_mask(prompt_ids) + [1] * (len(output_ids) - 1),
+            target_argmax=argmax,
+            hidden_TKH=completion.hidden_TKH,
+            prompt_len=len(prompt_ids),
+            final_token_id=output_ids[-1],
+            finish_reason=completion.finish_reason,
+            num_checked=len(output_ids) if self._greedy else 0,
+            num_argmax_differing=differing,
+        )
+
+    def _prompt_mask(self, prompt_ids: list[int]) -> list[int]:
+        """Marks the earlier answers, as the last prompt renders them."""
+        if not any(message.role == "assistant" for message in self._messages):
+            return [0] * len(prompt_ids)
+        earlier = self._chat.conversation(self._messages)
+        end = len(earlier.loss_mask) - earlier.loss_mask[::-1].index(1)
+        if prompt_ids[:end] != earlier.token_ids[:end]:
+            raise PromptError(
+                f"{self.record.source}, row {self.record.row}: the chat template renders the earlier turns otherwise "
+                "when it asks for an answer, so they can't be marked. Give a template that renders them alike."
+            )
+        return earlier.loss_mask[:end] + [0] * (len(prompt_ids) - end)
+
+
+def split_turns(record: PromptRecord) -> list[list[Message]]:
+    """The messages before each answer: the record's own answers are dropped, every user or tool message gets one."""
+    turns: list[list[Message]] = [[]]
+    for message in record.messages:
+        if message.role == "assistant":
+            continue
+        turns[-1].append(message)
+        if message.role in ("user", "tool"):
+            turns.append([])
+    return turns[:-1]

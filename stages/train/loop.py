@@ -1,0 +1,211 @@
+"""Stage two: trains a drafter from a cache, without the target."""
+
+# N blocks, G block size, D context features, H hidden width, P predicted positions
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import get_scheduler
+
+from ...data.cache.drafts import FirstDrafts
+from ...data.cache.store import Cache, SequenceRow
+from ...data.errors import VpdError
+from ..config import TrainConfig
+from ..drafter.checkpoint import load_drafter, save_drafter
+from ..drafter.model import Drafter
+from ..drafter.shape import DrafterShape
+from ..drafter.target_pieces import TargetPieces
+from .checkpoints import STATE, STATE_VERSION, checkpoint_path, find_drafter, keep_latest, list_checkpoints, load_state
+from .objective import HeadRows, VocabularySampler, head_loss
+from .samples import DataOrder, TrainingBlocks, counter_generator, draw_blocks, label_tokens
+
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one optimizer step saw, over all processes."""
+
+    loss: float
+    grad_norm: float
+    first_accuracy: float
+    """Share of blocks whose first predicted token is right: the chance that a branch gains a token."""
+    num_labels: int
+
+
+class Trainer:
+    """Everything that a run holds: drafter, optimizer, schedule, data order."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        rows: list[SequenceRow],
+        drafts: FirstDrafts | None,
+        shape: DrafterShape,
+        config: TrainConfig,
+        run: Path,
+    ):
+        self.cache, self.rows, self.drafts, self.shape, self.config, self.run = cache, rows, drafts, shape, config, run
+        self.accelerator = Accelerator(mixed_precision=choose_precision(config.precision))
+        self.device = self.accelerator.device
+        dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
+        self.pieces = TargetPieces.load(cache.folder, device=self.device, dtype=dtype)
+        self.drafter = make_drafter(shape, config).to(self.device).train()
+        self.optimizer = torch.optim.AdamW(
+            self.drafter.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+        )
+        per_step = config.batch_size * self.accelerator.num_processes
+        self.order = DataOrder(len(rows), per_step, config.seed)
+        self.num_steps = config.max_steps or max(1, round(config.epochs * self.order.steps_per_epoch))
+        self.schedule = get_scheduler(
+            SCHEDULES[config.schedule], self.optimizer, round(config.warmup * self.num_steps), self.num_steps
+        )
+        self.vocabulary = None
+        if config.num_sampled_tokens:
+            self.vocabulary = VocabularySampler(
+                self.pieces.head_VH, label_tokens(cache, rows), config.num_sampled_tokens
+            )
+        self.step = 0
+
+    def resume(self) -> None:
+        """Goes on from the run's latest checkpoint, if there is one."""
+        checkpoints = list_checkpoints(self.run)
+        if not checkpoints:
+            return
+        state = load_state(checkpoints[-1])
+        self.drafter.load_state_dict(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.step = state["step"]
+
+    def train(self, on_step: Callable[[dict[str, Any]], None]) -> None:
+        """Runs to the last step; `on_step` gets each step's metrics."""
+        started, num_labels = time.monotonic(), 0
+        while self.step < self.num_steps:
+            result = self.train_step()
+            self.step += 1
+            num_labels += result.num_labels
+            on_step(self.metrics(result, num_labels / (time.monotonic() - started)))
+            if self.step % self.config.save_every == 0 or self.step == self.num_steps:
+                self.save()
+
+    def train_step(self) -> StepResult:
+        """One optimizer step over this process's share of the step's sequences."""
+        self.optimizer.zero_grad()
+        rows = self.head_rows()
+        totals = torch.zeros(5, device=self.device, dtype=torch.float64)
+        indices = self.order.indices(self.step)[self.accelerator.process_index :: self.accelerator.num_processes]
+        for index in indices:
+            sequence = self.cache.read(self.rows[index])
+            blocks = draw_blocks(
+                sequence, self.drafts, self.config, self.shape.block_size, self.shape.mask_token_id, self.step
+            )
+            if blocks is not None:
+                totals += self.backward(blocks, rows)
+        totals = self.sum_over_processes(totals)
+        loss_sum, denominator, num_right, num_blocks, num_labels = totals.tolist()
+        grad_norm = self.apply_gradient(denominator)
+        self.check_finite(loss_sum, grad_norm, indices)
+        return StepResult(loss_sum / denominator, grad_norm, num_right / num_blocks, int(num_labels))
+
+    def head_rows(self) -> HeadRows:
+        if self.vocabulary is None:
+            return HeadRows(self.pieces.head_VH, None, None)
+        return self.vocabulary.draw(counter_generator(self.config.seed, "vocabulary", self.step))
+
+    def backward(self, blocks: TrainingBlocks, rows: HeadRows) -> Tensor:
+        """Adds a sequence's gradient of the summed loss; returns its share of the step's totals."""
+        wanted_NG = blocks.weights_NG.to(self.device) > 0
+        labels_P = blocks.labels_NG.to(self.device)[wanted_NG]
+        weights_P = blocks.weights_NG.to(self.device)[wanted_NG]
+        with self.accelerator.autocast():
+            features_TD = blocks.features_TD.to(self.device, self.pieces.embed_VH.dtype)
+            embedded_NGH = self.pieces.embed_VH[blocks.block_ids_NG.to(self.device)]
+            context = self.drafter.context(features_TD)
+            states_NGH = self.drafter(embedded_NGH, blocks.anchors_N.to(self.device), context)
+        result = head_loss(states_NGH[wanted_NG], labels_P, weights_P, rows)
+        self.accelerator.backward(result.loss_sum)
+        first_P = blocks.first_masked_NG.to(self.device)[wanted_NG]
+        parts = [result.loss_sum, blocks.denominator, result.right_P[first_P].sum(), first_P.sum(), len(labels_P)]
+        return torch.tensor([float(part) for part in parts], device=self.device, dtype=torch.float64)
+
+    def apply_gradient(self, denominator: float) -> float:
+        """Divides the summed gradient by the step's denominator, clips it, and takes the step."""
+        for parameter in self.drafter.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = self.sum_over_processes(parameter.grad) / denominator
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), self.config.clip)
+        if torch.isfinite(grad_norm):
+            self.optimizer.step()
+            self.schedule.step()
+        return float(grad_norm)
+
+    def sum_over_processes(self, value: Tensor) -> Tensor:
+        return cast(Tensor, self.accelerator.reduce(value, "sum"))
+
+    def check_finite(self, loss_sum: float, grad_norm: float, indices: list[int]) -> None:
+        if not torch.isfinite(torch.tensor([loss_sum, grad_norm])).all():
+            names = ", ".join(self.rows[index].seq_id for index in indices)
+            raise VpdError(
+                f"step {self.step + 1}: the loss or its gradient is not finite (loss {loss_sum}, gradient norm "
+                f"{grad_norm}); no step was taken. Sequences: {names}. Lower train.lr, or check these sequences."
+            )
+
+    def metrics(self, result: StepResult, labels_per_second: float) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "loss": result.loss,
+            "first_accuracy": result.first_accuracy,
+            "lr": self.schedule.get_last_lr()[0],
+            "grad_norm": result.grad_norm,
+            "num_labels": result.num_labels,
+            "labels_per_second": labels_per_second,
+        }
+
+    def save(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        state = {
+            "version": STATE_VERSION,
+            "step": self.step,
+            "weights": self.drafter.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+        }
+        vp = self.config.objective == "vp"
+        config = self.shape.to_json(
+            training_mode="vp_drafter" if vp else "dflash",
+            prefix_weight_base=self.config.prefix.beta if vp else None,
+        )
+        save_drafter(self.drafter, checkpoint_path(self.run, self.step), config, {STATE: state})
+        keep_latest(self.run, self.config.keep)
+
+
+def make_drafter(shape: DrafterShape, config: TrainConfig) -> Drafter:
+    """A drafter with drawn weights, or with those of `train.init`."""
+    if config.init is not None:
+        drafter = load_drafter(find_drafter(config.init))
+        if drafter.shape != shape:
+            differing = [n for n in DrafterShape.__slots__ if getattr(drafter.shape, n) != getattr(shape, n)]
+            raise VpdError(
+                f"the drafter {config.init} given as train.init differs from this run's in {', '.join(differing)}. "
+                "Set the drafter section to its values."
+            )
+        return drafter.requires_grad_(True)
+    drafter = Drafter(shape)
+    drafter.init_weights(counter_generator(config.seed, "weights"))
+    return drafter
+
+
+def choose_precision(name: str) -> str:
+    if name == "auto":
+        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    return {"float32": "no", "bf16": "bf16"}[name]

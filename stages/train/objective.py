@@ -1,0 +1,119 @@
+"""The objective: Eq. 7 of the D2SD paper, with a head that never holds all logits at once."""
+
+# N blocks, G block size, P labelled positions, V rows of the head, H hidden width
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+POSITIONS_PER_CHUNK = 1024
+
+
+def position_weights(labelled_NG: Tensor, prefix_len_N: Tensor, tau: float) -> Tensor:
+    """Eq. 7 of arXiv 2606.04446: w_k = exp(-(k - l - 1) / tau) for labelled k = l+1..G-1, else 0; [N, G]."""
+    k_G = torch.arange(labelled_NG.shape[1], device=labelled_NG.device)
+    distance_NG = k_G - prefix_len_N[:, None] - 1
+    return torch.where(labelled_NG & (distance_NG >= 0), torch.exp(-distance_NG.clamp(min=0) / tau), 0.0)
+
+
+def normalised(weights_NG: Tensor, normalise: str) -> tuple[Tensor, Tensor]:
+    """Weights whose sum of losses, divided by the second value summed over all blocks, is the mean loss.
+
+    `block` (the paper): each block's weights sum to one, divided by the number of blocks. `batch` (the public
+    code): the weights as they are, divided by their sum over the batch.
+    """
+    if normalise == "block":
+        return weights_NG / weights_NG.sum(dim=1, keepdim=True), torch.tensor(float(len(weights_NG)))
+    return weights_NG, weights_NG.sum()
+
+
+class HeadRows(NamedTuple):
+    """The rows of the LM head over which a softmax runs: all of them, or a sample."""
+
+    head_VH: Tensor
+    log_scale_V: Tensor | None
+    """Added to the logits: the log of how many tokens a row stands for. None: every row for itself."""
+    row_of_token: Tensor | None
+    """Row of each token id, -1 if absent. None: the row is the token id."""
+
+
+@dataclass(frozen=True, slots=True)
+class VocabularySampler:
+    """A softmax over the tokens that occur in the cache and `num_sampled` others, drawn anew each step.
+
+    Each of the others stands for an equal share of all of them, so the softmax's denominator is estimated
+    without bias, and exactly for every token that can be a label.
+    """
+
+    head_VH: Tensor
+    occurring: Tensor
+    """int64, ascending: every token that can be a label."""
+    num_sampled: int
+
+    def draw(self, generator: torch.Generator) -> HeadRows:
+        vocab_size = len(self.head_VH)
+        occurs_V = torch.zeros(vocab_size, dtype=torch.bool)
+        occurs_V[self.occurring] = True
+        others = (~occurs_V).nonzero().flatten()
+        chosen = others[torch.randperm(len(others), generator=generator)[: self.num_sampled]]
+        token_ids = torch.cat([self.occurring, chosen])
+        log_scale_V = torch.zeros(len(token_ids))
+        if len(chosen):
+            log_scale_V[len(self.occurring) :] = torch.tensor(len(others) / len(chosen)).log()
+        row_of_token = torch.full((vocab_size,), -1)
+        row_of_token[token_ids] = torch.arange(len(token_ids))
+        device = self.head_VH.device
+        return HeadRows(self.head_VH[token_ids.to(device)], log_scale_V.to(device), row_of_token.to(device))
+
+
+class HeadLoss(NamedTuple):
+    """The head's result for P positions."""
+
+    loss_sum: Tensor
+    """Sum of weight x cross-entropy; carries the gradient to the states."""
+    right_P: Tensor
+    """bool: the label is the most likely token."""
+
+
+def head_loss(states_PH: Tensor, labels_P: Tensor, weights_P: Tensor, rows: HeadRows) -> HeadLoss:
+    """Weighted cross-entropy of the frozen head, chunk by chunk: logits of at most `POSITIONS_PER_CHUNK` exist."""
+    if rows.row_of_token is not None:
+        labels_P = rows.row_of_token[labels_P]
+    loss_sum, right_P = _ChunkedHead.apply(states_PH, labels_P, weights_P, rows.head_VH, rows.log_scale_V)
+    return HeadLoss(loss_sum, right_P)
+
+
+class _ChunkedHead(torch.autograd.Function):
+    """Computes the gradient beside the loss, since the head is frozen and only the states need one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, states_PH: Tensor, labels_P: Tensor, weights_P: Tensor, head_VH: Tensor, log_scale_V: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        loss_sum = torch.zeros((), device=states_PH.device, dtype=torch.float32)
+        right_P = torch.empty_like(labels_P, dtype=torch.bool)
+        gradient_PH = torch.empty_like(states_PH)
+        for start in range(0, len(labels_P), POSITIONS_PER_CHUNK):
+            chunk = slice(start, start + POSITIONS_PER_CHUNK)
+            states, labels, weights = states_PH[chunk].to(head_VH.dtype), labels_P[chunk, None], weights_P[chunk, None]
+            logits = (states @ head_VH.T).float()
+            if log_scale_V is not None:
+                logits += log_scale_V
+            right_P[chunk] = logits.argmax(dim=1) == labels[:, 0]
+            label_logit = logits.gather(1, labels)
+            log_sum = logits.logsumexp(dim=1, keepdim=True)
+            loss_sum += (weights * (log_sum - label_logit)).sum()
+            gradient = logits.sub_(log_sum).exp_().mul_(weights)
+            gradient.scatter_add_(1, labels, -weights)
+            gradient_PH[chunk] = (gradient.to(head_VH.dtype) @ head_VH).to(gradient_PH.dtype)
+        ctx.save_for_backward(gradient_PH)
+        ctx.mark_non_differentiable(right_P)
+        return loss_sum, right_P
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        (gradient_PH,) = ctx.saved_tensors
+        return gradient_PH * grad_outputs[0].to(gradient_PH.dtype), None, None, None, None

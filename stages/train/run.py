@@ -1,0 +1,87 @@
+"""From settings to a `Trainer`: shape, split, first drafts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ...data.cache.drafts import FirstDrafts, list_drafts
+from ...data.cache.store import Cache
+from ...data.errors import CacheNotFoundError, ConfigError
+from ..config import DrafterSection, TrainConfig
+from ..drafter.checkpoint import check_fits, drafter_fingerprint
+from ..drafter.shape import DrafterShape, rope_parameters
+from ..drafter.target_pieces import TARGET, choose_mask_token, load_tokenizer
+from .checkpoints import find_drafter
+from .loop import Trainer
+from .prefix import NEED_FIRST_DRAFTS
+from .samples import split_rows
+
+
+def plan_shape(cache: Cache, section: DrafterSection) -> DrafterShape:
+    """The drafter's shape: the config's, and the target's where it says nothing.
+
+    Raises:
+        DrafterError: the shape is impossible.
+    """
+    target = json.loads((cache.folder / TARGET / "config.json").read_text())
+    manifest = cache.manifest
+    num_heads = section.num_attention_heads or target["num_attention_heads"]
+    return DrafterShape(
+        num_layers=section.num_layers,
+        hidden_size=manifest.hidden_size,
+        num_attention_heads=num_heads,
+        num_key_value_heads=section.num_key_value_heads or target.get("num_key_value_heads", num_heads),
+        head_dim=section.head_dim or target.get("head_dim") or manifest.hidden_size // num_heads,
+        intermediate_size=section.intermediate_size or target["intermediate_size"],
+        rms_norm_eps=target.get("rms_norm_eps", 1e-6),
+        rope_theta=section.rope_theta or float(rope_parameters(target).get("rope_theta", 10000.0)),
+        max_position_embeddings=target["max_position_embeddings"],
+        vocab_size=manifest.vocab_size,
+        block_size=section.block_size,
+        mask_token_id=choose_mask_token(section.mask_token_id, load_tokenizer(cache.folder), manifest.vocab_size),
+        target_layer_ids=manifest.layer_ids,
+        num_target_layers=manifest.num_target_layers,
+    )
+
+
+def plan_first_drafts(cache: Cache, shape: DrafterShape, config: TrainConfig) -> FirstDrafts | None:
+    """The first drafts that the prefix sampler reads; None if it needs none.
+
+    Raises:
+        CacheNotFoundError: it needs them, and the cache has none, or not for all its parts.
+        ConfigError: they were made with another block size.
+    """
+    if config.objective != "vp" or config.prefix.sampler not in NEED_FIRST_DRAFTS:
+        return None
+    fingerprint = config.first_drafter
+    if fingerprint is not None and Path(fingerprint).is_dir():
+        fingerprint = drafter_fingerprint(find_drafter(fingerprint))
+    if not list_drafts(cache.folder):
+        raise CacheNotFoundError(
+            f"the prefix sampler {config.prefix.sampler} needs to know where the first draft fails, but {cache.folder} "
+            f"holds no first drafts. Make them with vpd draft {cache.folder} --first-drafter DIR, or choose "
+            "--prefix-sampler geometric."
+        )
+    drafts = FirstDrafts.open(cache, fingerprint)
+    if drafts.block_size != shape.block_size:
+        raise ConfigError(
+            f"the first drafts {drafts.fingerprint} have block size {drafts.block_size}, drafter.block_size is "
+            f"{shape.block_size}. Set drafter.block_size to {drafts.block_size}."
+        )
+    if missing := drafts.missing_parts():
+        raise CacheNotFoundError(
+            f"the first drafts {drafts.fingerprint} lack {len(missing)} of {len(cache.commits)} parts of "
+            f"{cache.folder}. Complete them: vpd draft {cache.folder} --first-drafter DIR."
+        )
+    return drafts
+
+
+def make_trainer(cache: Cache, run: Path, section: DrafterSection, config: TrainConfig) -> Trainer:
+    """Checks everything that can be checked before the first step, and resumes the run if it has checkpoints."""
+    shape = plan_shape(cache, section)
+    check_fits(shape, cache.manifest, run)
+    training, _ = split_rows(cache, config.holdout)
+    trainer = Trainer(cache, training, plan_first_drafts(cache, shape, config), shape, config, run)
+    trainer.resume()
+    return trainer
