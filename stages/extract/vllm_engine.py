@@ -93,7 +93,14 @@ class VllmEngine:
                 },
             },
         }
-        self._engine = LLMEngine.from_engine_args(EngineArgs(**args))
+        try:
+            self._engine = LLMEngine.from_engine_args(EngineArgs(**args))
+        except (RuntimeError, TypeError, ValueError) as error:
+            self._receiver.close()
+            raise ExtractionError(
+                f"vLLM did not start on {target.folder}: {error}. Its own messages above say why; engine arguments go "
+                "into extract.engine_args (on a CPU, kv_cache_memory_bytes bounds its memory)."
+            ) from error
         self.facts = engine_facts("vllm", _vllm_version(), self._engine.model_config.dtype, engine_args)
 
     @property

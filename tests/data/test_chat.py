@@ -47,7 +47,9 @@ END_BETWEEN_TURNS = (
     "{% if not loop.last %}{{ '<|im_end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_end|>[assistant]' }}{% endif %}"
 )
-END_OF_LAST_ONLY = NO_END.replace("m.content }}", "m.content + ('<|im_end|>' if loop.last else '') }}")
+END_OF_LAST_ONLY = NO_END.replace(
+    "m.content }}", "m.content + ('<|im_end|>' if loop.last and m.role == 'assistant' else '') }}"
+)
 CHANGING = (
     "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"

