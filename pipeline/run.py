@@ -33,13 +33,14 @@ class RunFolder:
             ConfigError: the folder holds a run with other settings or from another state of the cache.
         """
         self.folder = folder
+        self._config, self._cache = config, cache
         if (folder / CONFIG).is_file():
             self._check_same_run(config, cache)
-        write_text_durably(folder / CONFIG, config_yaml(config, SECTIONS))
-        write_text_durably(folder / PROVENANCE, json.dumps(provenance(cache), indent=2) + "\n")
 
-    def start_metrics(self, step: int) -> None:
-        """Drops metrics of steps after `step`, which are about to be computed again."""
+    def start(self, step: int) -> None:
+        """Writes what the run is made of, and drops metrics after `step`, which are about to be computed again."""
+        write_text_durably(self.folder / CONFIG, config_yaml(self._config, SECTIONS))
+        write_text_durably(self.folder / PROVENANCE, json.dumps(provenance(self._cache), indent=2) + "\n")
         path = self.folder / METRICS
         lines = path.read_text().splitlines() if path.is_file() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]

@@ -6,12 +6,14 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from ...data.cache.files import fsync_folder, fsync_tree
 from ...data.cache.manifest import CacheManifest
@@ -22,10 +24,13 @@ from .shape import DrafterShape
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
-def save_drafter(drafter: Drafter, folder: Path, config: dict[str, Any], extra: dict[str, Any] | None = None) -> None:
+def save_drafter(
+    weights: Mapping[str, Tensor], folder: Path, config: dict[str, Any], extra: dict[str, Any] | None = None
+) -> None:
     """Writes a checkpoint as a whole: aside, fsync, rename. Weights are stored as bfloat16.
 
     Args:
+        weights: a drafter's `state_dict`.
         config: what `DrafterShape.to_json` gave.
         extra: further files, name -> object for `torch.save`.
     """
@@ -33,10 +38,8 @@ def save_drafter(drafter: Drafter, folder: Path, config: dict[str, Any], extra: 
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     (aside / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    weights = {
-        name: value.detach().to("cpu", torch.bfloat16).contiguous() for name, value in drafter.state_dict().items()
-    }
-    save_file(weights, aside / WEIGHTS, metadata={"format": "pt"})
+    stored = {name: value.detach().to("cpu", torch.bfloat16).contiguous() for name, value in weights.items()}
+    save_file(stored, aside / WEIGHTS, metadata={"format": "pt"})
     for name, content in (extra or {}).items():
         torch.save(content, aside / name)
     fsync_tree(aside)
@@ -55,7 +58,7 @@ def load_shape(folder: str | Path) -> DrafterShape:
     path = Path(folder) / CONFIG
     try:
         return DrafterShape.from_json(json.loads(path.read_text()), str(path))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DrafterError(
             f"expected a drafter at {folder}, found no {CONFIG} there. Give the folder of a DFlash checkpoint."
         ) from None

@@ -39,6 +39,8 @@ class DrafterShape:
                 f"expected a mask token id within the vocabulary of {self.vocab_size}, got {self.mask_token_id}. "
                 "Set drafter.mask_token_id to a token that never occurs in text."
             )
+        if self.head_dim % 2:
+            raise DrafterError(f"expected an even head_dim, which RoPE halves, got {self.head_dim}.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise DrafterError(
                 f"expected query heads to be a multiple of key-value heads, got {self.num_attention_heads} and "
@@ -88,6 +90,10 @@ class DrafterShape:
         Raises:
             DrafterError: a key is missing, or the drafter needs something that this one can't do.
         """
+        if not isinstance(config, dict):
+            raise DrafterError(
+                f"{where}: expected a JSON object, found {config!r:.40}. Give a DFlash drafter's config."
+            )
         dflash = config.get("dflash_config") or {}
         refuse_unsupported(config, where)
         try:
@@ -107,6 +113,10 @@ class DrafterShape:
                 target_layer_ids=tuple(dflash["target_layer_ids"]),
                 num_target_layers=config["num_target_layers"],
             )
+        except TypeError as error:
+            raise DrafterError(
+                f"{where}: a value has the wrong type ({error}). Give a drafter in the public DFlash form."
+            ) from None
         except KeyError as error:
             raise DrafterError(
                 f"{where}: expected the key {error} of a DFlash drafter's config.json, found none. "
@@ -117,17 +127,26 @@ class DrafterShape:
 def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     """RoPE settings of a `config.json`, in the newer spelling (`rope_parameters`) or the older ones."""
     older = {"rope_theta": config["rope_theta"]} if "rope_theta" in config else {}
-    return {"rope_type": SUPPORTED_ROPE, **older, **(config.get("rope_scaling") or config.get("rope_parameters") or {})}
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    return {"rope_type": rope.get("type", SUPPORTED_ROPE), **older, **rope}
 
 
 def refuse_unsupported(config: dict[str, Any], where: str) -> None:
     """Refuses variants that this drafter would otherwise silently compute differently."""
     rope = rope_parameters(config)
+    # Without `layer_types`, Qwen3 slides from layer `max_window_layers` on.
+    slides_by_count = (
+        config.get("layer_types") is None
+        and bool(config.get("use_sliding_window"))
+        and config.get("sliding_window") is not None
+        and config.get("max_window_layers", 0) < config.get("num_hidden_layers", 1)
+    )
     reasons = {
         f"RoPE of type {rope['rope_type']}": rope["rope_type"] != SUPPORTED_ROPE,
         "partial rotary embeddings": config.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)) != 1.0,
-        "sliding-window layers": "sliding_attention" in (config.get("layer_types") or []),
+        "sliding-window layers": slides_by_count or "sliding_attention" in (config.get("layer_types") or []),
         "causal blocks": bool((config.get("dflash_config") or {}).get("causal", False)),
+        "another activation than silu": config.get("hidden_act", "silu") != "silu",
         "attention biases": bool(config.get("attention_bias", False)),
     }
     found = [reason for reason, present in reasons.items() if present]

@@ -65,7 +65,7 @@ class VllmEngine:
         self._eos_token_ids = target.eos_token_ids
         self._receiver = StateReceiver()
         # The last layer's output is captured as well: the argmax after every token follows from it.
-        vllm_ids = [*(i + 1 for i in layer_ids), target.num_layers]
+        vllm_ids = sorted({*(i + 1 for i in layer_ids), target.num_layers})
         self._num_layers = len(layer_ids)
         self._head = ArgmaxHead(target)
         self._finished: dict[str, Any] = {}
@@ -139,7 +139,7 @@ class VllmEngine:
         return [self._complete(self._requests.pop(key), self._finished.pop(key)) for key in ready]
 
     def close(self) -> None:
-        del self._engine
+        self._engine.engine_core.shutdown()
         self._receiver.close()
 
     def _complete(self, request: EngineRequest, output: Any) -> Completion:

@@ -24,7 +24,7 @@ from ..drafter.shape import DrafterShape
 from ..drafter.target_pieces import TargetPieces
 from .checkpoints import STATE, STATE_VERSION, checkpoint_path, find_drafter, keep_latest, list_checkpoints, load_state
 from .objective import HeadRows, VocabularySampler, head_loss
-from .samples import DataOrder, TrainingBlocks, counter_generator, draw_blocks, label_tokens
+from .samples import DataOrder, TrainingBlocks, counter_generator, draw_blocks, feature_rms, label_tokens
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
@@ -57,7 +57,8 @@ class Trainer:
         self.device = self.accelerator.device
         dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
         self.pieces = TargetPieces.load(cache.folder, device=self.device, dtype=dtype)
-        self.drafter = make_drafter(shape, config).to(self.device).train()
+        self.feature_rms_D = feature_rms(cache, rows).to(self.device)
+        self.drafter = make_drafter(shape, config, self.feature_rms_D.cpu()).to(self.device).train()
         self.optimizer = torch.optim.AdamW(
             self.drafter.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
         )
@@ -81,6 +82,7 @@ class Trainer:
             return
         state = load_state(checkpoints[-1])
         self.drafter.load_state_dict(state["weights"])
+        self.feature_rms_D = state["feature_rms"].to(self.device)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.step = state["step"]
@@ -126,14 +128,15 @@ class Trainer:
         labels_P = blocks.labels_NG.to(self.device)[wanted_NG]
         weights_P = blocks.weights_NG.to(self.device)[wanted_NG]
         with self.accelerator.autocast():
-            features_TD = blocks.features_TD.to(self.device, self.pieces.embed_VH.dtype)
+            features_TD = blocks.features_TD.to(self.device).float() / self.feature_rms_D
             embedded_NGH = self.pieces.embed_VH[blocks.block_ids_NG.to(self.device)]
             context = self.drafter.context(features_TD)
             states_NGH = self.drafter(embedded_NGH, blocks.anchors_N.to(self.device), context)
         result = head_loss(states_NGH[wanted_NG], labels_P, weights_P, rows)
         self.accelerator.backward(result.loss_sum)
         first_P = blocks.first_masked_NG.to(self.device)[wanted_NG]
-        parts = [result.loss_sum, blocks.denominator, result.right_P[first_P].sum(), first_P.sum(), len(labels_P)]
+        num_right = result.right_P[first_P].sum()
+        parts = [result.loss_sum.detach(), blocks.denominator, num_right, first_P.sum(), len(labels_P)]
         return torch.tensor([float(part) for part in parts], device=self.device, dtype=torch.float64)
 
     def apply_gradient(self, denominator: float) -> float:
@@ -177,6 +180,7 @@ class Trainer:
             "version": STATE_VERSION,
             "step": self.step,
             "weights": self.drafter.state_dict(),
+            "feature_rms": self.feature_rms_D,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
         }
@@ -185,12 +189,16 @@ class Trainer:
             training_mode="vp_drafter" if vp else "dflash",
             prefix_weight_base=self.config.prefix.beta if vp else None,
         )
-        save_drafter(self.drafter, checkpoint_path(self.run, self.step), config, {STATE: state})
+        weights = {**self.drafter.state_dict(), "fc.weight": self.drafter.fc.weight / self.feature_rms_D}
+        save_drafter(weights, checkpoint_path(self.run, self.step), config, {STATE: state})
         keep_latest(self.run, self.config.keep)
 
 
-def make_drafter(shape: DrafterShape, config: TrainConfig) -> Drafter:
-    """A drafter with drawn weights, or with those of `train.init`."""
+def make_drafter(shape: DrafterShape, config: TrainConfig, feature_rms_D: Tensor) -> Drafter:
+    """A new drafter, or the one that `train.init` names, for context features divided by `feature_rms_D`.
+
+    Checkpoints hold the weights for the features as they are.
+    """
     if config.init is not None:
         drafter = load_drafter(find_drafter(config.init))
         if drafter.shape != shape:
@@ -199,6 +207,7 @@ def make_drafter(shape: DrafterShape, config: TrainConfig) -> Drafter:
                 f"the drafter {config.init} given as train.init differs from this run's in {', '.join(differing)}. "
                 "Set the drafter section to its values."
             )
+        drafter.fc.weight.mul_(feature_rms_D)
         return drafter.requires_grad_(True)
     drafter = Drafter(shape)
     drafter.init_weights(counter_generator(config.seed, "weights"))

@@ -100,9 +100,9 @@ class _ChunkedHead(torch.autograd.Function):
             chunk = slice(start, start + POSITIONS_PER_CHUNK)
             states, labels, weights = states_PH[chunk].to(head_VH.dtype), labels_P[chunk, None], weights_P[chunk, None]
             logits = (states @ head_VH.T).float()
+            right_P[chunk] = logits.argmax(dim=1) == labels[:, 0]
             if log_scale_V is not None:
                 logits += log_scale_V
-            right_P[chunk] = logits.argmax(dim=1) == labels[:, 0]
             label_logit = logits.gather(1, labels)
             log_sum = logits.logsumexp(dim=1, keepdim=True)
             loss_sum += (weights * (log_sum - label_logit)).sum()

@@ -133,6 +133,19 @@ def _labels(sequence: CachedSequence, tokens_NG: Tensor, anchors_N: Tensor, conf
     return sequence.target_argmax_T[previous_NG.clamp(max=sequence.row.num_tokens - 1)]
 
 
+def feature_rms(cache: Cache, rows: list[SequenceRow], num_sequences: int = 16) -> Tensor:
+    """Root mean square of each context feature, float32 [D], over the first sequences.
+
+    Hidden states have a few channels hundreds of times larger than the rest; divided by these, all are alike.
+    """
+    squares_D, num_tokens = torch.zeros(1), 0
+    for row in rows[:num_sequences]:
+        features_TD = cache.read(row).hidden_TKH.flatten(1).float()
+        squares_D = squares_D + features_TD.square().sum(dim=0)
+        num_tokens += len(features_TD)
+    return (squares_D / num_tokens).sqrt().clamp(min=1e-6)
+
+
 def label_tokens(cache: Cache, rows: list[SequenceRow]) -> Tensor:
     """Every token id that can be a label in these sequences, ascending."""
     found: set[int] = set()

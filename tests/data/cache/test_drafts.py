@@ -1,0 +1,199 @@
+"""First drafts beside the states: read as written, one folder a drafter, and named when one must choose."""
+
+# T tokens, G block size, A alternatives
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from tiny import Damage, fill_cache, make_manifest, make_sequence, same_bits, snapshot
+from vpd.data.cache.drafts import (
+    NOT_DRAFTED,
+    NUM_ALTERNATIVES,
+    FirstDrafts,
+    draft_specs,
+    empty_drafts,
+    list_drafts,
+)
+from vpd.data.cache.store import CHUNK_TOKENS, Cache
+from vpd.data.errors import CacheCorruptError, CacheNotFoundError
+
+LENGTHS = {"a": 40, "b": 70, "c": 64}
+FACTS: dict[str, Any] = {"block_size": 4, "stride": 1}
+ONE, OTHER = "abcd0001", "abff0002"
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("original") / "cache"
+    sequences = [make_sequence(name, length, 2, 8) for name, length in LENGTHS.items()]
+    assert len(fill_cache(folder, sequences, 3 * (CHUNK_TOKENS * 2 * 8 * 2 + 4))) == 2
+    return folder
+
+
+@pytest.fixture
+def cache(original: Path, tmp_path: Path) -> Cache:
+    """A cache of two parts: a and b, then c."""
+    return Cache.open(shutil.copytree(original, tmp_path / "cache"))
+
+
+def random_drafts(num_tokens: int, block_size: int, seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    arrays = empty_drafts(num_tokens, block_size)
+    arrays["accept_len"][:] = rng.integers(block_size, size=num_tokens)
+    arrays["tokens"][:] = rng.integers(50, size=arrays["tokens"].shape)
+    arrays["probs"][:] = rng.random(arrays["probs"].shape)
+    return arrays
+
+
+def write_drafts(cache: Cache, fingerprint: str, block_size: int = 4, num_parts: int = 2) -> dict[str, Any]:
+    """Drafts of `num_parts` parts; the arrays written, by sequence."""
+    drafts = FirstDrafts.create_or_open(cache, fingerprint, FACTS | {"block_size": block_size})
+    written: dict[str, Any] = {}
+    for part in drafts.missing_parts()[:num_parts]:
+        writer = drafts.writer(part)
+        for row in cache.rows_of_part(part):
+            written[row.seq_id] = random_drafts(row.num_tokens, block_size, len(written) + block_size)
+            assert writer.append(written[row.seq_id]) == row.first_row
+        writer.commit({})
+    return written
+
+
+def check_equal(drafts: FirstDrafts, written: dict[str, Any]) -> None:
+    rows = {row.seq_id: row for row in drafts.cache.rows}
+    for seq_id, arrays in written.items():
+        read = drafts.read(rows[seq_id])
+        assert same_bits(read.accept_len_T, torch.from_numpy(arrays["accept_len"]))
+        assert same_bits(read.tokens_TGA, torch.from_numpy(arrays["tokens"]))
+        assert same_bits(read.probs_TGA, torch.from_numpy(arrays["probs"]))
+
+
+@pytest.mark.parametrize("block_size", [2, 4, 16])
+def test_what_was_written_is_what_is_read(block_size: int, cache: Cache):
+    written = write_drafts(cache, ONE, block_size)
+    assert written.keys() == LENGTHS.keys()
+    drafts = FirstDrafts.open(cache)
+    assert (drafts.fingerprint, drafts.block_size, drafts.facts["stride"]) == (ONE, block_size, 1)
+    assert drafts.missing_parts() == []
+    check_equal(drafts, written)
+    shape = drafts.read(cache.rows[0]).tokens_TGA.shape
+    assert shape == (cache.rows[0].num_tokens, block_size - 1, NUM_ALTERNATIVES)
+
+
+def test_zarr_reads_the_same_drafts(cache: Cache):
+    write_drafts(cache, ONE)
+    drafts = FirstDrafts.open(cache)
+    for row in cache.rows:
+        group = zarr.open_group(drafts.root / "parts" / f"{row.part}.zarr", mode="r")
+        rows = slice(row.first_row, row.first_row + row.num_tokens)
+        arrays = {name: torch.from_numpy(np.asarray(array[rows])) for name, array in group.arrays()}
+        read = drafts.read(row)
+        assert same_bits(arrays["accept_len"], read.accept_len_T)
+        assert same_bits(arrays["tokens"], read.tokens_TGA)
+        assert same_bits(arrays["probs"], read.probs_TGA)
+
+
+def test_drafts_leave_the_states_and_their_fingerprint_alone(cache: Cache):
+    before, fingerprint = snapshot(cache.folder), cache.fingerprint
+    write_drafts(cache, ONE)
+    after = snapshot(cache.folder)
+    assert before.items() <= after.items()
+    assert all(path.startswith(f"drafts/{ONE}/") for path in after.keys() - before.keys())
+    assert Cache.open(cache.folder).fingerprint == fingerprint
+
+
+def test_drafters_lie_side_by_side(cache: Cache):
+    written = {ONE: write_drafts(cache, ONE, 4), OTHER: write_drafts(cache, OTHER, 8)}
+    assert list_drafts(cache.folder) == [ONE, OTHER]
+    for fingerprint, arrays in written.items():
+        check_equal(FirstDrafts.open(cache, fingerprint), arrays)
+
+
+def test_nothing_is_drafted_until_it_is_written():
+    arrays = empty_drafts(3, 4)
+    assert {name: (array.shape, array.dtype) for name, array in arrays.items()} == {
+        name: ((3, *spec.row_shape), np.dtype(spec.dtype)) for name, spec in draft_specs(4).items()
+    }
+    assert arrays["accept_len"].tolist() == [NOT_DRAFTED] * 3
+
+
+@pytest.mark.parametrize(("prefix", "found"), [(ONE, ONE), ("abc", ONE), ("abf", OTHER), (OTHER, OTHER)])
+def test_a_prefix_of_the_fingerprint_chooses(prefix: str, found: str, cache: Cache):
+    for fingerprint in (ONE, OTHER):
+        write_drafts(cache, fingerprint)
+    assert FirstDrafts.open(cache, prefix).fingerprint == found
+
+
+@pytest.mark.parametrize(
+    ("present", "asked", "words"),
+    [
+        pytest.param([], None, ["expected the first drafts of one drafter", "none", "vpd draft"], id="none"),
+        pytest.param([], "ab", ["expected first drafts ab", "none", "vpd draft"], id="none-of-that-name"),
+        pytest.param([ONE, OTHER], None, [f"{ONE}, {OTHER}", "Name one of them"], id="several"),
+        pytest.param([ONE, OTHER], "ab", ["first drafts ab", f"{ONE}, {OTHER}", "Name one"], id="several-begin-so"),
+        pytest.param([ONE], "ff", ["first drafts ff", f"found {ONE}", "Name one"], id="another-name"),
+    ],
+)
+def test_a_choice_that_is_not_one_is_refused(present: list[str], asked: str | None, words: list[str], cache: Cache):
+    for fingerprint in present:
+        write_drafts(cache, fingerprint)
+    with pytest.raises(CacheNotFoundError) as caught:
+        FirstDrafts.open(cache, asked)
+    for word in (*words, str(cache.folder)):
+        assert word in str(caught.value)
+
+
+def test_a_part_that_was_not_drafted_is_an_error_and_is_listed_as_missing(cache: Cache):
+    written = write_drafts(cache, ONE, num_parts=1)
+    drafts = FirstDrafts.open(cache)
+    (missing,) = drafts.missing_parts()
+    check_equal(drafts, written)
+    for row in cache.rows_of_part(missing):
+        with pytest.raises(CacheNotFoundError, match=f"{ONE} for {missing}, found none.*vpd draft"):
+            drafts.read(row)
+    written |= write_drafts(cache, ONE)
+    check_equal(FirstDrafts.open(cache), written)
+
+
+def test_a_part_without_commit_record_is_not_drafted_and_removed(cache: Cache):
+    write_drafts(cache, ONE)
+    root = cache.folder / "drafts" / ONE
+    part = cache.rows[0].part
+    (root / "commits" / f"{part}.json").unlink()
+    assert FirstDrafts.open(cache).missing_parts() == [part]
+    assert (root / "parts" / f"{part}.zarr").exists()
+    assert FirstDrafts.create_or_open(cache, ONE, FACTS).missing_parts() == [part]
+    assert not (root / "parts" / f"{part}.zarr").exists()
+
+
+def test_the_facts_of_the_first_run_stay(cache: Cache):
+    FirstDrafts.create_or_open(cache, ONE, FACTS | {"stride": 3})
+    assert FirstDrafts.create_or_open(cache, ONE, FACTS).facts["stride"] == 3
+
+
+@pytest.mark.parametrize("name", list(draft_specs(4)))
+@pytest.mark.parametrize(
+    "damage",
+    [Damage("bits-flipped", 0.0), Damage("cut-short", 0.2, cut=True), Damage("missing", None)],
+    ids=lambda damage: damage.id,
+)
+def test_damage_is_an_error_that_names_the_file(damage: Damage, name: str, cache: Cache):
+    write_drafts(cache, ONE)
+    drafts = FirstDrafts.open(cache)
+    row = cache.rows[0]
+    path = drafts.specs[name].shard_path(drafts.root / "parts" / f"{row.part}.zarr")
+    damage.apply(path)
+    with pytest.raises(CacheCorruptError, match=re.escape(str(path))):
+        drafts.read(row)
+    cache.read(row)
+
+
+def test_drafts_of_a_cache_that_grew_miss_the_new_part(cache: Cache):
+    write_drafts(cache, ONE)
+    (part,) = fill_cache(cache.folder, [make_sequence("d", 5, 2, 8)])
+    assert make_manifest() == cache.manifest
+    assert FirstDrafts.open(Cache.open(cache.folder)).missing_parts() == [part]

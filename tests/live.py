@@ -1,0 +1,102 @@
+"""Greedy decoding with two drafters and the real target, written out plainly: the oracle of replay."""
+
+# T context tokens, D context features, G block size
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from vpd.stages.drafter.model import Drafter
+from vpd.stages.drafter.target_pieces import TargetPieces
+
+
+@dataclass
+class LiveDecoder:
+    """Decodes one prompt at a time; counts cycles."""
+
+    target: PreTrainedModel
+    pieces: TargetPieces
+    first: Drafter
+    second: Drafter
+    layer_ids: tuple[int, ...]
+    eos_token_ids: set[int]
+    k: int
+
+    @torch.inference_mode()
+    def decode(self, prompt_ids: list[int], max_new_tokens: int, setting: str) -> tuple[list[int], int]:
+        """Returns the response and the number of drafting cycles it took."""
+        past = DynamicCache()
+        logits, features = self.step(prompt_ids, past)
+        tokens = [*prompt_ids, int(logits[-1].argmax())]
+        start, cycles = len(prompt_ids), 0
+        while not self.over(tokens[start:], max_new_tokens):
+            candidates = self.candidates(tokens[-1], features, len(tokens) - 1, setting)
+            committed, new_features = self.verify(tokens[-1], candidates, past)
+            features = torch.cat([features, new_features])
+            tokens += committed
+            cycles += 1
+        response = tokens[start:]
+        ends = [i + 1 for i, token in enumerate(response) if token in self.eos_token_ids]
+        return response[: min([*ends, max_new_tokens])], cycles
+
+    def over(self, response: list[int], max_new_tokens: int) -> bool:
+        return len(response) >= max_new_tokens or any(token in self.eos_token_ids for token in response)
+
+    def step(self, token_ids: list[int], past: DynamicCache) -> tuple[Tensor, Tensor]:
+        out = self.target(torch.tensor([token_ids]), past_key_values=past, use_cache=True, output_hidden_states=True)
+        # The cache stores states as bfloat16, so the oracle rounds them too.
+        states = torch.cat([out.hidden_states[i + 1][0] for i in self.layer_ids], dim=-1)
+        return out.logits[0], states.bfloat16().float()
+
+    def verify(self, anchor: int, candidates: list[list[int]], past: DynamicCache) -> tuple[list[int], Tensor]:
+        """The tokens committed by the best candidate, and the features of the anchor and the accepted tokens."""
+        best: tuple[list[int], Tensor] = ([], torch.empty(0))
+        for candidate in candidates:
+            logits, features = self.step([anchor, *candidate], past)
+            past.crop(-len(candidate) - 1)
+            choices = logits.argmax(dim=-1).tolist()
+            accepted = 0
+            while accepted < len(candidate) and candidate[accepted] == choices[accepted]:
+                accepted += 1
+            if accepted + 1 > len(best[0]):
+                best = ([*candidate[:accepted], choices[accepted]], features[: accepted + 1])
+        self.step([anchor, *best[0][:-1]], past)
+        return best
+
+    def candidates(self, anchor: int, features: Tensor, position: int, setting: str) -> list[list[int]]:
+        top = self.fill(self.first, [anchor], features, position)
+        draft = [int(tokens[0]) for tokens, _ in top]
+        confidence = [float(probs[0]) for _, probs in top]
+        if setting == "first":
+            return [draft]
+        if setting == "first_tree":
+            pairs = [
+                (math.prod(confidence[:i]) * float(top[i][1][j]), i, int(top[i][0][j]))
+                for i in range(len(draft))
+                for j in range(1, 5)
+            ]
+            chosen = sorted(pairs, reverse=True)[: self.k]
+            return [draft, *([*draft[:i], token, *draft[i + 1 :]] for _, i, token in chosen)]
+        posterior = [(math.prod(confidence[:i]) * (1 - confidence[i]), i) for i in range(len(draft))]
+        second = self.second if setting == "d2sd" else self.first
+        branches = [draft]
+        for _, i in sorted(posterior, reverse=True)[: self.k]:
+            filled = self.fill(second, [anchor, *draft[:i]], features, position)
+            branches.append([*draft[:i], *(int(tokens[0]) for tokens, _ in filled[i:])])
+        return branches
+
+    def fill(
+        self, drafter: Drafter, visible: list[int], features: Tensor, position: int
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Five best tokens and probabilities of block positions 1..G-1; the context ends before the anchor."""
+        assert len(features) == position
+        shape = drafter.shape
+        block = visible + [shape.mask_token_id] * (shape.block_size - len(visible))
+        embedded = self.pieces.embed_VH[torch.tensor([block])]
+        hidden = drafter(embedded, torch.tensor([position]), drafter.context(features))[0]
+        probs = (hidden[1:] @ self.pieces.head_VH.T).softmax(dim=-1)
+        best = probs.topk(5, dim=-1)
+        return list(zip(best.indices, best.values, strict=True))

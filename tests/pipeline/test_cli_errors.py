@@ -1,0 +1,400 @@
+"""What the command line says when something is wrong: what was expected, what was found, what to do."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from tiny import (
+    DRAFTER,
+    EXTRACT,
+    HIDDEN,
+    PROMPTS,
+    TRAIN,
+    VOCAB,
+    Outcome,
+    as_flags,
+    fill_cache,
+    make_sequence,
+    run_vpd,
+    save_random_drafter,
+    snapshot,
+    vpd,
+    write_jsonl,
+)
+from vpd.data.cache.store import Cache
+
+ONE_STEP: dict[str, Any] = {**DRAFTER, **TRAIN, "max_steps": 1}
+ANSWERED = {"prompt": "name a dog", "response": "the lazy dog"}
+
+
+class Place(NamedTuple):
+    """What a case may use; `cache` and `drafted` are copies of its own."""
+
+    folder: Path
+    llama: Path
+    qwen3: Path
+    prompts: Path
+    cache: Path
+    drafted: Path
+    first_run: Path
+
+    def write(self, *lines: object) -> Path:
+        """A prompt file; strings go in as they are."""
+        path = self.folder / "some.jsonl"
+        path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
+        return path
+
+    def drafter(self, **changes: Any) -> Path:
+        """A first drafter whose shape differs."""
+        checkpoint = sorted((self.first_run / "checkpoints").iterdir())[-1]
+        return save_random_drafter(self.folder / "drafter", checkpoint, **changes)
+
+    def extract(self, prompts: Path, out: str = "new", target: object = None, **changes: Any) -> list[object]:
+        target = self.llama if target is None else target
+        return ["extract", target, prompts, "--out", self.folder / out, *as_flags({**EXTRACT, **changes})]
+
+    def train(self, cache: Path, *more: object, **changes: Any) -> list[object]:
+        return ["train", cache, "--out", self.folder / "run", *as_flags({**ONE_STEP, **changes}), *more]
+
+    def evaluate(self, *more: object) -> list[object]:
+        return ["eval", self.cache, "--first-drafter", self.first_run, *more]
+
+    def without(self, folder: Path, name: str) -> Path:
+        """A copy of a folder without some of its files."""
+        copy = shutil.copytree(folder, self.folder / "without")
+        for path in copy.glob(name):
+            path.unlink()
+        return copy
+
+
+@pytest.fixture
+def place(
+    tmp_path: Path,
+    tiny_llama: Path,
+    tiny_qwen3: Path,
+    tiny_prompts: Path,
+    tiny_cache: Path,
+    drafted_cache: Path,
+    first_run: Path,
+) -> Place:
+    cache = shutil.copytree(tiny_cache, tmp_path / "cache")
+    drafted = shutil.copytree(drafted_cache, tmp_path / "drafted")
+    return Place(tmp_path, tiny_llama, tiny_qwen3, tiny_prompts, cache, drafted, first_run)
+
+
+class Wrong(NamedTuple):
+    id: str
+    arguments: Callable[[Place], list[object]]
+    words: list[str]
+    code: int = 1
+
+
+def empty_cache(place: Place) -> Path:
+    """A cache whose run has not committed anything yet."""
+    folder = shutil.copytree(place.cache, place.folder / "empty")
+    shutil.rmtree(folder / "commits")
+    return folder
+
+
+WRONG = [
+    # Prompt files
+    Wrong(
+        "missing-prompt-file",
+        lambda place: place.extract(place.folder / "nowhere.jsonl"),
+        ["nowhere.jsonl", "does not exist", "check the path"],
+    ),
+    Wrong("empty-prompt-file", lambda place: place.extract(place.write()), ["some.jsonl", "has no record", "remove"]),
+    Wrong(
+        "line-is-not-json",
+        lambda place: place.extract(place.write(PROMPTS[0], "{broken")),
+        ["some.jsonl:2:", "not JSON", "expected one JSON object per line"],
+    ),
+    Wrong(
+        "record-of-no-known-form",
+        lambda place: place.extract(place.write(PROMPTS[0], PROMPTS[1], {"question": "why?"})),
+        ["some.jsonl:3:", "['question']", "expected", '{"messages": [...]}', '{"text": ...}'],
+    ),
+    Wrong(
+        "no-assistant-token-left",
+        lambda place: place.extract(place.write(ANSWERED), mode="given", max_len=8),
+        ["some.jsonl, row 1", "no assistant token", "first 8 tokens", "extract.max_len", "--skip-bad"],
+    ),
+    Wrong(
+        "no-answer-given",
+        lambda place: place.extract(place.write(ANSWERED, {"prompt": "why?"}), mode="given"),
+        ["some.jsonl", "row 2", "expected an assistant message", "['user']"],
+    ),
+    Wrong(
+        "prompt-fills-the-sequence",
+        lambda place: place.extract(place.write(PROMPTS[0], {"prompt": "fox " * 100})),
+        ["some.jsonl, row 2", "no room", "128", "extract.max_len", "--skip-bad"],
+    ),
+    Wrong(
+        "missing-chat-template",
+        lambda place: place.extract(place.prompts, chat_template=place.folder / "nowhere.jinja"),
+        ["expected a chat template", "nowhere.jinja"],
+    ),
+    # Targets
+    Wrong(
+        "target-without-weights",
+        lambda place: place.extract(place.prompts, target=place.without(place.llama, "*.safetensors")),
+        ["expected weights (*.safetensors)", "found none", "save_pretrained"],
+    ),
+    Wrong(
+        "no-target",
+        lambda place: place.extract(place.prompts, target=place.folder / "nowhere"),
+        ["expected a target", "nowhere", "Check the path"],
+    ),
+    Wrong(
+        "layer-out-of-range",
+        lambda place: place.extract(place.prompts, layer_ids="1,2,6"),
+        ["0..5", "has 6 layers", "[1, 2, 6]", "extract.layer_ids"],
+    ),
+    Wrong(
+        "too-few-layers-for-the-rule",
+        lambda place: place.extract(place.prompts, num_draft_layers=5),
+        ["distinct layer ids", "[1, 2, 2, 2, 3]", "extract.layer_ids"],
+    ),
+    # A cache that is there
+    Wrong(
+        "cache-of-another-target",
+        lambda place: place.extract(place.prompts, "cache", target=place.qwen3),
+        ["target_fingerprint: the cache has", "this run has", "nothing was added", "another output folder"],
+    ),
+    Wrong(
+        "cache-of-other-prompts",
+        lambda place: place.extract(place.write(PROMPTS[0]), "cache"),
+        ["prompt_set: the cache has", "another output folder"],
+    ),
+    Wrong(
+        "cache-of-other-settings",
+        lambda place: place.extract(place.prompts, "cache", max_len=64),
+        ["generation: the cache has", "'max_len': 128", "'max_len': 64"],
+    ),
+    Wrong(
+        "out-is-a-file",
+        lambda place: place.extract(place.prompts, place.prompts.name if False else "drafted/dataset.json"),
+        ["dataset.json", "expected"],
+    ),
+    # First drafters
+    Wrong(
+        "first-drafter-of-other-layers",
+        lambda place: ["draft", place.cache, "--first-drafter", place.drafter(target_layer_ids=(0, 2, 3))],
+        ["does not fit the cache", "context layers: the cache has (1, 2, 3), the drafter (0, 2, 3)", "Use a drafter"],
+    ),
+    Wrong(
+        "first-drafter-of-other-width",
+        lambda place: ["draft", place.cache, "--first-drafter", place.drafter(hidden_size=64)],
+        ["does not fit the cache", f"hidden size: the cache has {HIDDEN}, the drafter 64", "Use a drafter"],
+    ),
+    Wrong(
+        "first-drafter-of-another-vocabulary",
+        lambda place: ["eval", place.cache, "--first-drafter", place.drafter(vocab_size=400)],
+        ["does not fit the cache", f"vocabulary: the cache has {VOCAB}, the drafter 400"],
+    ),
+    Wrong(
+        "extract-with-first-drafter-of-other-layers",
+        lambda place: [*place.extract(place.prompts), "--first-drafter", place.drafter(target_layer_ids=(0, 2, 3))],
+        ["does not fit the cache", "context layers"],
+    ),
+    Wrong(
+        "drafters-of-two-block-sizes",
+        lambda place: place.evaluate("--drafter", place.drafter(block_size=8)),
+        ["the first drafter has block size 4, the VP-Drafter 8", "Train the VP-Drafter"],
+    ),
+    Wrong(
+        "block-size-of-the-drafts-is-another",
+        lambda place: place.train(place.drafted, block_size=8),
+        ["have block size 4", "drafter.block_size is 8", "Set drafter.block_size to 4"],
+        code=2,
+    ),
+    Wrong(
+        "no-first-drafter",
+        lambda place: ["draft", place.cache, "--first-drafter", place.folder / "nowhere"],
+        ["expected a drafter in", "nowhere", "found neither", "vpd train"],
+    ),
+    Wrong(
+        "drafter-without-weights",
+        lambda place: ["eval", place.cache, "--first-drafter", place.without(place.drafter(), "*.safetensors")],
+        ["expected a drafter in", "model.safetensors", "found neither"],
+    ),
+    Wrong(
+        "another-stride",
+        lambda place: ["draft", place.drafted, "--first-drafter", place.first_run, "--stride", 2],
+        ["at stride 1", "this run asks for 2", "same stride"],
+    ),
+    # Training and evaluation
+    Wrong(
+        "mask-token-outside-the-vocabulary",
+        lambda place: place.train(place.cache, objective="dflash", mask_token_id=VOCAB),
+        [f"within the vocabulary of {VOCAB}", f"got {VOCAB}", "drafter.mask_token_id"],
+    ),
+    Wrong(
+        "boundary-without-first-drafts",
+        lambda place: place.train(place.cache),
+        ["prefix sampler boundary", "holds no first drafts", "vpd draft", "--prefix-sampler geometric"],
+    ),
+    Wrong(
+        "first-drafts-of-another-name",
+        lambda place: place.train(place.drafted, first_drafter="ffff"),
+        ["expected first drafts ffff", "found", "Name one"],
+    ),
+    Wrong(
+        "no-cache",
+        lambda place: place.train(place.folder / "nowhere", objective="dflash"),
+        ["expected a cache at", "nowhere", "found no dataset.json", "vpd extract"],
+    ),
+    Wrong(
+        "nothing-committed",
+        lambda place: place.train(empty_cache(place), objective="dflash"),
+        ["expected committed sequences in", "found none", "vpd extract"],
+    ),
+    Wrong(
+        "everything-held-out",
+        lambda place: place.train(place.cache, objective="dflash", holdout=0.999999),
+        ["expected sequences to train on", "found none", "12 are held out", "lower train.holdout"],
+    ),
+    Wrong(
+        "nothing-held-out",
+        lambda place: place.evaluate("--holdout", 0.0),
+        ["expected held-out greedy responses", "found none", "Hold out more"],
+    ),
+    Wrong(
+        "no-such-device",
+        lambda place: place.evaluate("--device", "cuda:77"),
+        ["expected a device", "cuda:77"],
+        code=2,
+    ),
+    # Settings
+    Wrong(
+        "unknown-key",
+        lambda place: place.train(place.cache, "--set", "train.num_anchor=3"),
+        ["train.num_anchor: unknown setting", "nearest: train.num_anchors"],
+        code=2,
+    ),
+    Wrong(
+        "value-of-another-type",
+        lambda place: place.train(place.cache, "--set", "train.lr=fast"),
+        ["train.lr: expected", "number", "'fast'"],
+        code=2,
+    ),
+    Wrong(
+        "unknown-recipe",
+        lambda place: place.train(place.cache, "--config", "qwen3-8"),
+        ["qwen3-8:", "expected a YAML file or a recipe", "nearest: qwen3-8b"],
+        code=2,
+    ),
+]
+
+
+def check_message(outcome: Outcome, code: int, words: list[str]) -> None:
+    message = outcome.message
+    for word in words:
+        assert word in message
+    assert "\n\n" not in message  # one paragraph
+    assert message[-1] not in ":,"
+    assert outcome.code == code
+    assert outcome.out == ""
+
+
+@pytest.mark.parametrize("case", WRONG, ids=lambda case: case.id)
+def test_an_error_says_what_is_wrong_and_leaves_caches_alone(case: Wrong, place: Place):
+    arguments = case.arguments(place)
+    before = snapshot(place.cache), snapshot(place.drafted)
+    check_message(run_vpd(*arguments), case.code, case.words)
+    assert (snapshot(place.cache), snapshot(place.drafted)) == before
+    assert not (place.folder / "run").exists()
+
+
+@pytest.mark.parametrize("command", [["train"], ["train", "x"], ["extract", "x"], ["eval", "x", "--k", "many"], ["no"]])
+def test_misuse_of_the_command_line_has_exit_code_2(command: list[str]):
+    outcome = run_vpd(*command)
+    assert outcome.code == 2
+    assert "Usage: " in outcome.err
+
+
+def test_drafts_that_miss_a_part_are_completed_before_training(place: Place):
+    folder = next((place.drafted / "drafts").iterdir())
+    for path in (folder / "commits").iterdir():
+        path.unlink()
+    outcome = run_vpd(*place.train(place.drafted))
+    check_message(outcome, 1, [f"the first drafts {folder.name} lack 1 of 1 parts", "Complete them: vpd draft"])
+    vpd("draft", place.drafted, "--first-drafter", place.first_run)
+    assert run_vpd(*place.train(place.drafted)).code == 0
+
+
+def test_a_cache_without_the_target_s_pieces_is_named(place: Place):
+    shutil.rmtree(place.cache / "target")
+    outcome = run_vpd(*place.train(place.cache, objective="dflash"))
+    check_message(outcome, 1, [str(place.cache / "target"), "vpd extract"])
+
+
+def test_damage_found_while_reading_is_named(place: Place):
+    (path,) = place.cache.glob("parts/*/hidden/c/0/0/0")
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+    outcome = run_vpd("draft", place.cache, "--first-drafter", place.first_run)
+    check_message(outcome, 1, [str(path), "checksum"])
+    assert not list((place.cache / "drafts").glob("*/commits/*"))
+
+
+def test_a_cache_of_another_schema_is_not_read_as_this_one(tmp_path: Path):
+    fill_cache(tmp_path / "cache", [make_sequence("a", 10, 2, 8)])
+    path = tmp_path / "cache/dataset.json"
+    path.write_text(path.read_text().replace('"layer_ids"', '"layers"', 1))
+    outcome = run_vpd("train", tmp_path / "cache", "--out", tmp_path / "run")
+    check_message(outcome, 1, [str(path), "not a manifest of schema version 1"])
+
+
+def test_skip_bad_counts_what_it_leaves_out(place: Place):
+    records = [PROMPTS[0], "{broken", {"question": "why?"}, {"prompt": "fox " * 100}, PROMPTS[1]]
+    prompts = place.write(*records)
+    result = vpd(*place.extract(prompts), skip_bad=True)
+    assert result["skipped"] == {"unreadable record": 2, "too long": 1}
+    assert (result["num_written"], result["num_sequences"]) == (2, 2)
+    again = vpd(*place.extract(prompts), skip_bad=True)
+    assert (again["num_written"], again["num_present"]) == (0, 2)
+    assert again["skipped"] == result["skipped"]
+
+
+def test_skip_bad_counts_records_without_an_answer(place: Place):
+    prompts = write_jsonl(place.folder / "given.jsonl", [ANSWERED, {"prompt": "why?"}])
+    result = vpd(*place.extract(prompts, mode="given"), skip_bad=True)
+    assert (result["num_written"], result["skipped"]) == (1, {"no assistant token": 1})
+
+
+def test_the_result_for_people_says_what_was_skipped(place: Place):
+    outcome = run_vpd(*place.extract(place.write(PROMPTS[0], "{broken")), skip_bad=True)
+    assert outcome.code == 0
+    assert "1 sequences" in outcome.out
+    assert "{'unreadable record': 1}" in outcome.out
+
+
+def test_a_refused_extraction_makes_no_cache(place: Place):
+    for case in WRONG[:4]:
+        run_vpd(*case.arguments(place))
+        assert not (place.folder / "new").exists(), case.id
+
+
+def test_an_unused_cache_can_be_told_from_a_committed_one(place: Place):
+    assert len(Cache.open(empty_cache(place), allow_empty=True)) == 0
+
+
+def vpd_process(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "vpd.pipeline.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_traceback_is_shown_only_with_debug(debug: bool, tmp_path: Path):
+    done = vpd_process("train", tmp_path / "nowhere", "--out", tmp_path / "run", *["--debug"] * debug)
+    assert done.returncode == 1
+    assert ("Traceback" in done.stderr) == debug
+    assert ("CacheNotFoundError: expected a cache" if debug else "vpd: error: expected a cache") in done.stderr
+    assert done.stdout == ""

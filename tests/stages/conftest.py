@@ -1,0 +1,74 @@
+"""Whole runs, each made once by the project's own commands."""
+
+import importlib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vpd.pipeline import commands
+from vpd.pipeline.config import load_config
+from vpd.pipeline.demo import PROMPTS, make_target
+
+Run = dict[str, Any]
+TINY = {
+    "extract.engine": "transformers",
+    "extract.dtype": "float32",
+    "extract.num_draft_layers": 2,
+    "extract.max_len": 128,
+    "extract.max_new_tokens": 24,
+}
+TRAINING = {
+    "drafter.num_layers": 1,
+    "train.batch_size": 4,
+    "train.holdout": 0.0,
+    "train.lr": 3e-3,
+    "train.prefix.sampler": "boundary",
+}
+
+
+@pytest.fixture(scope="session")
+def vllm_imported() -> None:
+    """vLLM's import looks up deprecated names of torch; its warnings are not the project's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        importlib.import_module("vllm.v1.engine.llm_engine")
+
+
+def make_run(
+    root: Path, target: Path, prompts: Path, recipe: str | None, settings: dict[str, Any], *, first_steps: int
+) -> Run:
+    """Extraction, first drafter (trained briefly, so that it fails often), first drafts and VP-Drafter."""
+    cache, first, vp = root / "cache", root / "first", root / "vp"
+    config = load_config(recipe, settings)
+    commands.extract(str(target), (prompts,), cache, None, config, True)
+    commands.train(
+        cache,
+        first,
+        load_config(recipe, settings | {"train.objective": "dflash", "train.max_steps": first_steps}),
+        True,
+    )
+    commands.draft(cache, first, config, True)
+    commands.train(cache, vp, config, True)
+    return {"target_folder": target, "cache_folder": cache, "first": first, "vp": vp}
+
+
+@pytest.fixture(scope="session")
+def tiny_target_run(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_prompts: Path) -> Run:
+    settings = TINY | TRAINING | {"drafter.block_size": 4, "train.max_steps": 60}
+    return make_run(tmp_path_factory.mktemp("tiny"), tiny_llama, tiny_prompts, None, settings, first_steps=20)
+
+
+@pytest.fixture(scope="session")
+def smollm2_run(tmp_path_factory: pytest.TempPathFactory, vllm_imported: None) -> Run:
+    """SmolLM2-135M-Instruct under vLLM; drafters small enough to learn eight responses by heart."""
+    root = tmp_path_factory.mktemp("smollm2")
+    make_target(root / "target")
+    settings = TRAINING | {
+        "drafter.block_size": 4,
+        "extract.limit": 8,
+        "extract.max_new_tokens": 24,
+        "train.max_steps": 60,
+        "train.num_anchors": 24,
+    }
+    return make_run(root, root / "target", PROMPTS, "smollm2-135m", settings, first_steps=40)

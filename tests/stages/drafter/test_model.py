@@ -1,0 +1,297 @@
+"""The drafter against a second, plain implementation of it, and what a block's output may depend on."""
+
+# T context tokens, N blocks, G block size, M = N * G positions of all blocks, D context features (K layers x H)
+# H hidden width, d head width
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RotaryEmbedding
+from vpd.stages.drafter.model import Drafter
+from vpd.stages.drafter.shape import DrafterShape
+
+# The drafter runs in float64 here, apart from its softmax and its rotary angles, which it computes in float32. At
+# positions below 64 an angle is off by up to 64 * 2^-24 = 4e-6, and a few layers and their gradients make that a
+# small multiple. Leaving a position out, or turning one by a single step, changes results by more than 1e-2.
+TOLERANCE = 5e-5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """With tensors this small, threads only wait for each other, on a busy machine for long."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+class Case(NamedTuple):
+    id: str
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_layers: int
+    num_context_layers: int
+    num_context: int
+    block_size: int
+    anchors: list[int]
+
+
+CASES = [
+    Case("one-block", 2, 2, 4, 1, 1, 6, 4, [3]),
+    Case("first-and-last-anchor", 2, 2, 4, 2, 2, 7, 3, [1, 7]),
+    Case("grouped-query", 6, 2, 4, 2, 1, 9, 4, [2, 5, 6, 9]),
+    Case("one-key-value-head", 4, 1, 6, 1, 3, 5, 5, [1, 3]),
+    Case("overlapping-and-equal-anchors", 4, 2, 2, 2, 1, 8, 6, [4, 4, 5]),
+    Case("nothing-before-the-anchor", 2, 1, 4, 2, 1, 4, 3, [0, 2]),
+    Case("block-of-two", 2, 2, 8, 3, 2, 40, 2, [1, 20, 39]),
+]
+
+
+def make_shape(case: Case) -> DrafterShape:
+    return DrafterShape(
+        num_layers=case.num_layers,
+        hidden_size=12,
+        num_attention_heads=case.num_heads,
+        num_key_value_heads=case.num_kv_heads,
+        head_dim=case.head_dim,
+        intermediate_size=10,
+        rms_norm_eps=1e-3,
+        rope_theta=50.0,
+        max_position_embeddings=64,
+        vocab_size=20,
+        block_size=case.block_size,
+        mask_token_id=19,
+        target_layer_ids=tuple(range(case.num_context_layers)),
+        num_target_layers=8,
+    )
+
+
+def random_drafter(shape: DrafterShape, seed: int = 0) -> Drafter:
+    """Weights large enough that attention is far from uniform, and norms that are not one."""
+    generator = torch.Generator().manual_seed(seed)
+    drafter = Drafter(shape)
+    with torch.no_grad():
+        for parameter in drafter.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=1.5 * parameter.shape[1] ** -0.5, generator=generator)
+            else:
+                parameter.uniform_(0.5, 1.5, generator=generator)
+    return drafter
+
+
+def random_inputs(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    features_TD = torch.randn(case.num_context, case.num_context_layers * 12, generator=generator, dtype=dtype)
+    blocks_NGH = torch.randn(len(case.anchors), case.block_size, 12, generator=generator, dtype=dtype)
+    return features_TD, blocks_NGH, torch.tensor(case.anchors)
+
+
+# The plain implementation: one dense mask over [context ; all blocks], a loop over heads, formulas written out.
+
+
+def plain_drafter(
+    weights: Mapping[str, Tensor], shape: DrafterShape, features_TD: Tensor, blocks_NGH: Tensor, anchors: list[int]
+) -> Tensor:
+    (T, _), (N, G, H) = features_TD.shape, blocks_NGH.shape
+    eps = shape.rms_norm_eps
+    positions = [*range(T), *(anchor + k for anchor in anchors for k in range(G))]
+    seen = [
+        [position < anchor for position in range(T)] + [other == block for other in range(N) for _ in range(G)]
+        for block, anchor in enumerate(anchors)
+        for _ in range(G)
+    ]
+    context_TH = rms_norm(features_TD @ weights["fc.weight"].T, weights["hidden_norm.weight"], eps)
+    states_MH = blocks_NGH.reshape(N * G, H)
+    for i in range(shape.num_layers):
+        layer = {name.removeprefix(f"layers.{i}."): value for name, value in weights.items()}
+        normed_MH = rms_norm(states_MH, layer["input_layernorm.weight"], eps)
+        attended = plain_attention(layer, shape, context_TH, normed_MH, positions, torch.tensor(seen))
+        states_MH = states_MH + attended
+        normed_MH = rms_norm(states_MH, layer["post_attention_layernorm.weight"], eps)
+        gate, up = normed_MH @ layer["mlp.gate_proj.weight"].T, normed_MH @ layer["mlp.up_proj.weight"].T
+        states_MH = states_MH + (gate / (1 + torch.exp(-gate)) * up) @ layer["mlp.down_proj.weight"].T
+    return rms_norm(states_MH, weights["norm.weight"], eps).reshape(N, G, H)
+
+
+def plain_attention(
+    layer: Mapping[str, Tensor],
+    shape: DrafterShape,
+    context_TH: Tensor,
+    states_MH: Tensor,
+    positions: list[int],
+    seen: Tensor,
+) -> Tensor:
+    d, per_group = shape.head_dim, shape.num_attention_heads // shape.num_key_value_heads
+    everything = torch.cat([context_TH, states_MH])
+    own_positions = positions[len(context_TH) :]
+    mixed = []
+    for head in range(shape.num_attention_heads):
+        rows = slice(head * d, (head + 1) * d)
+        kv_rows = slice(head // per_group * d, (head // per_group + 1) * d)
+        query = states_MH @ layer["self_attn.q_proj.weight"][rows].T
+        key = everything @ layer["self_attn.k_proj.weight"][kv_rows].T
+        value = everything @ layer["self_attn.v_proj.weight"][kv_rows].T
+        query = rms_norm(query, layer["self_attn.q_norm.weight"], shape.rms_norm_eps)
+        key = rms_norm(key, layer["self_attn.k_norm.weight"], shape.rms_norm_eps)
+        query, key = turn(query, own_positions, shape.rope_theta), turn(key, positions, shape.rope_theta)
+        likeness = torch.where(seen, torch.exp(query @ key.T / d**0.5), 0.0)
+        mixed.append(likeness / likeness.sum(dim=1, keepdim=True) @ value)
+    return torch.cat(mixed, dim=1) @ layer["self_attn.o_proj.weight"].T
+
+
+def rms_norm(states: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return states / ((states * states).mean(dim=-1, keepdim=True) + eps).sqrt() * weight
+
+
+def turn(states_Md: Tensor, positions: list[int], theta: float) -> Tensor:
+    """RoPE: entries j and j + d/2 are a complex number, turned by position * theta^(-2j/d)."""
+    half = states_Md.shape[1] // 2
+    real, imaginary = [], []
+    for j in range(half):
+        angles = torch.tensor(positions, dtype=torch.float64) * theta ** (-j / half)
+        turned = torch.complex(states_Md[:, j], states_Md[:, j + half]) * torch.exp(1j * angles)
+        real.append(turned.real)
+        imaginary.append(turned.imag)
+    return torch.stack(real + imaginary, dim=1)
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Largest difference, relative to the largest entry."""
+    found, expected = found.detach(), expected.detach()
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_values_and_gradients_are_those_of_the_plain_implementation(case: Case):
+    shape = make_shape(case)
+    drafter = random_drafter(shape).double()
+    features_TD, blocks_NGH, anchors_N = random_inputs(case, torch.float64)
+    direction_NGH = torch.randn(blocks_NGH.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+    inputs = [features_TD.clone().requires_grad_(), blocks_NGH.clone().requires_grad_()]
+    found_NGH = drafter(inputs[1], anchors_N, drafter.context(inputs[0]))
+    names = [*dict(drafter.named_parameters()), "features", "blocks"]
+    found_gradients = torch.autograd.grad((found_NGH * direction_NGH).sum(), [*drafter.parameters(), *inputs])
+
+    weights = {name: value.detach().clone().requires_grad_() for name, value in drafter.named_parameters()}
+    plain_inputs = [features_TD.clone().requires_grad_(), blocks_NGH.clone().requires_grad_()]
+    expected_NGH = plain_drafter(weights, shape, plain_inputs[0], plain_inputs[1], case.anchors)
+    expected_gradients = torch.autograd.grad((expected_NGH * direction_NGH).sum(), [*weights.values(), *plain_inputs])
+
+    assert relative_error(found_NGH, expected_NGH) < TOLERANCE
+    for name, found, expected in zip(names, found_gradients, expected_gradients, strict=True):
+        assert relative_error(found, expected) < TOLERANCE, name
+
+
+def test_a_block_without_context_is_a_bidirectional_qwen3_layer():
+    # A third witness, the code that others load the checkpoint with: it pins down how heads are grouped, which
+    # entries RoPE pairs, and where the norms go.
+    case = Case("", 4, 2, 4, 1, 1, 3, 5, [0])
+    shape = make_shape(case)
+    drafter = random_drafter(shape).double()
+    features_TD, blocks_NGH, anchors_N = random_inputs(case, torch.float64)
+    config = Qwen3Config(
+        hidden_size=shape.hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_key_value_heads,
+        head_dim=shape.head_dim,
+        intermediate_size=shape.intermediate_size,
+        rms_norm_eps=shape.rms_norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        num_hidden_layers=1,
+    )
+    config._attn_implementation = "eager"
+    layer = Qwen3DecoderLayer(config, layer_idx=0).double()
+    layer.load_state_dict(drafter.layers[0].state_dict())
+    positions = torch.arange(case.block_size)[None]
+    expected = layer(blocks_NGH, position_embeddings=Qwen3RotaryEmbedding(config)(blocks_NGH, positions))
+    expected = rms_norm(expected, drafter.norm.weight, shape.rms_norm_eps)
+    found = drafter(blocks_NGH, anchors_N, drafter.context(features_TD))
+    assert relative_error(found, expected) < TOLERANCE
+
+
+# What an output depends on. Masked scores are exactly zero weights, so outputs are equal bit for bit.
+
+SEEN = Case("", 4, 2, 4, 2, 2, 9, 4, [3, 5, 9])
+
+
+class World(NamedTuple):
+    """One drafter with its inputs; `run` gives the blocks' outputs [N, G, H]."""
+
+    drafter: Drafter
+    features_TD: Tensor
+    blocks_NGH: Tensor
+    anchors_N: Tensor
+
+    def run(self) -> Tensor:
+        with torch.no_grad():
+            return self.drafter(self.blocks_NGH, self.anchors_N, self.drafter.context(self.features_TD))
+
+
+@pytest.fixture
+def world() -> World:
+    return World(random_drafter(make_shape(SEEN)), *random_inputs(SEEN, torch.float32))
+
+
+@pytest.mark.parametrize("block", range(3))
+def test_states_at_and_after_the_anchor_are_never_seen(world: World, block: int):
+    before = world.run()
+    world.features_TD[world.anchors_N[block] :] += 3.0
+    assert torch.equal(world.run()[block], before[block])
+
+
+@pytest.mark.parametrize("block", range(3))
+def test_every_state_before_the_anchor_is_seen_by_every_position(world: World, block: int):
+    before = world.run()
+    for position in range(SEEN.anchors[block]):
+        changed = world.features_TD.clone()
+        changed[position] += 3.0
+        after = world._replace(features_TD=changed).run()
+        assert (after[block] != before[block]).any(dim=1).all(), position
+
+
+@pytest.mark.parametrize("block", range(3))
+def test_blocks_never_see_each_other(world: World, block: int):
+    before = world.run()
+    world.blocks_NGH[block] += 3.0
+    after = world.run()
+    others = [other for other in range(3) if other != block]
+    assert torch.equal(after[others], before[others])
+    assert not torch.equal(after[block], before[block])
+
+
+@pytest.mark.parametrize("position", range(4))
+def test_a_block_sees_itself_in_both_directions(world: World, position: int):
+    before = world.run()
+    world.blocks_NGH[1, position] += 3.0
+    assert (world.run()[1] != before[1]).any(dim=1).all()
+
+
+def test_a_block_does_not_depend_on_the_company_it_is_computed_in(world: World):
+    # Context cut off at the anchor and no other blocks: the sums run over other shapes, hence float32's rounding.
+    together = world.run()
+    for block, anchor in enumerate(SEEN.anchors):
+        one = slice(block, block + 1)
+        alone = World(world.drafter, world.features_TD[:anchor], world.blocks_NGH[one], world.anchors_N[one]).run()
+        torch.testing.assert_close(alone[0], together[block], rtol=1e-4, atol=1e-5)
+
+
+def test_drawn_weights_depend_on_the_generator_alone():
+    shape = make_shape(SEEN)
+    states = []
+    for seed in (5, 5, 6):
+        drafter = Drafter(shape)
+        drafter.init_weights(torch.Generator().manual_seed(seed))
+        states.append(drafter.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    for name, value in states[0].items():
+        if value.dim() == 1:
+            assert bool((value == 1).all()), name
+        else:
+            assert not torch.equal(value, states[2][name]), name
+            # 120 entries and more: the standard deviation of their standard deviation is below 7 %.
+            assert float(value.std()) == pytest.approx(0.02, rel=0.3), name

@@ -1,0 +1,517 @@
+"""Extraction with the real transformers engine: the cache holds what plain transformers computes."""
+
+# T tokens with a state, S tokens of the sequence, K layers, H hidden width, V vocabulary
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from tiny import CHATML, END, EXTRACT, MULTI_TURN_ROW, NUM_LAYERS, PROMPTS, TEXT_ROW, snapshot, vpd, write_jsonl
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from vpd.data.cache.store import Cache, CachedSequence
+from vpd.data.errors import ExtractionError, PromptError
+from vpd.data.prompts import read_prompts
+from vpd.stages.config import ExtractConfig
+from vpd.stages.extract.engine import Completion, Engine, EngineRequest
+from vpd.stages.extract.run import (
+    QUARANTINE,
+    ExtractReport,
+    extract,
+    make_chat,
+    make_engine,
+    open_cache,
+    plan_layers,
+    plan_manifest,
+)
+from vpd.stages.extract.target import load_target
+
+Wrap = Callable[[Engine], Engine]
+
+
+def make_config(**changes: Any) -> ExtractConfig:
+    return ExtractConfig(**{"layer_ids": list(range(NUM_LAYERS)), **EXTRACT, **changes})
+
+
+def run(target_folder: Path, prompt_file: Path, out: Path, wrap: Wrap = lambda engine: engine, **changes: Any) -> ExtractReport:
+    """What `vpd extract` does, with the engine wrapped."""
+    config = make_config(**changes)
+    target = load_target(str(target_folder))
+    layer_ids, chat = plan_layers(target, config), make_chat(target, config)
+    prompts = read_prompts([prompt_file], skip_bad=config.skip_bad, limit=config.limit)
+    cache = open_cache(out, plan_manifest(target, layer_ids, chat, prompts, config), target)
+    return extract(lambda: wrap(make_engine(target, layer_ids, config)), cache, prompts, chat, target, config)
+
+
+def by_row(folder: Path) -> dict[int, CachedSequence]:
+    """Sequences by the line number of their record."""
+    cache = Cache.open(folder, allow_empty=True)
+    return {row.source_row: cache.read(row) for row in cache.rows}
+
+
+def tokens(folder: Path) -> dict[str, list[int]]:
+    cache = Cache.open(folder, allow_empty=True)
+    return {row.seq_id: cache.read(row).token_ids_S.tolist() for row in cache.rows}
+
+
+class Reference(NamedTuple):
+    """Plain transformers on one sequence, all tokens at once."""
+
+    hidden_TKH: Tensor
+    argmax_T: Tensor
+
+
+class Model:
+    """The target as transformers loads it."""
+
+    def __init__(self, folder: Path):
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
+
+    @torch.inference_mode()
+    def forward(self, token_ids: list[int]) -> Reference:
+        raw: list[Tensor] = []
+        last = self.model.model.layers[-1]
+        # `hidden_states` ends with the state after the final norm, so the last layer's own output is hooked.
+        hook = last.register_forward_hook(lambda module, args, output: raw.append(output))
+        out = self.model(torch.tensor([token_ids]), output_hidden_states=True)
+        hook.remove()
+        states = [*out.hidden_states[1:-1], *raw]
+        return Reference(torch.cat(states).transpose(0, 1), out.logits[0].argmax(dim=-1))
+
+    @torch.inference_mode()
+    def greedy(self, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
+        prompt = torch.tensor([prompt_ids])
+        mask = torch.ones_like(prompt)
+        out = self.model.generate(prompt, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False)
+        return out[0, len(prompt_ids) :].tolist()
+
+
+def check_states(found_TKH: Tensor, expected_TKH: Tensor) -> None:
+    """Equal to bfloat16's rounding of float32 states that differ by the order of their sums."""
+    assert (found_TKH.dtype, found_TKH.shape) == (torch.bfloat16, expected_TKH.shape)
+    torch.testing.assert_close(found_TKH.float(), expected_TKH, rtol=2**-7, atol=2**-9)
+    cosine_TK = torch.cosine_similarity(found_TKH.float(), expected_TKH, dim=-1)
+    assert cosine_TK.min() > 0.9999
+
+
+class Extracted(NamedTuple):
+    folder: Path
+    model: Model
+    report: ExtractReport
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def extracted(
+    request: pytest.FixtureRequest, tiny_prompts: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Extracted:
+    """All layers of a target over all prompts."""
+    target = request.getfixturevalue(f"tiny_{request.param}")
+    folder = tmp_path_factory.mktemp("extracted") / "cache"
+    report = run(target, tiny_prompts, folder)
+    return Extracted(folder, Model(target), report)
+
+
+@pytest.fixture
+def four_prompts(tmp_path: Path) -> Path:
+    return write_jsonl(tmp_path / "four.jsonl", PROMPTS[:4])
+
+
+# What is stored
+
+
+def test_every_record_is_stored_once(extracted: Extracted):
+    assert sorted(by_row(extracted.folder)) == list(range(1, len(PROMPTS) + 1))
+    report = extracted.report
+    assert (report.num_written, report.num_present, report.skipped) == (len(PROMPTS), 0, {})
+    assert report.num_tokens == Cache.open(extracted.folder).num_tokens
+
+
+def test_states_of_every_layer_are_those_of_a_plain_forward_pass(extracted: Extracted):
+    for sequence in by_row(extracted.folder).values():
+        expected = extracted.model.forward(sequence.token_ids_S[: sequence.row.num_tokens].tolist())
+        check_states(sequence.hidden_TKH, expected.hidden_TKH)
+
+
+def test_the_stored_choices_are_the_argmax_of_a_plain_forward_pass(extracted: Extracted):
+    for sequence in by_row(extracted.folder).values():
+        expected = extracted.model.forward(sequence.token_ids_S[: sequence.row.num_tokens].tolist())
+        assert sequence.target_argmax_T.tolist() == expected.argmax_T.tolist()
+    assert extracted.report.num_argmax_differing == 0
+
+
+def test_answers_are_what_generate_writes(extracted: Extracted):
+    num_generated = 0
+    for sequence in by_row(extracted.folder).values():
+        token_ids, prompt_len = sequence.token_ids_S.tolist(), sequence.row.prompt_len
+        assert token_ids[prompt_len:] == extracted.model.greedy(token_ids[:prompt_len], 24)
+        assert token_ids[-1] == sequence.row.final_token_id
+        num_generated += len(token_ids) - prompt_len
+    assert extracted.report.num_checked == num_generated
+
+
+def test_an_answer_ends_with_the_end_token_or_at_the_limit(
+    extracted: Extracted, tiny_tokenizer: PreTrainedTokenizerFast
+):
+    end = tiny_tokenizer.convert_tokens_to_ids(END)
+    reasons = set()
+    for sequence in by_row(extracted.folder).values():
+        row = sequence.row
+        ended = row.final_token_id == end
+        assert row.finish_reason == ("stop" if ended else "length")
+        assert ended or row.num_tokens + 1 - row.prompt_len == 24
+        reasons.add(row.finish_reason)
+    assert reasons == {"stop", "length"}
+
+
+def test_prompts_are_the_rendered_records_and_answers_are_supervised(
+    extracted: Extracted, tiny_tokenizer: PreTrainedTokenizerFast
+):
+    sequences = by_row(extracted.folder)
+    for row, record in enumerate(PROMPTS, start=1):
+        if row == MULTI_TURN_ROW:
+            continue
+        messages = record.get("messages") or [{"role": "user", "content": record.get("prompt", "")}]
+        rendered = tiny_tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = record["text"] if row == TEXT_ROW else rendered
+        sequence = sequences[row]
+        prompt_len = sequence.row.prompt_len
+        assert tiny_tokenizer.decode(sequence.token_ids_S[:prompt_len].tolist()) == text
+        num_answered = len(sequence.token_ids_S) - prompt_len
+        assert sequence.loss_mask_S.tolist() == [False] * prompt_len + [True] * num_answered
+        assert sequence.row.num_supervised == num_answered
+
+
+def test_of_two_turns_both_answers_are_supervised(extracted: Extracted, tiny_tokenizer: PreTrainedTokenizerFast):
+    sequence = by_row(extracted.folder)[MULTI_TURN_ROW]
+    turns = PROMPTS[MULTI_TURN_ROW - 1]["turns"]
+    first = [{"role": "user", "content": turns[0]}]
+    rendered = tiny_tokenizer.apply_chat_template(first, tokenize=False, add_generation_prompt=True)
+    prompt_ids = tiny_tokenizer(rendered)["input_ids"]
+    answer = str(tiny_tokenizer.decode(extracted.model.greedy(prompt_ids, 24), skip_special_tokens=True))
+    second = [*first, {"role": "assistant", "content": answer}, {"role": "user", "content": turns[1]}]
+    rendered = tiny_tokenizer.apply_chat_template(second, tokenize=False, add_generation_prompt=True)
+    prompt_len = sequence.row.prompt_len
+    assert sequence.token_ids_S[:prompt_len].tolist() == tiny_tokenizer(rendered)["input_ids"]
+    earlier = tiny_tokenizer(answer + END)["input_ids"]
+    expected = [False] * len(prompt_ids) + [True] * len(earlier)
+    expected += [False] * (prompt_len - len(expected))
+    assert sequence.loss_mask_S[:prompt_len].tolist() == expected
+    assert sequence.loss_mask_S[prompt_len:].all()
+    assert sequence.token_ids_S[:prompt_len][torch.tensor(expected)].tolist() == earlier
+
+
+def test_the_manifest_says_what_the_cache_was_made_from(extracted: Extracted, tiny_tokenizer: PreTrainedTokenizerFast):
+    manifest = Cache.open(extracted.folder).manifest
+    assert manifest.layer_ids == tuple(range(NUM_LAYERS))
+    assert manifest.vllm_layer_ids == tuple(range(1, NUM_LAYERS + 1))
+    assert manifest.generation["mode"] == "generate"
+    assert manifest.rendered_sample == tiny_tokenizer.apply_chat_template(
+        [{"role": "user", "content": PROMPTS[0]["prompt"]}], tokenize=False, add_generation_prompt=True
+    )
+    for record in Cache.open(extracted.folder).commits.values():
+        assert (record["engine"]["name"], record["engine"]["dtype"]) == ("transformers", "float32")
+
+
+def test_bfloat16_is_what_the_target_computes_in_when_asked(tiny_llama: Path, four_prompts: Path, tmp_path: Path):
+    run(tiny_llama, four_prompts, tmp_path / "cache", dtype="bfloat16")
+    (record,) = Cache.open(tmp_path / "cache").commits.values()
+    assert record["engine"]["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("change", [{"max_in_flight": 1}, {"max_in_flight": 3}], ids=str)
+def test_scheduling_does_not_change_the_tokens(
+    change: dict[str, Any], tiny_llama: Path, four_prompts: Path, tmp_path: Path
+):
+    run(tiny_llama, four_prompts, tmp_path / "one", max_new_tokens=6)
+    run(tiny_llama, four_prompts, tmp_path / "other", max_new_tokens=6, **change)
+    assert tokens(tmp_path / "one") == tokens(tmp_path / "other")
+
+
+def test_sampling_repeats_with_its_seed_alone(tiny_llama: Path, four_prompts: Path, tmp_path: Path):
+    settings: dict[str, Any] = {"max_new_tokens": 8, "temperature": 0.8, "top_k": 20, "top_p": 0.9}
+    for name, change in [("one", {}), ("same", {}), ("seed", {"seed": 1}), ("greedy", {"temperature": 0.0})]:
+        report = run(tiny_llama, four_prompts, tmp_path / name, **settings | change)
+        assert (report.num_checked > 0) == (name == "greedy")
+    assert tokens(tmp_path / "one") == tokens(tmp_path / "same")
+    assert tokens(tmp_path / "one") != tokens(tmp_path / "seed")
+    assert tokens(tmp_path / "one") != tokens(tmp_path / "greedy")
+
+
+# Given responses
+
+GIVEN: list[dict[str, Any]] = [
+    {"messages": [{"role": "user", "content": "which fox?"}, {"role": "assistant", "content": "the quick one"}]},
+    {"prompt": "name a dog", "response": "the lazy dog"},
+    {"text": "the quick brown fox jumps"},
+]
+
+
+@pytest.mark.parametrize("max_len", [128, 25])
+def test_given_responses_are_prefilled(
+    max_len: int, tiny_llama: Path, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+):
+    prompts = write_jsonl(tmp_path / "given.jsonl", GIVEN)
+    report = run(tiny_llama, prompts, tmp_path / "cache", mode="given", max_len=max_len)
+    assert (report.num_written, report.num_checked) == (3, 0)
+    model = Model(tiny_llama)
+    chat = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    texts = [
+        (chat.format("which fox?"), "the quick one" + END, "\n"),
+        (chat.format("name a dog"), "the lazy dog" + END, "\n"),
+        ("the", " quick brown fox jumps", ""),
+    ]
+    for row, parts in enumerate(texts, start=1):
+        sequence = by_row(tmp_path / "cache")[row]
+        ids = [list(tiny_tokenizer(part)["input_ids"]) for part in parts]
+        if row == TEXT_ROW - 9:
+            whole = list(tiny_tokenizer(parts[0] + parts[1])["input_ids"])
+            ids = [whole[:1], whole[1:], []]
+        assert sequence.token_ids_S.tolist() == sum(ids, [])[:max_len]
+        mask = [False] * len(ids[0]) + [True] * len(ids[1]) + [False] * len(ids[2])
+        assert sequence.loss_mask_S.tolist() == mask[:max_len]
+        expected = model.forward(sequence.token_ids_S.tolist())
+        check_states(sequence.hidden_TKH, expected.hidden_TKH)
+        assert sequence.target_argmax_T.tolist() == expected.argmax_T.tolist()
+        assert (sequence.row.final_token_id, sequence.row.finish_reason) == (None, "given")
+        assert sequence.row.prompt_len == len(ids[0])
+
+
+# Records that can't be used
+
+
+class Unusable(NamedTuple):
+    id: str
+    record: object
+    reason: str | None
+    changes: dict[str, Any]
+
+
+UNUSABLE = [
+    Unusable("no-form", {"question": "why?"}, "unreadable record", {}),
+    Unusable("too-long", {"prompt": "fox " * 200}, "too long", {}),
+    Unusable("too-long-text", {"text": "fox " * 200}, "too long", {}),
+    Unusable("no-user", {"messages": [{"role": "system", "content": "be brief"}]}, None, {}),
+    Unusable("given-without-answer", {"prompt": "why?"}, "no assistant token", {"mode": "given"}),
+    Unusable("given-cut", {"prompt": "fox " * 200, "response": "yes"}, "no assistant token", {"mode": "given"}),
+]
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["first", "last"])
+@pytest.mark.parametrize("case", UNUSABLE, ids=lambda case: case.id)
+def test_a_record_that_cannot_be_used_is_named_or_skipped_and_counted(
+    case: Unusable, place: int, tiny_llama: Path, tmp_path: Path
+):
+    records: list[object] = [GIVEN[1]]
+    records.insert(place, case.record)
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", records)
+    settings: dict[str, Any] = {"max_new_tokens": 2, **case.changes}
+    with pytest.raises(PromptError, match=rf"prompts\.jsonl(, row |:){place + 1}"):
+        run(tiny_llama, prompts, tmp_path / "cache", **settings)
+    report = run(tiny_llama, prompts, tmp_path / "skipping", skip_bad=True, **settings)
+    assert (report.num_written, list(report.skipped.values())) == (1, [1])
+    assert case.reason is None or case.reason in report.skipped
+    assert list(by_row(tmp_path / "skipping")) == [2 - place]
+
+
+REFUSING = CHATML.replace(
+    "{% for m in messages %}",
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system message') }}{% endif %}",
+)
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["first", "last"])
+def test_a_record_that_the_template_refuses_is_named_or_skipped(place: int, tiny_llama: Path, tmp_path: Path):
+    template = tmp_path / "template.jinja"
+    template.write_text(REFUSING)
+    records: list[object] = [PROMPTS[0]]
+    records.insert(place, PROMPTS[8])
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", records)
+    settings: dict[str, Any] = {"max_new_tokens": 2, "chat_template": str(template)}
+    report = run(tiny_llama, prompts, tmp_path / "cache", skip_bad=True, **settings)
+    assert (report.num_written, report.skipped.total()) == (1, 1)
+    with pytest.raises(PromptError, match=rf"prompts\.jsonl(, row |:){place + 1}"):
+        run(tiny_llama, prompts, tmp_path / "other", **settings)
+
+
+REWRITING = CHATML.replace(
+    "m.content", "('?' if m.role == 'assistant' and add_generation_prompt else '') + m.content"
+)
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_a_conversation_that_goes_wrong_in_a_later_turn_costs_no_other(
+    skip_bad: bool, tiny_llama: Path, tmp_path: Path
+):
+    """This template renders earlier answers otherwise when it asks for the next one."""
+    template = tmp_path / "template.jinja"
+    template.write_text(REWRITING)
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [*PROMPTS[:2], PROMPTS[MULTI_TURN_ROW - 1], PROMPTS[2]])
+    settings: dict[str, Any] = {"chat_template": str(template), "skip_bad": skip_bad}
+    if skip_bad:
+        report = run(tiny_llama, prompts, tmp_path / "cache", **settings)
+        assert (report.num_written, report.skipped.total()) == (3, 1)
+    else:
+        with pytest.raises(PromptError, match=r"prompts\.jsonl, row 3"):
+            run(tiny_llama, prompts, tmp_path / "cache", **settings)
+        assert sorted(by_row(tmp_path / "cache")) == [1, 2, 4]
+
+
+def test_a_bad_record_costs_no_engine_start(tiny_llama: Path, tmp_path: Path):
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [PROMPTS[0], {"prompt": "fox " * 200}])
+    with pytest.raises(PromptError):
+        run(tiny_llama, prompts, tmp_path / "cache", wrap=no_engine)
+
+
+def test_a_conversation_that_outgrows_max_len_is_counted(tiny_llama: Path, tmp_path: Path):
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [PROMPTS[0], {"turns": ["name a dog"] * 3}])
+    report = run(tiny_llama, prompts, tmp_path / "cache", max_len=60)
+    assert (report.num_written, report.skipped) == (1, {"too long after some turns": 1})
+
+
+def test_an_answer_of_one_token_holds_nothing_to_train_on(tiny_llama: Path, four_prompts: Path, tmp_path: Path):
+    report = run(tiny_llama, four_prompts, tmp_path / "cache", max_new_tokens=1)
+    assert (report.num_written, report.skipped) == (0, {"empty response": 4})
+    assert tokens(tmp_path / "cache") == {}
+
+
+# Runs that go on
+
+
+def no_engine(engine: Engine) -> Engine:
+    raise AssertionError("the engine was started")
+
+
+class Interrupted(Exception):
+    pass
+
+
+class WrappedEngine:
+    """The real engine, but for what becomes of its completions."""
+
+    def __init__(self, engine: Engine):
+        self.engine, self.facts, self.closed = engine, engine.facts, False
+        self.num_completions = 0
+
+    @property
+    def num_in_flight(self) -> int:
+        return self.engine.num_in_flight
+
+    def submit(self, request: EngineRequest) -> None:
+        self.engine.submit(request)
+
+    def poll(self) -> list[Completion]:
+        completions = self.engine.poll()
+        self.num_completions += len(completions)
+        return [self.change(completion) for completion in completions]
+
+    def change(self, completion: Completion) -> Completion:
+        return completion
+
+    def close(self) -> None:
+        self.closed = True
+        self.engine.close()
+
+
+class FailingEngine(WrappedEngine):
+    def __init__(self, engine: Engine, error: BaseException, num_good: int):
+        super().__init__(engine)
+        self.error, self.num_good = error, num_good
+
+    def change(self, completion: Completion) -> Completion:
+        if self.num_completions > self.num_good:
+            raise self.error
+        return completion
+
+
+class BrokenStates(WrappedEngine):
+    """Non-finite states for the first `num_bad` sequences."""
+
+    def __init__(self, engine: Engine, num_bad: int, value: float):
+        super().__init__(engine)
+        self.num_bad, self.value = num_bad, value
+
+    def change(self, completion: Completion) -> Completion:
+        if completion.hidden_TKH is None or self.num_completions > self.num_bad:
+            return completion
+        hidden_TKH = completion.hidden_TKH.clone()
+        hidden_TKH[-1, 0, 3] = self.value
+        return replace(completion, hidden_TKH=hidden_TKH)
+
+
+def test_a_second_run_writes_nothing_and_starts_no_engine(undisturbed: Path, tiny_llama: Path, tiny_prompts: Path):
+    before = snapshot(undisturbed)
+    report = run(tiny_llama, tiny_prompts, undisturbed, wrap=no_engine, **SHORT)
+    assert (report.num_present, report.num_written, report.num_tokens) == (len(PROMPTS), 0, 0)
+    assert snapshot(undisturbed) == before
+
+
+def test_the_command_repeated_writes_nothing(tiny_cache: Path, tiny_llama: Path, tiny_prompts: Path):
+    before = snapshot(tiny_cache)
+    result = vpd("extract", tiny_llama, tiny_prompts, "--out", tiny_cache, **EXTRACT)
+    assert (result["num_present"], result["num_written"]) == (len(PROMPTS), 0)
+    assert result["num_sequences"] == len(PROMPTS)
+    assert snapshot(tiny_cache) == before
+
+
+def test_the_order_of_the_records_does_not_matter_to_a_run_that_goes_on(tiny_llama: Path, tmp_path: Path):
+    run(tiny_llama, write_jsonl(tmp_path / "one.jsonl", PROMPTS[:4]), tmp_path / "cache", max_new_tokens=4)
+    other = write_jsonl(tmp_path / "other.jsonl", PROMPTS[3::-1])
+    assert run(tiny_llama, other, tmp_path / "cache", wrap=no_engine, max_new_tokens=4).num_present == 4
+
+
+SHORT: dict[str, Any] = {"max_new_tokens": 6, "max_in_flight": 1}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_llama: Path, tiny_prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed") / "cache"
+    run(tiny_llama, tiny_prompts, folder, **SHORT)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("error", "num_good"), [(KeyboardInterrupt(), 5), (ExtractionError("lost"), 1), (RuntimeError("bug"), 0)], ids=repr
+)
+def test_an_interrupted_run_keeps_what_was_finished_and_then_ends_as_an_undisturbed_one(
+    error: BaseException, num_good: int, undisturbed: Path, tiny_llama: Path, tiny_prompts: Path, tmp_path: Path
+):
+    engines: list[FailingEngine] = []
+
+    def wrap(engine: Engine) -> Engine:
+        engines.append(FailingEngine(engine, error, num_good))
+        return engines[-1]
+
+    with pytest.raises(type(error)):
+        run(tiny_llama, tiny_prompts, tmp_path / "cache", wrap, **SHORT)
+    assert engines[0].closed
+    assert sorted(by_row(tmp_path / "cache")) == list(range(1, num_good + 1))
+    report = run(tiny_llama, tiny_prompts, tmp_path / "cache", **SHORT)
+    assert (report.num_present, report.num_written) == (num_good, len(PROMPTS) - num_good)
+    assert tokens(tmp_path / "cache") == tokens(undisturbed)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_states_that_are_not_finite_go_to_quarantine_and_are_tried_again(
+    value: float, tiny_llama: Path, four_prompts: Path, tmp_path: Path
+):
+    cache = tmp_path / "cache"
+    report = run(tiny_llama, four_prompts, cache, lambda engine: BrokenStates(engine, 2, value), max_new_tokens=6)
+    assert (report.num_written, report.skipped) == (2, {"states that are not finite": 2})
+    assert sorted(by_row(cache)) == [3, 4]
+    entries = [json.loads(line) for line in (cache / QUARANTINE).read_text().splitlines()]
+    records = read_prompts([four_prompts]).records[:2]
+    assert entries == [
+        {"seq_id": r.seq_id, "source": r.source, "row": r.row, "reason": "states that are not finite"} for r in records
+    ]
+    assert run(tiny_llama, four_prompts, cache, max_new_tokens=6).num_written == 2
+    assert sorted(by_row(cache)) == [1, 2, 3, 4]
+
+
+def test_too_many_sequences_in_quarantine_stop_the_run(tiny_llama: Path, tiny_prompts: Path, tmp_path: Path):
+    with pytest.raises(ExtractionError) as caught:
+        run(tiny_llama, tiny_prompts, tmp_path / "cache", lambda engine: BrokenStates(engine, 100, float("nan")))
+    for word in ("4 of 4 sequences", "not finite", QUARANTINE, "dtype"):
+        assert word in str(caught.value)

@@ -1,0 +1,222 @@
+"""The target's folder: its context layers, its pieces as transformers loads them, its fingerprint."""
+
+import json
+import shutil
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+from tiny import END, HIDDEN, NUM_LAYERS, VOCAB, save_target
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from vpd.data.errors import TargetError
+from vpd.stages.drafter.target_pieces import TargetPieces, load_tokenizer
+from vpd.stages.extract.target import check_layers, context_layers, copy_pieces, load_target, read_pieces
+
+
+@pytest.fixture(params=["llama", "qwen3"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A copy of a tiny target."""
+    return shutil.copytree(request.getfixturevalue(f"tiny_{request.param}"), tmp_path / request.param)
+
+
+def expected_pieces(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors that the model itself computes with."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    pieces = {"embed_tokens.weight": model.get_input_embeddings().weight, "norm.weight": model.model.norm.weight}
+    if not model.config.tie_word_embeddings:
+        pieces["lm_head.weight"] = model.get_output_embeddings().weight
+    return {name: value.detach() for name, value in pieces.items()}
+
+
+def check_pieces(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+# Layers
+
+
+@pytest.mark.parametrize(
+    ("num_target_layers", "num_draft_layers", "expected"),
+    [
+        (36, 5, (1, 9, 17, 25, 33)),
+        (36, 1, (18,)),
+        (36, 2, (1, 33)),
+        (28, 5, (1, 7, 13, 19, 25)),
+        (30, 3, (1, 14, 27)),
+        (64, 5, (1, 16, 31, 46, 61)),
+        (6, 3, (1, 2, 3)),
+    ],
+)
+def test_layers_follow_the_rule_of_dflash(num_target_layers: int, num_draft_layers: int, expected: tuple[int, ...]):
+    assert context_layers(num_target_layers, num_draft_layers) == expected
+
+
+@pytest.mark.parametrize("num_draft_layers", [2, 3, 4, 5, 8])
+def test_layers_are_the_formula_rounded_for_every_depth(num_draft_layers: int):
+    for num_target_layers in range(4, 100):
+        exact = [1 + Fraction(i * (num_target_layers - 4), num_draft_layers - 1) for i in range(num_draft_layers)]
+        assert context_layers(num_target_layers, num_draft_layers) == tuple(map(round, exact))
+
+
+@pytest.mark.parametrize(
+    ("layer_ids", "words"),
+    [
+        pytest.param((), ["ascending, distinct layer ids", "[]"], id="none"),
+        pytest.param((2, 1), ["ascending, distinct", "[2, 1]", "extract.layer_ids"], id="descending"),
+        pytest.param((1, 1), ["ascending, distinct", "[1, 1]"], id="twice"),
+        pytest.param((1, 6), ["0..5", "has 6 layers", "[1, 6]", "extract.layer_ids"], id="too-large"),
+        pytest.param((-1, 2), ["0..5", "[-1, 2]"], id="negative"),
+    ],
+)
+def test_impossible_layers_are_refused(layer_ids: tuple[int, ...], words: list[str]):
+    with pytest.raises(TargetError) as caught:
+        check_layers(layer_ids, 6)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("layer_ids", [(0,), (5,), (0, 5), (0, 1, 2, 3, 4, 5)])
+def test_possible_layers_pass(layer_ids: tuple[int, ...]):
+    assert check_layers(layer_ids, 6) == layer_ids
+
+
+def test_a_rule_that_finds_too_few_layers_is_refused():
+    with pytest.raises(TargetError, match="distinct"):
+        check_layers(context_layers(6, 5), 6)
+
+
+# Folder
+
+
+def test_a_target_says_what_it_is(folder: Path, tiny_tokenizer: PreTrainedTokenizerFast):
+    target = load_target(str(folder))
+    assert (target.num_layers, target.hidden_size, target.vocab_size) == (NUM_LAYERS, HIDDEN, VOCAB)
+    assert target.eos_token_ids == {tiny_tokenizer.convert_tokens_to_ids(END)}
+
+
+@pytest.mark.parametrize("ids", [7, [7, 8]])
+def test_ends_of_the_generation_config_count_too(ids: Any, folder: Path):
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": ids}))
+    assert load_target(str(folder)).eos_token_ids == {1, 7, *(ids if isinstance(ids, list) else [])}
+
+
+@pytest.mark.parametrize(
+    ("gone", "words"),
+    [
+        ("model.safetensors", ["expected weights (*.safetensors)", "found none", "save_pretrained"]),
+        ("config.json", ["expected a model", "found no config.json"]),
+        ("tokenizer.json", ["tokenizer", "can't be loaded"]),
+    ],
+)
+def test_a_folder_without_a_file_names_what_is_missing(gone: str, words: list[str], folder: Path):
+    (folder / gone).unlink()
+    with pytest.raises(TargetError) as caught:
+        load_target(str(folder))
+    for word in (*words, str(folder)):
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./no-such-folder", "no-such-owner/no-such-model"])
+def test_a_target_that_is_nowhere_is_refused(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(TargetError) as caught:
+        load_target(name)
+    for word in ("expected a target", name, "neither a local folder", "Check the path"):
+        assert word in str(caught.value)
+
+
+# Pieces
+
+
+def test_pieces_are_the_tensors_that_the_model_computes_with(folder: Path):
+    found = read_pieces(load_target(str(folder)))
+    check_pieces(found, expected_pieces(folder))
+    assert ("lm_head.weight" in found) == (folder.name == "qwen3")  # tied weights are stored once
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_pieces_come_from_sharded_weights_too(kind: str, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path):
+    folder = save_target(kind, tmp_path / kind, tiny_tokenizer, max_shard_size="200KB")
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    check_pieces(read_pieces(load_target(str(folder))), expected_pieces(folder))
+
+
+def test_sharded_weights_without_index_are_read_by_their_headers(
+    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+):
+    folder = save_target("qwen3", tmp_path / "qwen3", tiny_tokenizer, max_shard_size="200KB")
+    expected = expected_pieces(folder)
+    (folder / "model.safetensors.index.json").unlink()
+    check_pieces(read_pieces(load_target(str(folder))), expected)
+
+
+def test_weights_of_another_naming_are_refused(tiny_llama: Path, tmp_path: Path):
+    folder = shutil.copytree(tiny_llama, tmp_path / "llama")
+    weights = load_file(folder / "model.safetensors")
+    save_file({name.replace("embed_tokens", "wte"): value for name, value in weights.items()}, folder / "model.safetensors")
+    with pytest.raises(TargetError, match=r"one tensor named \.\.\.embed_tokens\.weight .*found 0"):
+        read_pieces(load_target(str(folder)))
+
+
+def test_the_cache_holds_pieces_and_tokenizer(folder: Path, tmp_path: Path):
+    target, cache = load_target(str(folder)), tmp_path / "cache"
+    copy_pieces(target, cache)
+    expected = expected_pieces(folder)
+    shutil.rmtree(folder)
+    pieces = TargetPieces.load(cache)
+    assert torch.equal(pieces.embed_VH, expected["embed_tokens.weight"])
+    assert torch.equal(pieces.norm_H, expected["norm.weight"])
+    assert torch.equal(pieces.head_VH, expected.get("lm_head.weight", pieces.embed_VH))
+    assert (pieces.head_VH is pieces.embed_VH) == ("lm_head.weight" not in expected)
+    text = "the quick brown fox 你好<|im_end|>"
+    assert load_tokenizer(cache)(text)["input_ids"] == target.tokenizer(text)["input_ids"]
+    copy_pieces(target, cache)  # there already: the target's weights are not needed again
+    assert [path.name for path in cache.iterdir()] == ["target"]
+
+
+# Fingerprint
+
+
+def test_the_fingerprint_is_that_of_the_content(folder: Path, tmp_path: Path):
+    fingerprint = load_target(str(folder)).fingerprint()
+    other = shutil.copytree(folder, tmp_path / "elsewhere")
+    assert load_target(str(other)).fingerprint() == fingerprint
+    weights = load_file(other / "model.safetensors")
+    weights["model.layers.3.mlp.up_proj.weight"][0, 0] += 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    assert load_target(str(other)).fingerprint() != fingerprint
+
+
+def test_the_fingerprint_sees_the_config_and_every_shard(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path):
+    folder = save_target("llama", tmp_path / "llama", tiny_tokenizer, max_shard_size="200KB")
+    target = load_target(str(folder))
+    found = {target.fingerprint()}
+    for path in [folder / "config.json", *target.weight_files()]:
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + b" ")
+        found.add(target.fingerprint())
+        path.write_bytes(content)
+    assert len(found) == 2 + len(target.weight_files())
+    assert target.fingerprint() in found
+
+
+def test_targets_differ_and_share_a_tokenizer(tiny_llama: Path, tiny_qwen3: Path):
+    llama, qwen3 = load_target(str(tiny_llama)), load_target(str(tiny_qwen3))
+    assert llama.fingerprint() != qwen3.fingerprint()
+    assert llama.tokenizer_hash() == qwen3.tokenizer_hash()
+
+
+def test_another_vocabulary_has_another_tokenizer_hash(folder: Path):
+    before = load_target(str(folder)).tokenizer_hash()
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["merges"].pop()
+    path.write_text(json.dumps(content))
+    assert load_target(str(folder)).tokenizer_hash() != before

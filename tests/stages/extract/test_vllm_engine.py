@@ -1,0 +1,105 @@
+"""The real vLLM against transformers: states of every layer, tokens, choices."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from vpd.data.cache.store import Cache
+from vpd.data.errors import ConfigError
+from vpd.stages.extract.engine import Completion, Engine, EngineRequest, Sampling
+from vpd.stages.extract.target import load_target
+from vpd.stages.extract.transformers_engine import TransformersEngine
+from vpd.stages.extract.vllm_engine import VllmEngine, refuse_reserved
+
+GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, seed=0)
+ENGINE_ARGS = {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 28, "max_num_seqs": 16}
+PROMPT_LENS = (1, 3, 16, 17, 64, 70)
+# Both engines compute in float32 and differ by about 1e-5; rounding to bfloat16 turns that into one unit at most.
+BF16_UNIT = 2.0**-7
+
+
+def run(engine: Engine, requests: list[EngineRequest]) -> dict[str, Completion]:
+    for request in requests:
+        engine.submit(request)
+    done: dict[str, Completion] = {}
+    while engine.num_in_flight:
+        done |= {completion.key: completion for completion in engine.poll()}
+    return done
+
+
+@pytest.mark.engine
+class TestAgainstTransformers:
+    """One engine start for each architecture."""
+
+    @pytest.fixture(scope="class", params=["tiny_llama", "tiny_qwen3"])
+    def engines(self, request: pytest.FixtureRequest, vllm_imported: None) -> Iterator[tuple[Engine, Engine]]:
+        target = load_target(str(request.getfixturevalue(request.param)))
+        every_layer = range(target.num_layers)
+        reference = TransformersEngine(target, every_layer, GREEDY, dtype="float32")
+        engine = VllmEngine(target, every_layer, GREEDY, dtype="float32", max_len=128, engine_args=ENGINE_ARGS)
+        yield engine, reference
+        engine.close()
+
+    @pytest.mark.parametrize("max_new_tokens", [1, 20], ids=["prefill", "generate"])
+    def test_same_states_tokens_and_choices(self, engines: tuple[Engine, Engine], max_new_tokens: int):
+        engine, reference = engines
+        generator = torch.Generator().manual_seed(3)
+        requests = [
+            EngineRequest(
+                key=f"{max_new_tokens}-{length}",
+                prompt_ids=torch.randint(3, 290, (length,), generator=generator).tolist(),
+                max_new_tokens=max_new_tokens,
+                capture=True,
+            )
+            for length in PROMPT_LENS
+        ]
+        found, expected = run(engine, requests), run(reference, requests)
+        assert found.keys() == expected.keys()
+        for key, theirs in expected.items():
+            ours = found[key]
+            assert (ours.output_ids, ours.finish_reason) == (theirs.output_ids, theirs.finish_reason)
+            assert ours.hidden_TKH is not None and theirs.hidden_TKH is not None  # noqa: PT018 - narrows both types
+            assert ours.argmax_T is not None and theirs.argmax_T is not None  # noqa: PT018
+            torch.testing.assert_close(ours.hidden_TKH, theirs.hidden_TKH, rtol=BF16_UNIT, atol=1e-3)
+            assert torch.equal(ours.argmax_T, theirs.argmax_T)
+
+    def test_uncaptured_requests_bring_tokens_alone(self, engines: tuple[Engine, Engine]):
+        request = EngineRequest(key="plain", prompt_ids=[5, 6, 7], max_new_tokens=4, capture=False)
+        ours, theirs = (run(engine, [request])["plain"] for engine in engines)
+        assert (ours.output_ids, ours.hidden_TKH) == (theirs.output_ids, None)
+
+
+@pytest.mark.engine
+@pytest.mark.smollm2
+def test_smollm2_generated_states_equal_a_reforward(smollm2_run: dict[str, Any]):
+    cache = Cache.open(smollm2_run["cache_folder"])
+    model = AutoModelForCausalLM.from_pretrained(smollm2_run["target_folder"], dtype=torch.float32)
+    assert cache.manifest.layer_ids == (1, 14, 27)
+    for row in cache.rows[:3]:
+        sequence = cache.read(row)
+        ids_T = sequence.token_ids_S[: row.num_tokens]
+        with torch.inference_mode():
+            out = model(ids_T[None], output_hidden_states=True)
+        for k, layer_id in enumerate(cache.manifest.layer_ids):
+            ours, theirs = sequence.hidden_TKH[:, k].float(), out.hidden_states[layer_id + 1][0]
+            error = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)
+            assert error.max() < 2 * BF16_UNIT, f"layer {layer_id}: {error.max():.4f}"
+        assert torch.equal(sequence.target_argmax_T, out.logits[0].argmax(dim=-1))
+        assert torch.equal(sequence.token_ids_S[row.prompt_len :], sequence.target_argmax_T[row.prompt_len - 1 :])
+
+
+@pytest.mark.parametrize("name", ["enable_prefix_caching", "max_model_len", "speculative_config"])
+def test_reserved_engine_arguments_are_refused(name: str):
+    with pytest.raises(ConfigError, match=name):
+        refuse_reserved({name: 1})
+
+
+def test_vllm_missing_is_named(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch):
+    from vpd.data.errors import ExtractionError
+
+    monkeypatch.setitem(__import__("sys").modules, "vllm", None)
+    with pytest.raises(ExtractionError, match="extract-cpu"):
+        VllmEngine(load_target(str(tiny_llama)), (1,), GREEDY, max_len=8)

@@ -1,0 +1,331 @@
+"""Training runs: a resumed run is an unbroken one bit for bit, and what would change it is refused."""
+
+import json
+import shutil
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tiny import DRAFTER, TRAIN, fill_cache, run_vpd, snapshot, vpd
+from vpd.data.cache.store import Cache, StateWriter
+from vpd.data.errors import ConfigError, DrafterError
+from vpd.pipeline.config import VpdConfig, load_config
+from vpd.pipeline.run import RunFolder
+from vpd.stages.drafter.checkpoint import load_drafter, load_shape
+from vpd.stages.train.checkpoints import find_drafter, list_checkpoints, load_state
+from vpd.stages.train.loop import StepResult, Trainer
+from vpd.stages.train.run import make_trainer
+
+Flags = dict[str, Any]
+SETTINGS: Flags = {**DRAFTER, **TRAIN, "max_steps": 6, "save_every": 3, "batch_size": 2}
+DFLASH: Flags = {"objective": "dflash"}
+
+
+def train(cache: Path, run: Path, **changes: Any) -> Flags:
+    return vpd("train", cache, "--out", run, **{**SETTINGS, **changes})
+
+
+def metrics(run: Path) -> list[Flags]:
+    """The lines of metrics.jsonl without the speed."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "labels_per_second"} for line in lines]
+
+
+def check_same_state(one: Any, other: Any) -> None:
+    """Equality of nested states, tensors bit for bit."""
+    assert type(one) is type(other)
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            check_same_state(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for ours, theirs in zip(one, other, strict=True):
+            check_same_state(ours, theirs)
+    else:
+        assert one == other
+
+
+def check_same_run(one: Path, other: Path) -> None:
+    assert metrics(one) == metrics(other)
+    checkpoints = [list_checkpoints(run)[-1] for run in (one, other)]
+    assert checkpoints[0].name == checkpoints[1].name
+    for name in ("model.safetensors", "config.json"):
+        assert (checkpoints[0] / name).read_bytes() == (checkpoints[1] / name).read_bytes()
+    check_same_state(*map(load_state, checkpoints))
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six steps with checkpoints at 3 and 6."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    train(tiny_cache, run, **DFLASH)
+    return run
+
+
+@pytest.fixture
+def half(finished: Path, tmp_path: Path) -> Path:
+    """A run that was stopped after its third step."""
+    run = shutil.copytree(finished, tmp_path / "half")
+    shutil.rmtree(run / "checkpoints" / "step-0000006")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:3]))
+    return run
+
+
+# Resuming
+
+
+class Case(NamedTuple):
+    id: str
+    flags: Flags
+
+
+CASES = [
+    Case("dflash", DFLASH),
+    Case("boundary", {}),
+    Case("sampled-vocabulary", {"prefix_sampler": "visible-geometric", "num_sampled_tokens": 32, "labels": "argmax"}),
+]
+
+
+@pytest.mark.parametrize("stop_before", [4, 6])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_an_interrupted_run_ends_as_an_unbroken_one(
+    case: Case, stop_before: int, drafted_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    train(drafted_cache, tmp_path / "unbroken", **case.flags)
+    original = Trainer.train_step
+
+    def interrupted(trainer: Trainer) -> StepResult:
+        if trainer.step + 1 == stop_before:
+            raise KeyboardInterrupt
+        return original(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", interrupted)
+        run = tmp_path / "run"
+        outcome = run_vpd("train", drafted_cache, "--out", run, **SETTINGS, **case.flags)
+    assert (outcome.code, "the same command continues" in outcome.err) == (130, True)
+    assert [line["step"] for line in metrics(run)] == list(range(1, stop_before))
+    assert [path.name for path in list_checkpoints(run)] == ["step-0000003"]
+    assert train(drafted_cache, run, **case.flags)["step"] == 6
+    check_same_run(tmp_path / "unbroken", run)
+
+
+def test_a_trainer_goes_on_from_the_latest_checkpoint(finished: Path, half: Path, tiny_cache: Path):
+    config = load_config(half / "config.yaml", {})
+    trainer = make_trainer(Cache.open(tiny_cache), half, config.drafter, config.train)
+    assert (trainer.step, trainer.num_steps) == (3, 6)
+    losses: list[float] = []
+    trainer.train(lambda line: losses.append(line["loss"]))
+    assert losses == [line["loss"] for line in metrics(finished)[3:]]
+    check_same_state(load_state(list_checkpoints(half)[-1]), load_state(list_checkpoints(finished)[-1]))
+
+
+def test_a_finished_run_is_left_as_it_is(finished: Path, tiny_cache: Path):
+    before = snapshot(finished)
+    assert train(tiny_cache, finished, **DFLASH)["step"] == 6
+    after = snapshot(finished)
+    assert {path for path, content in after.items() if before.get(path) != content} <= {"provenance.json"}
+    assert before.keys() == after.keys()
+
+
+@pytest.mark.parametrize("name", ["log_every", "save_every", "keep"])
+def test_what_computes_nothing_may_change(name: str, finished: Path, half: Path, tiny_cache: Path):
+    train(tiny_cache, half, **DFLASH, **{name: 1 if name != "log_every" else 2})
+    logged = {line["step"]: line for line in metrics(half)}
+    assert logged.keys() == ({1, 2, 3, 4, 6} if name == "log_every" else {1, 2, 3, 4, 5, 6})
+    assert [logged[step] for step in logged] == [metrics(finished)[step - 1] for step in logged]
+    steps = [int(path.name[-7:]) for path in list_checkpoints(half)]
+    assert steps == {"log_every": [3, 6], "save_every": [5, 6], "keep": [6]}[name]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("drafter.num_layers", 2),
+        ("drafter.block_size", 8),
+        ("drafter.mask_token_id", 310),
+        ("train.objective", "vp"),
+        ("train.prefix.beta", 0.5),
+        ("train.lr", 1e-4),
+        ("train.schedule", "linear"),
+        ("train.max_steps", 7),
+        ("train.batch_size", 3),
+        ("train.holdout", 0.4),
+        ("train.seed", 1),
+    ],
+)
+def test_a_changed_setting_is_refused_by_its_name(key: str, value: object, half: Path, tiny_cache: Path):
+    before = snapshot(half)
+    flags = SETTINGS | DFLASH | {"prefix_sampler": "boundary" if key != "train.objective" else "geometric"}
+    outcome = run_vpd("train", tiny_cache, "--out", half, "--set", f"{key}={value}", **{
+        name: flag for name, flag in flags.items() if name != key.rpartition(".")[2]
+    })
+    assert outcome.code == 2
+    section, *rest = key.split(".")
+    name = f"{section}.{rest[0]}"
+    for word in (str(half), f"{name}: the run has", str(value), "another --out"):
+        assert word in outcome.message
+    assert snapshot(half) == before
+
+
+def add_sequence(cache: Path) -> None:
+    opened = Cache.open(cache)
+    sequence = opened.read(opened.rows[0])
+    writer = StateWriter(opened, 1 << 20, {})
+    writer.append(
+        seq_id="another",
+        source="more.jsonl",
+        source_row=1,
+        hidden_TKH=sequence.hidden_TKH,
+        token_ids=sequence.token_ids_S[: sequence.row.num_tokens].tolist(),
+        loss_mask=sequence.loss_mask_S[: sequence.row.num_tokens].int().tolist(),
+        target_argmax=sequence.target_argmax_T.tolist(),
+        prompt_len=sequence.row.prompt_len,
+        final_token_id=sequence.row.final_token_id,
+        finish_reason=sequence.row.finish_reason,
+    )
+    writer.commit()
+
+
+def test_a_changed_cache_is_refused(half: Path, tiny_cache: Path, tmp_path: Path):
+    cache = shutil.copytree(tiny_cache, tmp_path / "cache")
+    fingerprint = Cache.open(cache).fingerprint
+    add_sequence(cache)
+    before = snapshot(half)
+    outcome = run_vpd("train", cache, "--out", half, **SETTINGS, **DFLASH)
+    assert outcome.code == 2
+    for word in ("cache: the run was started from", fingerprint, Cache.open(cache).fingerprint, "another --out"):
+        assert word in outcome.message
+    assert snapshot(half) == before
+
+
+# What training does
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(DFLASH, id="dflash"),
+        pytest.param({"prefix_sampler": "geometric"}, id="geometric"),
+        pytest.param({"prefix_sampler": "visible-geometric"}, id="visible-geometric"),
+        pytest.param({"prefix_sampler": "boundary"}, id="boundary"),
+    ],
+)
+def test_thirty_steps_lower_the_loss(flags: Flags, drafted_cache: Path, tmp_path: Path):
+    train(drafted_cache, tmp_path / "run", **flags, max_steps=30, save_every=30)
+    losses = [line["loss"] for line in metrics(tmp_path / "run")]
+    assert len(losses) == 30
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_the_samplers_draw_different_prefixes(drafted_cache: Path, tmp_path: Path):
+    losses = []
+    for sampler in ("geometric", "visible-geometric", "boundary"):
+        train(drafted_cache, tmp_path / sampler, prefix_sampler=sampler, max_steps=1)
+        losses.append(metrics(tmp_path / sampler)[0]["loss"])
+    train(drafted_cache, tmp_path / "dflash", **DFLASH, max_steps=1)
+    assert len({*losses, metrics(tmp_path / "dflash")[0]["loss"]}) == 4
+
+
+# The run's folder
+
+
+def test_the_folder_holds_config_provenance_metrics_and_checkpoints(finished: Path, tiny_cache: Path):
+    checkpoint_files = {"config.json", "model.safetensors", "training_state.pt"}
+    expected = {f"checkpoints/step-000000{step}/{name}" for step in (3, 6) for name in checkpoint_files}
+    assert snapshot(finished).keys() == expected | {"config.yaml", "provenance.json", "metrics.jsonl"}
+    lines = metrics(finished)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert lines[0].keys() == {"step", "loss", "first_accuracy", "lr", "grad_norm", "num_labels"}
+    provenance = json.loads((finished / "provenance.json").read_text())
+    cache = Cache.open(tiny_cache)
+    assert provenance["cache_fingerprint"] == cache.fingerprint
+    assert provenance["target_fingerprint"] == cache.manifest.target_fingerprint
+    assert provenance["cache"] == str(tiny_cache)
+    assert provenance["target"] == cache.manifest.target
+    assert {"command", "time", "python"} < provenance.keys()
+    assert provenance["versions"].keys() >= {"vpd", "torch", "transformers"}
+
+
+def test_the_resolved_config_names_every_setting_and_loads(finished: Path):
+    config = load_config(finished / "config.yaml", {})
+    assert (config.train.objective, config.train.max_steps, config.train.lr) == ("dflash", 6, TRAIN["lr"])
+    assert (config.drafter.block_size, config.drafter.num_layers) == (4, 1)
+    tree = yaml.safe_load((finished / "config.yaml").read_text())
+    assert tree.keys() == {"drafter", "train"}
+    for section, content in tree.items():
+        assert content.keys() == set(type(getattr(config, section)).model_fields)
+
+
+def test_a_checkpoint_is_a_drafter_in_the_public_form(finished: Path, tiny_cache: Path):
+    checkpoint = list_checkpoints(finished)[-1]
+    config = json.loads((checkpoint / "config.json").read_text())
+    manifest = Cache.open(tiny_cache).manifest
+    assert config["dflash_config"]["target_layer_ids"] == list(manifest.layer_ids)
+    assert config["dflash_config"]["training_mode"] == "dflash"
+    assert (config["block_size"], config["num_hidden_layers"], config["hidden_size"]) == (4, 1, manifest.hidden_size)
+    assert config["dflash_config"]["mask_token_id"] == 300  # the first slot that the tokenizer leaves unused
+    state = load_state(checkpoint)
+    stored = load_file(checkpoint / "model.safetensors")
+    assert stored.keys() == state["weights"].keys() == load_drafter(checkpoint).state_dict().keys()
+    # Training divides the features by their scale; a checkpoint takes them as they are.
+    for name, value in stored.items():
+        scale = state["feature_rms"] if name == "fc.weight" else 1.0
+        assert torch.equal(value, (state["weights"][name] / scale).bfloat16()), name
+
+
+def test_a_vp_drafter_says_that_it_is_one(drafted_cache: Path, tmp_path: Path):
+    train(drafted_cache, tmp_path / "run", max_steps=1, prefix_beta=0.8)
+    config = json.loads((find_drafter(tmp_path / "run") / "config.json").read_text())
+    assert config["dflash_config"]["training_mode"] == "vp_drafter"
+    assert config["dflash_config"]["prefix_weight_base"] == 0.8
+
+
+def test_a_run_stands_for_its_latest_checkpoint(finished: Path):
+    assert find_drafter(finished).name == "step-0000006"
+    assert find_drafter(finished / "checkpoints/step-0000003").name == "step-0000003"
+    with pytest.raises(DrafterError, match=r"expected a drafter in .*found neither.*vpd train"):
+        find_drafter(finished / "checkpoints")
+
+
+def test_a_checkpoint_that_was_being_written_is_ignored(finished: Path, half: Path, tiny_cache: Path):
+    aside = half / "checkpoints" / ".step-0000006.123.tmp"
+    aside.mkdir()
+    (aside / "config.json").write_text("{")
+    assert [path.name for path in list_checkpoints(half)] == ["step-0000003"]
+    assert find_drafter(half).name == "step-0000003"
+    train(tiny_cache, half, **DFLASH)
+    check_same_run(finished, half)
+
+
+def test_metrics_of_steps_that_are_computed_again_are_dropped(half: Path, tiny_cache: Path):
+    with open(half / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "loss": 99.0}\n{"step": 5, "lo')
+    config = load_config(half / "config.yaml", {})
+    RunFolder(half, config, Cache.open(tiny_cache)).start_metrics(3)
+    assert [line["step"] for line in metrics(half)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"")], ids=["gone", "empty"])
+def test_a_broken_training_state_is_named(damage: Any, half: Path, tiny_cache: Path):
+    path = half / "checkpoints/step-0000003/training_state.pt"
+    damage(path)
+    outcome = run_vpd("train", tiny_cache, "--out", half, **SETTINGS, **DFLASH)
+    assert outcome.code == 1
+    assert str(path) in outcome.message
+
+
+def test_a_training_state_of_another_version_is_refused(half: Path):
+    path = half / "checkpoints/step-0000003"
+    state = load_state(path)
+    torch.save(state | {"version": 99}, path / "training_state.pt")
+    with pytest.raises(DrafterError, match="version 99, this vpd reads 1"):
+        load_state(path)
