@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
@@ -66,7 +66,7 @@ def run_demo(out: Path) -> None:
     seconds: dict[str, float] = {}
 
     @contextmanager
-    def step(name: str, command: str) -> Any:
+    def step(name: str, command: str) -> Iterator[None]:
         console.rule(f"[bold]{name}[/bold]: {command}")
         started = time.monotonic()
         yield
@@ -82,16 +82,17 @@ def run_demo(out: Path) -> None:
     with step("draft", f"vpd draft {cache} --first-drafter {first}"):
         commands.draft(cache, first, base, False)
     chosen = drafter_fingerprint(find_drafter(first))
-    with step("vp", f"vpd train {cache} --out {vp} --config {RECIPE} --first-drafter {first}"):
-        commands.train(cache, vp, load_config(RECIPE, {"train.first_drafter": str(first)}), False)
+    # The VP-Drafter goes on from the first drafter's weights, and so needs half the steps.
+    second = {"train.first_drafter": str(first), "train.init": str(first), "train.max_steps": 100}
+    flags = f"--first-drafter {first} --init {first} --max-steps 100"
+    with step("vp", f"vpd train {cache} --out {vp} --config {RECIPE} {flags}"):
+        commands.train(cache, vp, load_config(RECIPE, second), False)
     with step("eval", f"vpd eval {cache} --first-drafter {first} --drafter {vp} --out {out / 'eval.json'}"):
         result = commands.evaluate(cache, first, vp, out / "eval.json", base, False)
-    print_summary(Cache.open(cache), chosen, result, seconds, print)
+    print_summary(Cache.open(cache), chosen, result, seconds)
 
 
-def print_summary(
-    cache: Cache, fingerprint: str, result: dict[str, Any], seconds: dict[str, float], write: Callable[[str], None]
-) -> None:
+def print_summary(cache: Cache, fingerprint: str, result: dict[str, Any], seconds: dict[str, float]) -> None:
     """The closing table."""
     console = Console(highlight=False, width=100)
     table = Table(title="vpd demo: SmolLM2-135M-Instruct", show_header=False, title_justify="left")
@@ -109,7 +110,7 @@ def print_summary(
     table.add_row("measured on", tested)
     table.add_row("seconds", ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
     console.print(table)
-    write(
+    console.print(
         f"For your own model: copy configs/{RECIPE}.yaml, set drafter.block_size, drafter.num_layers and the mask "
         "token, give your target and prompt files to vpd extract, and your first drafter to vpd draft."
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from ..data.cache.files import write_text_durably
+from ..data.cache.files import require_folder, write_text_durably
 from ..data.cache.store import Cache
 from ..data.errors import ConfigError
 from .config import VpdConfig, config_yaml, load_config
@@ -32,6 +32,7 @@ class RunFolder:
         Raises:
             ConfigError: the folder holds a run with other settings or from another state of the cache.
         """
+        require_folder(folder)
         self.folder = folder
         self._config, self._cache = config, cache
         if (folder / CONFIG).is_file():
@@ -50,6 +51,16 @@ class RunFolder:
         with open(self.folder / METRICS, "a") as file:
             file.write(json.dumps(metrics) + "\n")
 
+    def _recorded_cache(self) -> str:
+        path = self.folder / PROVENANCE
+        try:
+            return str(json.loads(path.read_text())["cache_fingerprint"])
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(
+                f"{self.folder} can't be continued: expected a run's provenance in {path} ({error!r}). "
+                "Restore it, or use another --out."
+            ) from None
+
     def _check_same_run(self, config: VpdConfig, cache: Cache) -> None:
         found = load_config(self.folder / CONFIG, {})
         different = [
@@ -57,7 +68,7 @@ class RunFolder:
             for key, theirs, ours in _pairs(found, config)
             if theirs != ours and key not in FREE_SETTINGS
         ]
-        recorded = json.loads((self.folder / PROVENANCE).read_text())["cache_fingerprint"]
+        recorded = self._recorded_cache()
         if recorded != cache.fingerprint:
             different.append(f"cache: the run was started from {recorded}, it is now {cache.fingerprint}")
         if different:

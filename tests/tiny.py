@@ -67,7 +67,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def save_target(kind: str, folder: Path, tokenizer: PreTrainedTokenizerFast, **save_args: Any) -> Path:
     """A random target: `llama` with tied embeddings, `qwen3` with an LM head of its own."""
-    end = int(tokenizer.convert_tokens_to_ids(END))
+    end = tokenizer.get_vocab()[END]
     shape: dict[str, Any] = {
         "hidden_size": HIDDEN,
         "num_hidden_layers": NUM_LAYERS,
@@ -87,13 +87,18 @@ def save_target(kind: str, folder: Path, tokenizer: PreTrainedTokenizerFast, **s
     else:
         model = Qwen3ForCausalLM(Qwen3Config(tie_word_embeddings=False, **shape))
     with torch.no_grad():  # some answers end by themselves, and no answer has a token that the tokenizer lacks
-        head = model.get_output_embeddings().weight
+        head = model.lm_head.weight
         head[end] *= 1.5
         head[len(tokenizer) :] *= 0.1
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=end)
     model.save_pretrained(folder, **save_args)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def render(tokenizer: PreTrainedTokenizerFast, *messages: dict[str, str]) -> str:
+    """What the target reads before it answers."""
+    return str(tokenizer.apply_chat_template([*messages], tokenize=False, add_generation_prompt=True))
 
 
 # Files

@@ -5,6 +5,18 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from ..errors import ConfigError
+
+
+def require_folder(path: Path) -> None:
+    """Checks that a place for output is a folder, or free.
+
+    Raises:
+        ConfigError: something else is there.
+    """
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"expected a folder, or nothing yet, at {path}, found a file. Choose another --out.")
+
 
 def fsync_folder(folder: Path) -> None:
     """Makes renames and new names in a folder durable."""

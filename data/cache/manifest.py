@@ -93,9 +93,15 @@ class CacheManifest(BaseModel):
                 f"expected a cache at {folder}, found no {MANIFEST_NAME} there. Make one with `vpd extract`."
             )
         try:
-            return cls.model_validate_json(path.read_text())
+            manifest = cls.model_validate_json(path.read_text())
         except ValidationError as error:
             raise CacheCorruptError(
                 f"{path} is not a manifest of schema version {SCHEMA_VERSION}: {error.errors()[0]['msg']} at "
                 f"{'.'.join(map(str, error.errors()[0]['loc'])) or 'the top'}. Restore the file, or extract anew."
             ) from None
+        if manifest.schema_version != SCHEMA_VERSION:
+            raise CacheCorruptError(
+                f"{path} is not of schema version {SCHEMA_VERSION}, but of {manifest.schema_version}. "
+                "Use the vpd that made the cache, or extract anew."
+            )
+        return manifest

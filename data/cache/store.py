@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from ..errors import CacheCorruptError, CacheNotFoundError
+from .files import require_folder
 from .manifest import CacheManifest
-from .part import PartWriter, commit_path, committed_parts, part_path, remove_uncommitted
+from .part import PartWriter, commit_path, committed_parts, describe_file, part_path, remove_uncommitted
 from .shard import ArraySpec, read_rows
 
 CHUNK_TOKENS = 64
@@ -119,6 +120,7 @@ class Cache:
         Raises:
             FingerprintMismatchError: the folder holds a cache of another origin.
         """
+        require_folder(folder)
         try:
             found = CacheManifest.read(folder)
         except CacheNotFoundError:
@@ -127,6 +129,10 @@ class Cache:
             found = manifest
         manifest.check_same_origin(found, folder)
         remove_uncommitted(folder)
+        for path in (folder / INDEX).glob("*.parquet"):
+            # A living writer's part is there before its index, and its commit record after.
+            if not part_path(folder, path.stem).exists() and not commit_path(folder, path.stem).exists():
+                path.unlink()
         return cls(folder, found)
 
     def __len__(self) -> int:
@@ -171,13 +177,14 @@ class Cache:
 
     def _read_index(self, name: str) -> list[SequenceRow]:
         path = index_path(self.folder, name)
-        try:
-            table = pq.read_table(path, schema=INDEX_SCHEMA)
-        except (OSError, pa.ArrowException) as error:
+        found = describe_file(path) if path.is_file() else None
+        expected = self.commits[name]["files"][f"{INDEX}/{name}.parquet"]
+        if found != expected:
             raise CacheCorruptError(
-                f"the index {path} of a committed part can't be read ({error}). Restore it, or remove the part's "
-                f"commit record {commit_path(self.folder, name)} and extract again."
-            ) from None
+                f"the index {path} of a committed part is not what was written: expected {expected}, found {found}. "
+                f"Restore it, or remove the part's commit record {commit_path(self.folder, name)} and extract again."
+            )
+        table = pq.read_table(path, schema=INDEX_SCHEMA)
         return [SequenceRow(**values) for values in table.to_pylist()]
 
 

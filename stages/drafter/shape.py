@@ -146,7 +146,7 @@ def refuse_unsupported(config: dict[str, Any], where: str) -> None:
         "partial rotary embeddings": config.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)) != 1.0,
         "sliding-window layers": slides_by_count or "sliding_attention" in (config.get("layer_types") or []),
         "causal blocks": bool((config.get("dflash_config") or {}).get("causal", False)),
-        "another activation than silu": config.get("hidden_act", "silu") != "silu",
+        f"activation {config.get('hidden_act')}": config.get("hidden_act", "silu") != "silu",
         "attention biases": bool(config.get("attention_bias", False)),
     }
     found = [reason for reason, present in reasons.items() if present]

@@ -3,6 +3,7 @@
 # V vocabulary, H hidden width
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,18 @@ class TargetPieces:
             tensors = {name: file.get_tensor(name).to(dtype) for name in file.keys()}  # noqa: SIM118
         embed_VH = tensors["embed_tokens.weight"]
         return cls(embed_VH, tensors.get("lm_head.weight", embed_VH), tensors["norm.weight"])
+
+
+def load_target_config(cache_folder: Path) -> dict[str, Any]:
+    """The target's `config.json` as stored with the cache.
+
+    Raises:
+        CacheCorruptError: it is not there.
+    """
+    path = cache_folder / TARGET / "config.json"
+    if not path.is_file():
+        raise CacheCorruptError(f"expected the target's config at {path}, found none. Run `vpd extract` again.")
+    return json.loads(path.read_text())
 
 
 def load_tokenizer(cache_folder: Path) -> PreTrainedTokenizerBase:

@@ -61,7 +61,7 @@ class GivenConversation:
         self._loss_mask = tokenized.loss_mask[:max_len]
         if not any(self._loss_mask):
             raise PromptError(
-                f"{record.source}, row {record.row}: no assistant token is left in the first {max_len} tokens of "
+                f"no assistant token is left in the first {max_len} tokens of "
                 f"{len(tokenized.token_ids)}. Raise extract.max_len, or skip such records with --skip-bad."
             )
 
@@ -104,7 +104,7 @@ class GeneratedConversation:
         self._turns = split_turns(record)
         self._messages: list[Message] = list(self._turns.pop(0)) if self._turns else []
         if record.text is None and not self._messages:
-            raise PromptError(f"{record.source}, row {record.row}: expected a user message to answer, found none.")
+            raise PromptError("expected a user message to answer, found none.")
 
     def first_request(self) -> EngineRequest:
         return self._request()
@@ -124,7 +124,7 @@ class GeneratedConversation:
         room = self._max_len + 1 - len(prompt_ids)
         if room < 2:
             raise SequenceTooLong(
-                f"{self.record.source}, row {self.record.row}: the prompt has {len(prompt_ids)} tokens and leaves no "
+                f"the prompt has {len(prompt_ids)} tokens and leaves no "
                 f"room for a response in {self._max_len}. Raise extract.max_len, or skip such records with --skip-bad."
             )
         return EngineRequest(
@@ -166,7 +166,7 @@ class GeneratedConversation:
         end = len(earlier.loss_mask) - earlier.loss_mask[::-1].index(1)
         if prompt_ids[:end] != earlier.token_ids[:end]:
             raise PromptError(
-                f"{self.record.source}, row {self.record.row}: the chat template renders the earlier turns otherwise "
+                "the chat template renders the earlier turns otherwise "
                 "when it asks for an answer, so they can't be marked. Give a template that renders them alike."
             )
         return earlier.loss_mask[:end] + [0] * (len(prompt_ids) - end)

@@ -86,8 +86,6 @@ def plan_manifest(
     names = ["mode", "max_len"]
     if config.mode == "generate":
         names += ["max_new_tokens", "temperature", "top_p", "top_k"] + ["seed"] * (config.temperature > 0)
-    first = prompts.records[0]
-    sample = first.text if first.text is not None else chat.render(first.messages, config.mode == "generate")
     return CacheManifest(
         **target_facts(target),
         template_hash=chat.template_hash,
@@ -97,8 +95,20 @@ def plan_manifest(
         generation={name: getattr(config, name) for name in names},
         chunk_tokens=CHUNK_TOKENS,
         versions={name: metadata.version(name) for name in ("vpd", "torch", "transformers", "zarr")},
-        rendered_sample=sample,
+        rendered_sample=render_sample(prompts, chat, config),
     )
+
+
+def render_sample(prompts: PromptSet, chat: ChatFormat, config: ExtractConfig) -> str:
+    """The first record that the template renders, as it renders it; with none, the extraction itself will say why."""
+    for record in prompts.records:
+        if record.text is not None:
+            return record.text
+        try:
+            return chat.render(record.messages, config.mode == "generate")
+        except PromptError:
+            continue
+    return ""
 
 
 def open_cache(folder: Path, manifest: CacheManifest, target: Target) -> Cache:
@@ -153,6 +163,7 @@ def start_conversations(
     records: list[PromptRecord], chat: ChatFormat, target: Target, config: ExtractConfig, report: ExtractReport
 ) -> Iterator[tuple[Conversation, EngineRequest]]:
     """Each record's conversation and its first request; bad records are errors, or skipped and counted."""
+    unusable = "no assistant token" if config.mode == "given" else "no user message"
     for record in records:
         try:
             conversation: Conversation
@@ -170,8 +181,8 @@ def start_conversations(
             yield conversation, conversation.first_request()
         except PromptError as error:
             if not config.skip_bad:
-                raise
-            report.skipped["too long" if isinstance(error, SequenceTooLong) else "no assistant token"] += 1
+                raise PromptError(f"{record.source}, row {record.row}: {error}") from error
+            report.skipped["too long" if isinstance(error, SequenceTooLong) else unusable] += 1
 
 
 def converse(
@@ -196,10 +207,13 @@ def converse(
         for completion in engine.poll():
             try:
                 outcome = running[completion.key].advance(completion)
-            except SequenceTooLong:
-                # A later turn outgrew the limit: that depends on the target's answers, not on the prompt file.
-                report.skipped["too long after some turns"] += 1
-                del running[completion.key]
+            except PromptError as error:
+                # That a later turn outgrows the limit depends on the target's answers, not on the prompt file.
+                record = running.pop(completion.key).record
+                if not config.skip_bad and not isinstance(error, SequenceTooLong):
+                    raise PromptError(f"{record.source}, row {record.row}: {error}") from error
+                reason = "too long" if isinstance(error, SequenceTooLong) else "unusable"
+                report.skipped[f"{reason} after some turns"] += 1
                 continue
             if isinstance(outcome, EngineRequest):
                 engine.submit(outcome)

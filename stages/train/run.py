@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from ...data.cache.drafts import FirstDrafts, list_drafts
@@ -11,7 +10,7 @@ from ...data.errors import CacheNotFoundError, ConfigError
 from ..config import DrafterSection, TrainConfig
 from ..drafter.checkpoint import check_fits, drafter_fingerprint
 from ..drafter.shape import DrafterShape, rope_parameters
-from ..drafter.target_pieces import TARGET, choose_mask_token, load_tokenizer
+from ..drafter.target_pieces import choose_mask_token, load_target_config, load_tokenizer
 from .checkpoints import find_drafter
 from .loop import Trainer
 from .prefix import NEED_FIRST_DRAFTS
@@ -24,7 +23,7 @@ def plan_shape(cache: Cache, section: DrafterSection) -> DrafterShape:
     Raises:
         DrafterError: the shape is impossible.
     """
-    target = json.loads((cache.folder / TARGET / "config.json").read_text())
+    target = load_target_config(cache.folder)
     manifest = cache.manifest
     num_heads = section.num_attention_heads or target["num_attention_heads"]
     return DrafterShape(

@@ -18,15 +18,12 @@ from tiny import (
     VOCAB,
     Outcome,
     as_flags,
-    fill_cache,
-    make_sequence,
     run_vpd,
     save_random_drafter,
     snapshot,
     vpd,
     write_jsonl,
 )
-from vpd.data.cache.store import Cache
 
 ONE_STEP: dict[str, Any] = {**DRAFTER, **TRAIN, "max_steps": 1}
 ANSWERED = {"prompt": "name a dog", "response": "the lazy dog"}
@@ -101,6 +98,13 @@ def empty_cache(place: Place) -> Path:
     return folder
 
 
+def broken_manifest(place: Place) -> Path:
+    folder = shutil.copytree(place.cache, place.folder / "broken")
+    path = folder / "dataset.json"
+    path.write_text(path.read_text()[:100])
+    return folder
+
+
 WRONG = [
     # Prompt files
     Wrong(
@@ -122,17 +126,17 @@ WRONG = [
     Wrong(
         "no-assistant-token-left",
         lambda place: place.extract(place.write(ANSWERED), mode="given", max_len=8),
-        ["some.jsonl, row 1", "no assistant token", "first 8 tokens", "extract.max_len", "--skip-bad"],
+        ["some.jsonl:1:", "no assistant token", "first 8 tokens", "extract.max_len", "--skip-bad"],
     ),
     Wrong(
         "no-answer-given",
         lambda place: place.extract(place.write(ANSWERED, {"prompt": "why?"}), mode="given"),
-        ["some.jsonl", "row 2", "expected an assistant message", "['user']"],
+        ["some.jsonl:2:", "expected an assistant message", "['user']"],
     ),
     Wrong(
         "prompt-fills-the-sequence",
         lambda place: place.extract(place.write(PROMPTS[0], {"prompt": "fox " * 100})),
-        ["some.jsonl, row 2", "no room", "128", "extract.max_len", "--skip-bad"],
+        ["some.jsonl:2:", "no room", "128", "extract.max_len", "--skip-bad"],
     ),
     Wrong(
         "missing-chat-template",
@@ -175,11 +179,6 @@ WRONG = [
         "cache-of-other-settings",
         lambda place: place.extract(place.prompts, "cache", max_len=64),
         ["generation: the cache has", "'max_len': 128", "'max_len': 64"],
-    ),
-    Wrong(
-        "out-is-a-file",
-        lambda place: place.extract(place.prompts, place.prompts.name if False else "drafted/dataset.json"),
-        ["dataset.json", "expected"],
     ),
     # First drafters
     Wrong(
@@ -250,6 +249,11 @@ WRONG = [
         ["expected a cache at", "nowhere", "found no dataset.json", "vpd extract"],
     ),
     Wrong(
+        "broken-manifest",
+        lambda place: place.train(broken_manifest(place), objective="dflash"),
+        ["dataset.json is not a manifest of schema version 1", "Restore the file"],
+    ),
+    Wrong(
         "nothing-committed",
         lambda place: place.train(empty_cache(place), objective="dflash"),
         ["expected committed sequences in", "found none", "vpd extract"],
@@ -279,8 +283,8 @@ WRONG = [
     ),
     Wrong(
         "value-of-another-type",
-        lambda place: place.train(place.cache, "--set", "train.lr=fast"),
-        ["train.lr: expected", "number", "'fast'"],
+        lambda place: place.train(place.cache, "--set", "train.tau=fast"),
+        ["train.tau: expected", "number", "'fast'"],
         code=2,
     ),
     Wrong(
@@ -344,14 +348,6 @@ def test_damage_found_while_reading_is_named(place: Place):
     assert not list((place.cache / "drafts").glob("*/commits/*"))
 
 
-def test_a_cache_of_another_schema_is_not_read_as_this_one(tmp_path: Path):
-    fill_cache(tmp_path / "cache", [make_sequence("a", 10, 2, 8)])
-    path = tmp_path / "cache/dataset.json"
-    path.write_text(path.read_text().replace('"layer_ids"', '"layers"', 1))
-    outcome = run_vpd("train", tmp_path / "cache", "--out", tmp_path / "run")
-    check_message(outcome, 1, [str(path), "not a manifest of schema version 1"])
-
-
 def test_skip_bad_counts_what_it_leaves_out(place: Place):
     records = [PROMPTS[0], "{broken", {"question": "why?"}, {"prompt": "fox " * 100}, PROMPTS[1]]
     prompts = place.write(*records)
@@ -366,7 +362,7 @@ def test_skip_bad_counts_what_it_leaves_out(place: Place):
 def test_skip_bad_counts_records_without_an_answer(place: Place):
     prompts = write_jsonl(place.folder / "given.jsonl", [ANSWERED, {"prompt": "why?"}])
     result = vpd(*place.extract(prompts, mode="given"), skip_bad=True)
-    assert (result["num_written"], result["skipped"]) == (1, {"no assistant token": 1})
+    assert (result["num_written"], result["skipped"]) == (1, {"unusable record": 1})
 
 
 def test_the_result_for_people_says_what_was_skipped(place: Place):
@@ -382,19 +378,34 @@ def test_a_refused_extraction_makes_no_cache(place: Place):
         assert not (place.folder / "new").exists(), case.id
 
 
-def test_an_unused_cache_can_be_told_from_a_committed_one(place: Place):
-    assert len(Cache.open(empty_cache(place), allow_empty=True)) == 0
+@pytest.mark.parametrize("command", ["extract", "train"])
+def test_out_that_is_a_file_is_refused(command: str, place: Place):
+    (place.folder / "new").write_text("a file")
+    (place.folder / "run").write_text("a file")
+    training = place.train(place.cache, objective="dflash")
+    outcome = run_vpd(*(place.extract(place.prompts) if command == "extract" else training))
+    check_message(outcome, 2, [str(place.folder / ("new" if command == "extract" else "run")), "Choose another --out"])
+    assert {(place.folder / name).read_text() for name in ("new", "run")} == {"a file"}
 
 
-def vpd_process(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "vpd.pipeline.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+TWICE = """
+import json, sys
+from vpd.pipeline.cli import main
+arguments = json.loads(sys.argv[1])
+try:
+    main(arguments)
+except SystemExit as end:
+    print("exit code", end.code, file=sys.stderr)
+main([*arguments, "--debug"])
+"""
 
 
-@pytest.mark.parametrize("debug", [False, True])
-def test_a_traceback_is_shown_only_with_debug(debug: bool, tmp_path: Path):
-    done = vpd_process("train", tmp_path / "nowhere", "--out", tmp_path / "run", *["--debug"] * debug)
-    assert done.returncode == 1
-    assert ("Traceback" in done.stderr) == debug
-    assert ("CacheNotFoundError: expected a cache" if debug else "vpd: error: expected a cache") in done.stderr
-    assert done.stdout == ""
+def test_a_traceback_is_shown_only_with_debug(tmp_path: Path):
+    arguments = json.dumps(["train", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run")])
+    done = subprocess.run([sys.executable, "-c", TWICE, arguments], capture_output=True, text=True)
+    plain, _, debug = done.stderr.partition("exit code 1\n")
+    assert plain.startswith("vpd: error: expected a cache at")
+    assert plain.count("\n") == 1
+    assert debug.startswith("Traceback (most recent call last):")
+    assert "vpd.data.errors.CacheNotFoundError: expected a cache at" in debug
+    assert (done.returncode, done.stdout) == (1, "")

@@ -251,12 +251,13 @@ class Drafter(NamedTuple):
     overrides: dict[str, Any]
 
 
+VP = {"train.objective": "vp", "train.prefix.beta": 0.9, "train.prefix.sampler": "visible-geometric"}
 DRAFTERS = [
     Drafter("bare", {}, {"train.objective": "dflash"}),
     Drafter("named", {"dflash_config": {"training_mode": "dflash"}}, {"train.objective": "dflash"}),
     Drafter("null", {"dflash_config": {"loss_type": None}}, {"train.objective": "dflash"}),
     Drafter("base-without-vp", {"dflash_config": {"prefix_weight_base": 0.8}}, {"train.objective": "dflash"}),
-    Drafter("vp-without-base", {"dflash_config": {"training_mode": "vp_drafter"}}, {"train.objective": "vp"}),
+    Drafter("vp-without-base", {"dflash_config": {"training_mode": "vp_drafter"}}, VP),
     Drafter(
         "nested-block-and-rope",
         {"dflash_config": {"block_size": 8}, "rope_parameters": {"rope_theta": 1e6}},

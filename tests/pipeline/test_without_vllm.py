@@ -4,8 +4,8 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tiny import DRAFTER, TRAIN, as_flags
@@ -16,30 +16,22 @@ import json, sys
 class Refused:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] == "vllm":
-            raise ImportError(f"{name} was imported")
+            raise ImportError(f"{name} is refused")
 
 sys.meta_path.insert(0, Refused())
 from vpd.pipeline.cli import main
+print(json.dumps(sorted(name for name in sys.modules if name.partition(".")[0] == "vllm")))
 for arguments in json.loads(sys.argv[1]):
     try:
         main(arguments)
     except SystemExit as end:
         if end.code:
-            raise
-print(json.dumps(sorted(name for name in sys.modules if name.partition(".")[0] == "vllm")))
+            print(json.dumps({"exit code": end.code}))
 """
 
 
-def run_without_vllm(*commands: list[object]) -> list[Any]:
-    """Runs `vpd --json` commands in one new process; returns their results, and vLLM's modules that were loaded."""
-    texts = [[*map(str, command), "--json"] for command in commands]
-    done = subprocess.run([sys.executable, "-c", SCRIPT, json.dumps(texts)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
 @pytest.fixture
-def no_target(tiny_llama: Path, tmp_path: Path):
+def no_target(tiny_llama: Path, tmp_path: Path) -> Iterator[None]:
     """The target of `tiny_cache` is out of the way."""
     shutil.move(tiny_llama, tmp_path / "away")
     yield
@@ -47,27 +39,28 @@ def no_target(tiny_llama: Path, tmp_path: Path):
 
 
 @pytest.mark.usefixtures("no_target")
-def test_drafting_training_and_evaluation_need_neither_vllm_nor_the_target(
-    tiny_cache: Path, first_run: Path, tmp_path: Path
+def test_all_but_extraction_needs_neither_vllm_nor_the_target(
+    tiny_cache: Path, first_run: Path, tiny_qwen3: Path, tiny_prompts: Path, tmp_path: Path
 ):
     cache, vp = shutil.copytree(tiny_cache, tmp_path / "cache"), tmp_path / "vp"
-    drafter, settings = as_flags(DRAFTER), as_flags({**TRAIN, "max_steps": 3})
-    draft, train, evaluation, modules = run_without_vllm(
+    training = as_flags({**DRAFTER, **TRAIN, "max_steps": 3})
+    commands: list[list[object]] = [
         ["draft", cache, "--first-drafter", first_run],
-        ["train", cache, "--out", vp, *drafter, *settings],
+        ["train", cache, "--out", vp, *training],
         ["eval", cache, "--first-drafter", first_run, "--drafter", vp, "--holdout", "0.9"],
-    )
+        ["extract", tiny_qwen3, tiny_prompts, "--out", tmp_path / "new", "--num-draft-layers", "3"],
+    ]
+    texts = json.dumps([[*map(str, command), "--json"] for command in commands])
+    done = subprocess.run([sys.executable, "-c", SCRIPT, texts], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    modules, draft, train, evaluation, extraction = map(json.loads, done.stdout.splitlines())
+    assert modules == []
     assert draft["num_anchors"] == sum(draft["accept_lengths"].values()) > 0
     assert train["step"] == 3
     assert evaluation["alpha"].keys() == {"first", "first_tree", "first_as_second", "d2sd"}
-    assert all(1 <= alpha <= 4 for alpha in evaluation["alpha"].values())
-    assert modules == []
-
-
-def test_the_refusal_is_real(tiny_llama: Path, tiny_prompts: Path, tmp_path: Path):
-    texts = ["extract", tiny_llama, tiny_prompts, "--out", tmp_path / "cache", "--engine", "vllm"]
-    commands = json.dumps([[*map(str, texts)]])
-    done = subprocess.run([sys.executable, "-c", SCRIPT, commands], capture_output=True, text=True)
-    assert done.returncode == 1
+    assert all(1 <= alpha <= DRAFTER["block_size"] for alpha in evaluation["alpha"].values())
+    # Extraction alone asks for vLLM, and says what to install.
+    assert extraction == {"exit code": 1}
     assert "vpd: error: the engine vllm was asked for, but importing it failed" in done.stderr
+    assert "Install vpd[extract]" in done.stderr
     assert "Traceback" not in done.stderr

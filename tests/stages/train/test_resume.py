@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,12 +9,11 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny import DRAFTER, TRAIN, fill_cache, run_vpd, snapshot, vpd
+from tiny import DRAFTER, TRAIN, Damage, run_vpd, snapshot, vpd
 from vpd.data.cache.store import Cache, StateWriter
-from vpd.data.errors import ConfigError, DrafterError
-from vpd.pipeline.config import VpdConfig, load_config
-from vpd.pipeline.run import RunFolder
-from vpd.stages.drafter.checkpoint import load_drafter, load_shape
+from vpd.data.errors import DrafterError
+from vpd.pipeline.config import load_config
+from vpd.stages.drafter.checkpoint import load_drafter
 from vpd.stages.train.checkpoints import find_drafter, list_checkpoints, load_state
 from vpd.stages.train.loop import StepResult, Trainer
 from vpd.stages.train.run import make_trainer
@@ -165,9 +163,15 @@ def test_what_computes_nothing_may_change(name: str, finished: Path, half: Path,
 def test_a_changed_setting_is_refused_by_its_name(key: str, value: object, half: Path, tiny_cache: Path):
     before = snapshot(half)
     flags = SETTINGS | DFLASH | {"prefix_sampler": "boundary" if key != "train.objective" else "geometric"}
-    outcome = run_vpd("train", tiny_cache, "--out", half, "--set", f"{key}={value}", **{
-        name: flag for name, flag in flags.items() if name != key.rpartition(".")[2]
-    })
+    outcome = run_vpd(
+        "train",
+        tiny_cache,
+        "--out",
+        half,
+        "--set",
+        f"{key}={value}",
+        **{name: flag for name, flag in flags.items() if name != key.rpartition(".")[2]},
+    )
     assert outcome.code == 2
     section, *rest = key.split(".")
     name = f"{section}.{rest[0]}"
@@ -306,21 +310,31 @@ def test_a_checkpoint_that_was_being_written_is_ignored(finished: Path, half: Pa
     check_same_run(finished, half)
 
 
-def test_metrics_of_steps_that_are_computed_again_are_dropped(half: Path, tiny_cache: Path):
+def test_metrics_of_steps_that_are_computed_again_are_dropped(finished: Path, half: Path, tiny_cache: Path):
     with open(half / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "loss": 99.0}\n{"step": 5, "lo')
-    config = load_config(half / "config.yaml", {})
-    RunFolder(half, config, Cache.open(tiny_cache)).start_metrics(3)
-    assert [line["step"] for line in metrics(half)] == [1, 2, 3]
+    train(tiny_cache, half, **DFLASH)
+    assert metrics(half) == metrics(finished)
 
 
-@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"")], ids=["gone", "empty"])
-def test_a_broken_training_state_is_named(damage: Any, half: Path, tiny_cache: Path):
+@pytest.mark.parametrize(
+    "damage",
+    [Damage("gone", None), Damage("emptied", 0.0, cut=True), Damage("cut-short", 0.5, cut=True)],
+    ids=lambda damage: damage.id,
+)
+def test_a_broken_training_state_is_named(damage: Damage, half: Path, tiny_cache: Path):
     path = half / "checkpoints/step-0000003/training_state.pt"
-    damage(path)
+    damage.apply(path)
     outcome = run_vpd("train", tiny_cache, "--out", half, **SETTINGS, **DFLASH)
     assert outcome.code == 1
     assert str(path) in outcome.message
+
+
+def test_a_run_without_provenance_is_named(half: Path, tiny_cache: Path):
+    (half / "provenance.json").unlink()
+    outcome = run_vpd("train", tiny_cache, "--out", half, **SETTINGS, **DFLASH)
+    assert outcome.code in (1, 2)
+    assert str(half / "provenance.json") in outcome.message
 
 
 def test_a_training_state_of_another_version_is_refused(half: Path):
