@@ -126,17 +126,17 @@ WRONG = [
     Wrong(
         "no-assistant-token-left",
         lambda place: place.extract(place.write(ANSWERED), mode="given", max_len=8),
-        ["some.jsonl:1:", "no assistant token", "first 8 tokens", "extract.max_len", "--skip-bad"],
+        ["some.jsonl, row 1:", "no assistant token", "first 8 tokens", "extract.max_len", "--skip-bad"],
     ),
     Wrong(
         "no-answer-given",
         lambda place: place.extract(place.write(ANSWERED, {"prompt": "why?"}), mode="given"),
-        ["some.jsonl:2:", "expected an assistant message", "['user']"],
+        ["some.jsonl, row 2:", "expected an assistant message", "['user']"],
     ),
     Wrong(
         "prompt-fills-the-sequence",
         lambda place: place.extract(place.write(PROMPTS[0], {"prompt": "fox " * 100})),
-        ["some.jsonl:2:", "no room", "128", "extract.max_len", "--skip-bad"],
+        ["some.jsonl, row 2:", "no room", "128", "extract.max_len", "--skip-bad"],
     ),
     Wrong(
         "missing-chat-template",
@@ -362,7 +362,7 @@ def test_skip_bad_counts_what_it_leaves_out(place: Place):
 def test_skip_bad_counts_records_without_an_answer(place: Place):
     prompts = write_jsonl(place.folder / "given.jsonl", [ANSWERED, {"prompt": "why?"}])
     result = vpd(*place.extract(prompts, mode="given"), skip_bad=True)
-    assert (result["num_written"], result["skipped"]) == (1, {"unusable record": 1})
+    assert (result["num_written"], result["skipped"]) == (1, {"no assistant token": 1})
 
 
 def test_the_result_for_people_says_what_was_skipped(place: Place):

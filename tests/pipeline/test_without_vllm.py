@@ -1,6 +1,7 @@
 """Stage two runs where vLLM can't be imported and the target is gone."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -51,7 +52,8 @@ def test_all_but_extraction_needs_neither_vllm_nor_the_target(
         ["extract", tiny_qwen3, tiny_prompts, "--out", tmp_path / "new", "--num-draft-layers", "3"],
     ]
     texts = json.dumps([[*map(str, command), "--json"] for command in commands])
-    done = subprocess.run([sys.executable, "-c", SCRIPT, texts], capture_output=True, text=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", SCRIPT, texts], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     modules, draft, train, evaluation, extraction = map(json.loads, done.stdout.splitlines())
     assert modules == []

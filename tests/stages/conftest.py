@@ -49,7 +49,7 @@ def make_run(
         True,
     )
     commands.draft(cache, first, config, True)
-    commands.train(cache, vp, config, True)
+    commands.train(cache, vp, load_config(recipe, settings | {"train.init": str(first)}), True)
     return {"target_folder": target, "cache_folder": cache, "first": first, "vp": vp}
 
 
@@ -68,7 +68,8 @@ def smollm2_run(tmp_path_factory: pytest.TempPathFactory, vllm_imported: None) -
         "drafter.block_size": 4,
         "extract.limit": 8,
         "extract.max_new_tokens": 24,
-        "train.max_steps": 60,
+        "train.max_steps": 40,
         "train.num_anchors": 24,
+        "train.lr": 2e-3,
     }
-    return make_run(root, root / "target", PROMPTS, "smollm2-135m", settings, first_steps=40)
+    return make_run(root, root / "target", PROMPTS, "smollm2-135m", settings, first_steps=150)

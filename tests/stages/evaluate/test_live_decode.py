@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from live import LiveDecoder
 from transformers import AutoModelForCausalLM
 from vpd.data.cache.store import Cache
 from vpd.stages.config import EvalConfig
@@ -12,8 +13,6 @@ from vpd.stages.drafter.target_pieces import TargetPieces
 from vpd.stages.evaluate.replay import Replay
 from vpd.stages.extract.target import load_target
 from vpd.stages.train.checkpoints import find_drafter
-
-from tests.live import LiveDecoder
 
 SETTINGS = ("first", "first_tree", "first_as_second", "d2sd")
 

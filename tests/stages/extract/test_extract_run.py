@@ -291,9 +291,9 @@ UNUSABLE = [
     Unusable("no-form", {"question": "why?"}, "unreadable record", {}),
     Unusable("too-long", {"prompt": "fox " * 200}, "too long", {}),
     Unusable("too-long-text", {"text": "fox " * 200}, "too long", {}),
-    Unusable("no-user", {"messages": [{"role": "system", "content": "be brief"}]}, "unusable record", {}),
-    Unusable("given-without-answer", {"prompt": "why?"}, "unusable record", {"mode": "given"}),
-    Unusable("given-cut", {"prompt": "fox " * 200, "response": "yes"}, "unusable record", {"mode": "given"}),
+    Unusable("no-user", {"messages": [{"role": "system", "content": "be brief"}]}, "no user message", {}),
+    Unusable("given-without-answer", {"prompt": "why?"}, "no assistant token", {"mode": "given"}),
+    Unusable("given-cut", {"prompt": "fox " * 200, "response": "yes"}, "no assistant token", {"mode": "given"}),
 ]
 
 
@@ -306,7 +306,7 @@ def test_a_record_that_cannot_be_used_is_named_or_skipped_and_counted(
     records.insert(place, case.record)
     prompts = write_jsonl(tmp_path / "prompts.jsonl", records)
     settings: dict[str, Any] = {"max_new_tokens": 2, **case.changes}
-    with pytest.raises(PromptError, match=rf"prompts\.jsonl:{place + 1}: "):
+    with pytest.raises(PromptError, match=rf"prompts\.jsonl(, row |:){place + 1}: "):
         run(tiny_llama, prompts, tmp_path / "cache", **settings)
     report = run(tiny_llama, prompts, tmp_path / "skipping", skip_bad=True, **settings)
     assert (report.num_written, report.skipped) == (1, {case.reason: 1})
@@ -329,7 +329,7 @@ def test_a_record_that_the_template_refuses_is_named_or_skipped(place: int, tiny
     settings: dict[str, Any] = {"max_new_tokens": 2, "chat_template": str(template)}
     report = run(tiny_llama, prompts, tmp_path / "cache", skip_bad=True, **settings)
     assert (report.num_written, report.skipped.total()) == (1, 1)
-    with pytest.raises(PromptError, match=rf"prompts\.jsonl:{place + 1}: "):
+    with pytest.raises(PromptError, match=rf"prompts\.jsonl(, row |:){place + 1}: "):
         run(tiny_llama, prompts, tmp_path / "other", **settings)
 
 
@@ -347,9 +347,9 @@ def test_a_conversation_that_goes_wrong_in_a_later_turn_costs_no_other(
     settings: dict[str, Any] = {"chat_template": str(template), "skip_bad": skip_bad}
     if skip_bad:
         report = run(tiny_llama, prompts, tmp_path / "cache", **settings)
-        assert (report.num_written, report.skipped.total()) == (3, 1)
+        assert (report.num_written, report.skipped) == (3, {"unusable after some turns": 1})
     else:
-        with pytest.raises(PromptError, match=r"prompts\.jsonl:3: "):
+        with pytest.raises(PromptError, match=r"prompts\.jsonl, row 3: "):
             run(tiny_llama, prompts, tmp_path / "cache", **settings)
         assert sorted(by_row(tmp_path / "cache")) == [1, 2, 4]
 
@@ -363,7 +363,7 @@ def test_a_bad_record_costs_no_engine_start(tiny_llama: Path, tmp_path: Path):
 def test_a_conversation_that_outgrows_max_len_is_counted(tiny_llama: Path, tmp_path: Path):
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [PROMPTS[0], {"turns": ["name a dog"] * 3}])
     report = run(tiny_llama, prompts, tmp_path / "cache", max_len=60)
-    assert (report.num_written, report.skipped) == (1, {"unusable after some turns": 1})
+    assert (report.num_written, report.skipped) == (1, {"too long after some turns": 1})
 
 
 def test_an_answer_of_one_token_holds_nothing_to_train_on(tiny_llama: Path, four_prompts: Path, tmp_path: Path):
