@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from types import TracebackType
 
@@ -15,10 +16,10 @@ class ProgressReport:
     """Counts finished units of a task, and units of work (tokens, anchors) for the rate."""
 
     def __init__(self, task: str, total: int, work: str = ""):
-        self._task, self._total, self._work = task, total, work
+        self._task, self._total, self._work, self._note = task, total, work, ""
         self._done = self._amount = 0
-        self._started = self._last_line = time.monotonic()
-        self._console = Console(stderr=True)
+        self._started = time.monotonic()
+        self._console = Console(stderr=True, soft_wrap=True)
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -30,19 +31,22 @@ class ProgressReport:
             disable=not self._console.is_terminal,
         )
         self._bar_task = self._bar.add_task(task, total=total, note="")
+        self._over = threading.Event()
+        self._lines = threading.Thread(target=self._print_lines, name="vpd-progress", daemon=True)
 
     def __enter__(self) -> ProgressReport:
         self._bar.start()
         if not self._console.is_terminal:
-            self._line()
+            self._lines.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
-        if not self._console.is_terminal and kind is None:
-            self._line()
+        if self._lines.is_alive():
+            self._over.set()
+            self._lines.join()
 
     def advance(self, amount: int = 0, note: str = "") -> None:
         """One unit is finished, with `amount` of work in it."""
@@ -52,12 +56,14 @@ class ProgressReport:
         rate = f"{self._amount / max(seconds, 1e-9):.0f} {self._work}/s" if self._work else ""
         self._note = "  ".join(part for part in (rate, note) if part)
         self._bar.update(self._bar_task, completed=self._done, note=self._note)
-        if not self._console.is_terminal and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
-            self._line()
 
-    _note = ""
-
-    def _line(self) -> None:
-        self._last_line = time.monotonic()
-        seconds = self._last_line - self._started
-        self._console.print(f"{self._task}: {self._done}/{self._total}  {self._note}  {seconds:.0f} s", highlight=False)
+    def _print_lines(self) -> None:
+        """Where there is no terminal: a line at the start, at the end, and every few seconds, work finished or not."""
+        over = False
+        while True:
+            seconds = time.monotonic() - self._started
+            note = f"  {self._note}" if self._note else ""
+            self._console.print(f"{self._task}: {self._done}/{self._total}{note}  {seconds:.0f} s", highlight=False)
+            if over:
+                return
+            over = self._over.wait(SECONDS_BETWEEN_LINES)

@@ -61,8 +61,10 @@ class TestAgainstTransformers:
         for key, theirs in expected.items():
             ours = found[key]
             assert (ours.output_ids, ours.finish_reason) == (theirs.output_ids, theirs.finish_reason)
-            assert ours.hidden_TKH is not None and theirs.hidden_TKH is not None  # noqa: PT018 - narrows both types
-            assert ours.argmax_T is not None and theirs.argmax_T is not None  # noqa: PT018
+            assert ours.hidden_TKH is not None
+            assert theirs.hidden_TKH is not None
+            assert ours.argmax_T is not None
+            assert theirs.argmax_T is not None
             torch.testing.assert_close(ours.hidden_TKH, theirs.hidden_TKH, rtol=BF16_UNIT, atol=1e-3)
             assert torch.equal(ours.argmax_T, theirs.argmax_T)
 
