@@ -1,0 +1,84 @@
+"""First drafts of a whole cache against a slow drafting of one anchor at a time."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import EXTRACT, vpd
+from vpd.data.cache.drafts import NOT_DRAFTED, DraftedSequence, FirstDrafts
+from vpd.data.cache.store import Cache, CachedSequence
+from vpd.data.errors import DrafterError
+from vpd.stages.config import DraftConfig
+from vpd.stages.drafter.checkpoint import load_drafter
+from vpd.stages.drafter.model import Drafter
+from vpd.stages.drafter.target_pieces import TargetPieces
+from vpd.stages.extract.first_draft import draft_cache
+from vpd.stages.train.checkpoints import find_drafter
+
+
+def slow_anchors(mask: list[bool], num_context: int) -> list[int]:
+    return [a for a in range(min(num_context, len(mask) - 1)) if mask[a] and mask[a + 1]]
+
+
+def check_drafts(sequence: CachedSequence, drafts: DraftedSequence, drafter: Drafter, pieces: TargetPieces) -> int:
+    """Compares every anchor's row with a drafting whose context ends before the anchor; returns their number."""
+    tokens, mask = sequence.token_ids_S.tolist(), sequence.loss_mask_S.tolist()
+    features = sequence.hidden_TKH.float().flatten(1)
+    anchors = slow_anchors(mask, len(features))
+    G = drafter.shape.block_size
+    for a in range(len(features)):
+        if a not in anchors:
+            assert drafts.accept_len_T[a] == NOT_DRAFTED
+            continue
+        block = torch.tensor([[tokens[a]] + [drafter.shape.mask_token_id] * (G - 1)])
+        with torch.inference_mode():
+            hidden = drafter(pieces.embed_VH[block], torch.tensor([a]), drafter.context(features[:a]))
+            best = (hidden[0, 1:] @ pieces.head_VH.T).softmax(dim=-1).topk(5, dim=-1)
+        assert torch.equal(drafts.tokens_TGA[a].long(), best.indices)
+        # Stored as float16.
+        torch.testing.assert_close(drafts.probs_TGA[a].float(), best.values, rtol=2e-3, atol=1e-4)
+        accepted = 0
+        while (
+            accepted < G - 1
+            and a + accepted + 1 < len(tokens)
+            and all(mask[a : a + accepted + 2])
+            and best.indices[accepted, 0] == tokens[a + accepted + 1]
+        ):
+            accepted += 1
+        assert drafts.accept_len_T[a] == accepted
+    return len(anchors)
+
+
+def test_every_anchor_is_drafted_from_the_states_before_it(drafted_cache: Path, first_run: Path):
+    cache = Cache.open(drafted_cache)
+    drafts = FirstDrafts.open(cache)
+    drafter, pieces = load_drafter(find_drafter(first_run)), TargetPieces.load(drafted_cache)
+    count = sum(check_drafts(cache.read(row), drafts.read(row), drafter, pieces) for row in cache.rows)
+    assert count > 100
+
+
+def test_a_stride_leaves_the_anchors_between_out(tiny_cache: Path, first_run: Path, tmp_path: Path):
+    folder = tmp_path / "cache"
+    shutil.copytree(tiny_cache, folder)
+    cache = Cache.open(folder)
+    drafts = draft_cache(cache, find_drafter(first_run), DraftConfig(stride=3, anchors_per_pass=2))
+    for row in cache.rows:
+        anchors = slow_anchors(cache.read(row).loss_mask_S.tolist(), row.num_tokens)
+        drafted = (drafts.read(row).accept_len_T != NOT_DRAFTED).nonzero().flatten().tolist()
+        assert drafted == anchors[::3]
+    with pytest.raises(DrafterError, match="stride 3"):
+        draft_cache(cache, find_drafter(first_run), DraftConfig(stride=1))
+
+
+def test_drafting_while_extracting_gives_the_same_drafts(
+    drafted_cache: Path, first_run: Path, tiny_llama: Path, tiny_prompts: Path, tmp_path: Path
+):
+    out = tmp_path / "cache"
+    vpd("extract", tiny_llama, tiny_prompts, "--out", out, "--first-drafter", first_run, **EXTRACT)
+    after, during = Cache.open(drafted_cache), Cache.open(out)
+    rows = {row.seq_id: row for row in after.rows}
+    for row in during.rows:
+        theirs, ours = FirstDrafts.open(after).read(rows[row.seq_id]), FirstDrafts.open(during).read(row)
+        assert torch.equal(ours.tokens_TGA, theirs.tokens_TGA)
+        assert torch.equal(ours.accept_len_T, theirs.accept_len_T)
