@@ -53,7 +53,7 @@ def test_demo_recipe():
     config = load_config("smollm2-135m", {})
     assert (config.extract.dtype, config.extract.num_draft_layers, config.extract.part_mib) == ("float32", 3, 64)
     assert config.extract.engine_args["enforce_eager"] is True
-    assert (config.drafter.block_size, config.train.lr, config.train.max_steps) == (8, 0.001, 150)
+    assert (config.drafter.block_size, config.train.lr, config.train.max_steps) == (8, 0.001, 200)
 
 
 @pytest.mark.parametrize("recipe", ["qwen3-8b", "qwen3-4b"])
