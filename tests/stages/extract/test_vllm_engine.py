@@ -30,48 +30,49 @@ def run(engine: Engine, requests: list[EngineRequest]) -> dict[str, Completion]:
     return done
 
 
-@pytest.mark.engine
-class TestAgainstTransformers:
+@pytest.fixture(scope="module", params=["tiny_llama", "tiny_qwen3"])
+def engines(request: pytest.FixtureRequest, vllm_imported: None) -> Iterator[tuple[Engine, Engine]]:
     """One engine start for each architecture."""
+    target = load_target(str(request.getfixturevalue(request.param)))
+    every_layer = range(target.num_layers)
+    reference = TransformersEngine(target, every_layer, GREEDY, dtype="float32")
+    engine = VllmEngine(target, every_layer, GREEDY, dtype="float32", max_len=128, engine_args=ENGINE_ARGS)
+    yield engine, reference
+    engine.close()
 
-    @pytest.fixture(scope="class", params=["tiny_llama", "tiny_qwen3"])
-    def engines(self, request: pytest.FixtureRequest, vllm_imported: None) -> Iterator[tuple[Engine, Engine]]:
-        target = load_target(str(request.getfixturevalue(request.param)))
-        every_layer = range(target.num_layers)
-        reference = TransformersEngine(target, every_layer, GREEDY, dtype="float32")
-        engine = VllmEngine(target, every_layer, GREEDY, dtype="float32", max_len=128, engine_args=ENGINE_ARGS)
-        yield engine, reference
-        engine.close()
 
-    @pytest.mark.parametrize("max_new_tokens", [1, 20], ids=["prefill", "generate"])
-    def test_same_states_tokens_and_choices(self, engines: tuple[Engine, Engine], max_new_tokens: int):
-        engine, reference = engines
-        generator = torch.Generator().manual_seed(3)
-        requests = [
-            EngineRequest(
-                key=f"{max_new_tokens}-{length}",
-                prompt_ids=torch.randint(3, 290, (length,), generator=generator).tolist(),
-                max_new_tokens=max_new_tokens,
-                capture=True,
-            )
-            for length in PROMPT_LENS
-        ]
-        found, expected = run(engine, requests), run(reference, requests)
-        assert found.keys() == expected.keys()
-        for key, theirs in expected.items():
-            ours = found[key]
-            assert (ours.output_ids, ours.finish_reason) == (theirs.output_ids, theirs.finish_reason)
-            assert ours.hidden_TKH is not None
-            assert theirs.hidden_TKH is not None
-            assert ours.argmax_T is not None
-            assert theirs.argmax_T is not None
-            torch.testing.assert_close(ours.hidden_TKH, theirs.hidden_TKH, rtol=BF16_UNIT, atol=1e-3)
-            assert torch.equal(ours.argmax_T, theirs.argmax_T)
+@pytest.mark.engine
+@pytest.mark.parametrize("max_new_tokens", [1, 20], ids=["prefill", "generate"])
+def test_same_states_tokens_and_choices(engines: tuple[Engine, Engine], max_new_tokens: int):
+    engine, reference = engines
+    generator = torch.Generator().manual_seed(3)
+    requests = [
+        EngineRequest(
+            key=f"{max_new_tokens}-{length}",
+            prompt_ids=torch.randint(3, 290, (length,), generator=generator).tolist(),
+            max_new_tokens=max_new_tokens,
+            capture=True,
+        )
+        for length in PROMPT_LENS
+    ]
+    found, expected = run(engine, requests), run(reference, requests)
+    assert found.keys() == expected.keys()
+    for key, theirs in expected.items():
+        ours = found[key]
+        assert (ours.output_ids, ours.finish_reason) == (theirs.output_ids, theirs.finish_reason)
+        assert ours.hidden_TKH is not None
+        assert theirs.hidden_TKH is not None
+        assert ours.argmax_T is not None
+        assert theirs.argmax_T is not None
+        torch.testing.assert_close(ours.hidden_TKH, theirs.hidden_TKH, rtol=BF16_UNIT, atol=1e-3)
+        assert torch.equal(ours.argmax_T, theirs.argmax_T)
 
-    def test_uncaptured_requests_bring_tokens_alone(self, engines: tuple[Engine, Engine]):
-        request = EngineRequest(key="plain", prompt_ids=[5, 6, 7], max_new_tokens=4, capture=False)
-        ours, theirs = (run(engine, [request])["plain"] for engine in engines)
-        assert (ours.output_ids, ours.hidden_TKH) == (theirs.output_ids, None)
+
+@pytest.mark.engine
+def test_uncaptured_requests_bring_tokens_alone(engines: tuple[Engine, Engine]):
+    request = EngineRequest(key="plain", prompt_ids=[5, 6, 7], max_new_tokens=4, capture=False)
+    ours, theirs = (run(engine, [request])["plain"] for engine in engines)
+    assert (ours.output_ids, ours.hidden_TKH) == (theirs.output_ids, None)
 
 
 @pytest.mark.engine
