@@ -21,6 +21,7 @@ from ..stages.extract.run import (
     make_chat,
     make_engine,
     open_cache,
+    plan_extraction,
     plan_layers,
     plan_manifest,
 )
@@ -60,15 +61,13 @@ def extract(
     drafter = find_drafter(first_drafter) if first_drafter is not None else None
     if drafter is not None:
         check_fits(load_shape(drafter), manifest, drafter)
+    plan = plan_extraction(out, manifest, prompts, chat, target, settings)
     cache = open_cache(out, manifest, target)
-    missing = len(prompts.records) - len(cache)
-    with ProgressReport("extract", missing, "tokens") as progress:
+    with ProgressReport("extract", len(plan.conversations), "tokens") as progress:
         report = run_extraction(
             lambda: make_engine(target, layer_ids, settings),
             cache,
-            prompts,
-            chat,
-            target,
+            plan,
             settings,
             progress.advance,
         )

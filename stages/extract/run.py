@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from ...data.cache.manifest import CacheManifest
+from ...data.cache.files import require_folder
+from ...data.cache.manifest import MANIFEST_NAME, CacheManifest
 from ...data.cache.store import CHUNK_TOKENS, Cache, StateWriter
 from ...data.chat import ChatFormat
 from ...data.errors import ExtractionError, PromptError
@@ -118,16 +119,46 @@ def open_cache(folder: Path, manifest: CacheManifest, target: Target) -> Cache:
     return cache
 
 
+@dataclass(frozen=True, slots=True)
+class ExtractPlan:
+    """What is left to do for a cache, every record checked."""
+
+    conversations: list[tuple[Conversation, EngineRequest]]
+    report: ExtractReport
+
+
+def plan_extraction(
+    folder: Path, manifest: CacheManifest, prompts: PromptSet, chat: ChatFormat, target: Target, config: ExtractConfig
+) -> ExtractPlan:
+    """Checks the cache's origin, if there is one, and every record that it lacks; writes nothing.
+
+    So a bad record costs no engine start, and leaves no cache behind that the corrected command would not fit.
+
+    Raises:
+        FingerprintMismatchError: the folder holds a cache of another origin.
+        PromptError: a record can't be used (unless `config.skip_bad`).
+    """
+    require_folder(folder)
+    present: set[str] = set()
+    if (folder / MANIFEST_NAME).is_file():
+        cache = Cache.open(folder, allow_empty=True)
+        manifest.check_same_origin(cache.manifest, folder)
+        present = {row.seq_id for row in cache.rows}
+    missing = [record for record in prompts.records if record.seq_id not in present]
+    report = ExtractReport(num_present=len(prompts.records) - len(missing))
+    if prompts.num_skipped:
+        report.skipped["unreadable record"] = prompts.num_skipped
+    return ExtractPlan(list(start_conversations(missing, chat, target, config, report)), report)
+
+
 def extract(
     engine_factory: Callable[[], Engine],
     cache: Cache,
-    prompts: PromptSet,
-    chat: ChatFormat,
-    target: Target,
+    plan: ExtractPlan,
     config: ExtractConfig,
     on_sequence: Callable[[int], None] = lambda num_tokens: None,
 ) -> ExtractReport:
-    """Writes every sequence that the cache lacks. The engine starts only if there is something to do.
+    """Writes the plan's sequences. The engine starts only if there is something to do.
 
     Whatever ends the run, the sequences finished by then are committed.
 
@@ -135,22 +166,16 @@ def extract(
         on_sequence: called with the number of tokens of each sequence that is written.
 
     Raises:
-        PromptError: a record can't be used (unless `config.skip_bad`).
+        PromptError: a later turn of a record can't be used (unless `config.skip_bad`).
         ExtractionError: the engine failed, or too many sequences had to be put into quarantine.
     """
-    present = {row.seq_id for row in cache.rows}
-    missing = [record for record in prompts.records if record.seq_id not in present]
-    report = ExtractReport(num_present=len(prompts.records) - len(missing))
-    if prompts.num_skipped:
-        report.skipped["unreadable record"] = prompts.num_skipped
-    # Records are checked before the engine starts, so that a bad one costs no start-up.
-    conversations = list(start_conversations(missing, chat, target, config, report))
-    if not conversations:
+    report = plan.report
+    if not plan.conversations:
         return report
     engine = engine_factory()
     writer = StateWriter(cache, config.part_mib << 20, {"engine": engine.facts})
     try:
-        for sequence in converse(engine, conversations, config, report):
+        for sequence in converse(engine, plan.conversations, config, report):
             if write(writer, sequence, report):
                 on_sequence(len(sequence.token_ids))
     finally:

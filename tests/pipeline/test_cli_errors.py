@@ -313,6 +313,7 @@ def test_an_error_says_what_is_wrong_and_leaves_caches_alone(case: Wrong, place:
     check_message(run_vpd(*arguments), case.code, case.words)
     assert (snapshot(place.cache), snapshot(place.drafted)) == before
     assert not (place.folder / "run").exists()
+    assert not list(place.folder.glob("new/commits/*"))
 
 
 @pytest.mark.parametrize("command", [["train"], ["train", "x"], ["extract", "x"], ["eval", "x", "--k", "many"], ["no"]])
@@ -372,10 +373,23 @@ def test_the_result_for_people_says_what_was_skipped(place: Place):
     assert "{'unreadable record': 1}" in outcome.out
 
 
-def test_a_refused_extraction_makes_no_cache(place: Place):
-    for case in WRONG[:4]:
-        run_vpd(*case.arguments(place))
-        assert not (place.folder / "new").exists(), case.id
+MIXED = [ANSWERED, {"text": "a fox"}]
+CORRECTED = [
+    pytest.param(lambda place: place.extract(place.write(*MIXED), mode="given", max_len=128), 2, id="raise-max-len"),
+    pytest.param(
+        lambda place: place.extract(place.write(*MIXED), mode="given", max_len=8, skip_bad=True), 1, id="skip-bad"
+    ),
+    pytest.param(lambda place: place.extract(place.write(MIXED[1]), mode="given", max_len=8), 1, id="change-the-file"),
+]
+
+
+@pytest.mark.parametrize(("corrected", "num_written"), CORRECTED)
+def test_after_a_refused_extraction_the_corrected_command_runs(
+    corrected: Callable[[Place], list[object]], num_written: int, place: Place
+):
+    refused = run_vpd(*place.extract(place.write(*MIXED), mode="given", max_len=8))
+    check_message(refused, 1, ["some.jsonl, row 1:", "Raise extract.max_len", "--skip-bad"])
+    assert vpd(*corrected(place))["num_written"] == num_written
 
 
 @pytest.mark.parametrize("command", ["extract", "train"])

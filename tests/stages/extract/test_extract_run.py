@@ -24,6 +24,7 @@ from vpd.stages.extract.run import (
     make_chat,
     make_engine,
     open_cache,
+    plan_extraction,
     plan_layers,
     plan_manifest,
 )
@@ -44,8 +45,10 @@ def run(
     target = load_target(str(target_folder))
     layer_ids, chat = plan_layers(target, config), make_chat(target, config)
     prompts = read_prompts([prompt_file], skip_bad=config.skip_bad, limit=config.limit)
-    cache = open_cache(out, plan_manifest(target, layer_ids, chat, prompts, config), target)
-    return extract(lambda: wrap(make_engine(target, layer_ids, config)), cache, prompts, chat, target, config)
+    manifest = plan_manifest(target, layer_ids, chat, prompts, config)
+    plan = plan_extraction(out, manifest, prompts, chat, target, config)
+    cache = open_cache(out, manifest, target)
+    return extract(lambda: wrap(make_engine(target, layer_ids, config)), cache, plan, config)
 
 
 def by_row(folder: Path) -> dict[int, CachedSequence]:
