@@ -26,6 +26,7 @@ from vpd.data.cache.store import CHUNK_TOKENS, Cache, StateWriter
 from vpd.pipeline.cli import main
 from vpd.stages.drafter.checkpoint import load_shape, save_drafter
 from vpd.stages.drafter.model import Drafter
+from vpd.stages.drafter.shape import DrafterShape
 
 START, END = "<|im_start|>", "<|im_end|>"
 CHATML = (
@@ -183,7 +184,26 @@ def as_flags(flags: dict[str, Any]) -> list[str]:
     return found
 
 
-# Caches without a target
+# Drafters and caches without a target
+
+
+SHAPE = DrafterShape(
+    num_layers=2,
+    hidden_size=8,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=6,
+    intermediate_size=10,
+    rms_norm_eps=1e-5,
+    rope_theta=500.0,
+    max_position_embeddings=64,
+    vocab_size=20,
+    block_size=5,
+    mask_token_id=19,
+    target_layer_ids=(1, 3, 5),
+    num_target_layers=8,
+)
+"""A drafter's shape whose numbers all differ."""
 
 
 def make_manifest(**changes: Any) -> CacheManifest:

@@ -14,6 +14,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
+from ..errors import CacheCorruptError
 from .files import fsync_folder, fsync_tree, write_bytes_durably, write_text_durably
 from .shard import ArraySpec, ShardWriter
 
@@ -101,8 +102,24 @@ def describe_file(path: Path) -> dict[str, Any]:
 
 
 def committed_parts(root: Path) -> list[dict[str, Any]]:
-    """All commit records below `root`, by name."""
-    return [json.loads(path.read_text()) for path in sorted((root / COMMITS).glob("[!.]*.json"))]
+    """All commit records below `root`, by name.
+
+    Raises:
+        CacheCorruptError: a file there is no commit record.
+    """
+    return [_read_commit(path) for path in sorted((root / COMMITS).glob("[!.]*.json"))]
+
+
+def _read_commit(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text())
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or record.get("part") != path.stem or not isinstance(record.get("files"), dict):
+        raise CacheCorruptError(
+            f"{path} is not the commit record of a part. Restore it, or remove it and make the part again."
+        )
+    return record
 
 
 def remove_uncommitted(root: Path) -> int:

@@ -178,8 +178,8 @@ class Cache:
     def _read_index(self, name: str) -> list[SequenceRow]:
         path = index_path(self.folder, name)
         found = describe_file(path) if path.is_file() else None
-        expected = self.commits[name]["files"][f"{INDEX}/{name}.parquet"]
-        if found != expected:
+        expected = self.commits[name]["files"].get(f"{INDEX}/{name}.parquet")
+        if found is None or found != expected:
             raise CacheCorruptError(
                 f"the index {path} of a committed part is not what was written: expected {expected}, found {found}. "
                 f"Restore it, or remove the part's commit record {commit_path(self.folder, name)} and extract again."
@@ -256,11 +256,6 @@ class StateWriter:
         counts = {"num_sequences": len(rows), "num_tokens": sum(row["num_tokens"] for row in rows)}
         part.commit({**self._facts, **counts}, {f"{INDEX}/{part.name}.parquet": index.getvalue()})
         return part.name
-
-    def abandon(self) -> None:
-        if self._part is not None:
-            self._part.abandon()
-            self._part, self._rows = None, []
 
 
 def index_path(folder: Path, part: str) -> Path:

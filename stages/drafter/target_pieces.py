@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ...data.errors import CacheCorruptError, DrafterError
 
 TARGET, PIECES = "target", "pieces.safetensors"
+EMBED, HEAD = "embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +25,6 @@ class TargetPieces:
 
     embed_VH: Tensor
     head_VH: Tensor
-    norm_H: Tensor
-    """Weight of the final norm."""
 
     @classmethod
     def load(
@@ -40,9 +39,9 @@ class TargetPieces:
         if not path.is_file():
             raise CacheCorruptError(f"expected the target's pieces at {path}, found none. Run `vpd extract` again.")
         with safe_open(path, "pt", device=str(device)) as file:
-            tensors = {name: file.get_tensor(name).to(dtype) for name in file.keys()}  # noqa: SIM118
-        embed_VH = tensors["embed_tokens.weight"]
-        return cls(embed_VH, tensors.get("lm_head.weight", embed_VH), tensors["norm.weight"])
+            embed_VH = file.get_tensor(EMBED).to(dtype)
+            tied = HEAD not in set(file.keys())
+            return cls(embed_VH, embed_VH if tied else file.get_tensor(HEAD).to(dtype))
 
 
 def load_target_config(cache_folder: Path) -> dict[str, Any]:

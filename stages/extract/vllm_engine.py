@@ -70,14 +70,30 @@ class VllmEngine:
         self._head = ArgmaxHead(target)
         self._finished: dict[str, Any] = {}
         self._requests: dict[str, EngineRequest] = {}
-        args = {
+        try:
+            self._engine = LLMEngine.from_engine_args(
+                EngineArgs(**self._engine_args(target, dtype, max_len, vllm_ids, engine_args or {}))
+            )
+        except (RuntimeError, TypeError, ValueError) as error:
+            self._receiver.close()
+            raise ExtractionError(
+                f"vLLM did not start on {target.folder}: {error}. Its own messages above say why; engine arguments go "
+                "into extract.engine_args (on a CPU, kv_cache_memory_bytes bounds its memory)."
+            ) from error
+        self.facts = engine_facts("vllm", _vllm_version(), self._engine.model_config.dtype, engine_args)
+
+    def _engine_args(
+        self, target: Target, dtype: str, max_len: int, vllm_ids: list[int], engine_args: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The user's engine arguments, and those that make vLLM capture states and hand them to the connector."""
+        return {
             "model": str(target.folder),
             "dtype": dtype,
             # One token more than a sequence, since the last generated one is not part of it.
             "max_model_len": max_len + 1,
             "enable_prefix_caching": False,
             "disable_log_stats": True,
-            **(engine_args or {}),
+            **engine_args,
             "speculative_config": {
                 "method": "extract_hidden_states",
                 "num_speculative_tokens": 1,
@@ -93,15 +109,6 @@ class VllmEngine:
                 },
             },
         }
-        try:
-            self._engine = LLMEngine.from_engine_args(EngineArgs(**args))
-        except (RuntimeError, TypeError, ValueError) as error:
-            self._receiver.close()
-            raise ExtractionError(
-                f"vLLM did not start on {target.folder}: {error}. Its own messages above say why; engine arguments go "
-                "into extract.engine_args (on a CPU, kv_cache_memory_bytes bounds its memory)."
-            ) from error
-        self.facts = engine_facts("vllm", _vllm_version(), self._engine.model_config.dtype, engine_args)
 
     @property
     def num_in_flight(self) -> int:

@@ -88,18 +88,19 @@ class Trainer:
         self.step = state["step"]
 
     def train(self, on_step: Callable[[dict[str, Any]], None]) -> None:
-        """Runs to the last step; `on_step` gets each step's metrics."""
+        """Runs to the last step; `on_step` gets the metrics of each step that had something to learn from."""
         started, num_labels = time.monotonic(), 0
         while self.step < self.num_steps:
             result = self.train_step()
             self.step += 1
-            num_labels += result.num_labels
-            on_step(self.metrics(result, num_labels / (time.monotonic() - started)))
+            if result is not None:
+                num_labels += result.num_labels
+                on_step(self.metrics(result, num_labels / (time.monotonic() - started)))
             if self.step % self.config.save_every == 0 or self.step == self.num_steps:
                 self.save()
 
-    def train_step(self) -> StepResult:
-        """One optimizer step over this process's share of the step's sequences."""
+    def train_step(self) -> StepResult | None:
+        """One optimizer step over this process's share of the step's sequences; None if no sequence has an anchor."""
         self.optimizer.zero_grad()
         rows = self.head_rows()
         totals = torch.zeros(5, device=self.device, dtype=torch.float64)
@@ -113,8 +114,15 @@ class Trainer:
                 totals += self.backward(blocks, rows)
         totals = self.sum_over_processes(totals)
         loss_sum, denominator, num_right, num_blocks, num_labels = totals.tolist()
-        grad_norm = self.apply_gradient(denominator)
-        self.check_finite(loss_sum, grad_norm, indices)
+        grad_norm = 0.0
+        if num_blocks:
+            grad_norm = self.average_gradient(denominator)
+            self.check_finite(loss_sum, grad_norm, indices)
+        # Without a gradient this changes no weight, and the schedule goes on.
+        self.optimizer.step()
+        self.schedule.step()
+        if not num_blocks:
+            return None
         return StepResult(loss_sum / denominator, grad_norm, num_right / num_blocks, int(num_labels))
 
     def head_rows(self) -> HeadRows:
@@ -139,17 +147,13 @@ class Trainer:
         parts = [result.loss_sum.detach(), blocks.denominator, num_right, first_P.sum(), len(labels_P)]
         return torch.tensor([float(part) for part in parts], device=self.device, dtype=torch.float64)
 
-    def apply_gradient(self, denominator: float) -> float:
-        """Divides the summed gradient by the step's denominator, clips it, and takes the step."""
+    def average_gradient(self, denominator: float) -> float:
+        """Sums the gradient over processes, divides it by the step's denominator and clips it; returns its norm."""
         for parameter in self.drafter.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             parameter.grad = self.sum_over_processes(parameter.grad) / denominator
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), self.config.clip)
-        if torch.isfinite(grad_norm):
-            self.optimizer.step()
-            self.schedule.step()
-        return float(grad_norm)
+        return float(torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), self.config.clip))
 
     def sum_over_processes(self, value: Tensor) -> Tensor:
         return cast(Tensor, self.accelerator.reduce(value, "sum"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ...data.cache.drafts import FirstDrafts, list_drafts
 from ...data.cache.store import Cache
-from ...data.errors import CacheNotFoundError, ConfigError
+from ...data.errors import CacheNotFoundError, ConfigError, DrafterError
 from ..config import DrafterSection, TrainConfig
 from ..drafter.checkpoint import check_fits, drafter_fingerprint
 from ..drafter.shape import DrafterShape, rope_parameters
@@ -14,7 +14,9 @@ from ..drafter.target_pieces import choose_mask_token, load_target_config, load_
 from .checkpoints import find_drafter
 from .loop import Trainer
 from .prefix import NEED_FIRST_DRAFTS
-from .samples import split_rows
+from .samples import require_anchor, split_rows
+
+DEFAULT_MAX_POSITIONS = 32768
 
 
 def plan_shape(cache: Cache, section: DrafterSection) -> DrafterShape:
@@ -25,17 +27,24 @@ def plan_shape(cache: Cache, section: DrafterSection) -> DrafterShape:
     """
     target = load_target_config(cache.folder)
     manifest = cache.manifest
-    num_heads = section.num_attention_heads or target["num_attention_heads"]
+
+    def own_or_target(name: str) -> int:
+        value = getattr(section, name) or target.get(name)
+        if value is None:
+            raise DrafterError(f"the target's config has no {name} to take over. Set drafter.{name}.")
+        return int(value)
+
+    num_heads = own_or_target("num_attention_heads")
     return DrafterShape(
         num_layers=section.num_layers,
         hidden_size=manifest.hidden_size,
         num_attention_heads=num_heads,
         num_key_value_heads=section.num_key_value_heads or target.get("num_key_value_heads", num_heads),
         head_dim=section.head_dim or target.get("head_dim") or manifest.hidden_size // num_heads,
-        intermediate_size=section.intermediate_size or target["intermediate_size"],
+        intermediate_size=own_or_target("intermediate_size"),
         rms_norm_eps=target.get("rms_norm_eps", 1e-6),
         rope_theta=section.rope_theta or float(rope_parameters(target).get("rope_theta", 10000.0)),
-        max_position_embeddings=target["max_position_embeddings"],
+        max_position_embeddings=target.get("max_position_embeddings", DEFAULT_MAX_POSITIONS),
         vocab_size=manifest.vocab_size,
         block_size=section.block_size,
         mask_token_id=choose_mask_token(section.mask_token_id, load_tokenizer(cache.folder), manifest.vocab_size),
@@ -81,6 +90,8 @@ def make_trainer(cache: Cache, run: Path, section: DrafterSection, config: Train
     shape = plan_shape(cache, section)
     check_fits(shape, cache.manifest, run)
     training, _ = split_rows(cache, config.holdout)
-    trainer = Trainer(cache, training, plan_first_drafts(cache, shape, config), shape, config, run)
+    drafts = plan_first_drafts(cache, shape, config)
+    require_anchor(cache, training, config.max_len)
+    trainer = Trainer(cache, training, drafts, shape, config, run)
     trainer.resume()
     return trainer

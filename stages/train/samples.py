@@ -88,6 +88,24 @@ class TrainingBlocks:
     """What the sum of weighted losses is divided by, summed over all sequences of the step."""
 
 
+def anchors_within(sequence: CachedSequence, max_len: int) -> Tensor:
+    """Anchors [N] among the first `max_len` tokens; the token after the last of those still counts as a label."""
+    return anchors_of(sequence.loss_mask_S[: max_len + 1], min(sequence.row.num_tokens, max_len))
+
+
+def require_anchor(cache: Cache, rows: list[SequenceRow], max_len: int) -> None:
+    """Reads sequences until one has an anchor.
+
+    Raises:
+        CacheNotFoundError: none has.
+    """
+    if not any(len(anchors_within(cache.read(row), max_len)) for row in rows):
+        raise CacheNotFoundError(
+            f"expected an anchor (two assistant tokens in a row) among the first {max_len} tokens of a sequence, found "
+            f"none in the {len(rows)} training sequences of {cache.folder}. Raise train.max_len."
+        )
+
+
 def draw_blocks(
     sequence: CachedSequence,
     drafts: FirstDrafts | None,
@@ -100,7 +118,7 @@ def draw_blocks(
     generator = counter_generator(config.seed, step, sequence.row.seq_id)
     num_context = min(sequence.row.num_tokens, config.max_len)
     token_ids_S, loss_mask_S = (x[: config.max_len + 1] for x in (sequence.token_ids_S, sequence.loss_mask_S))
-    anchors = anchors_of(loss_mask_S, num_context)
+    anchors = anchors_within(sequence, config.max_len)
     if not len(anchors):
         return None
     chosen = torch.randperm(len(anchors), generator=generator)[: config.num_anchors]

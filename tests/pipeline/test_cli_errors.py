@@ -339,6 +339,29 @@ def test_a_cache_without_the_target_s_pieces_is_named(place: Place):
     check_message(outcome, 1, [str(place.cache / "target"), "vpd extract"])
 
 
+def test_a_target_config_that_lacks_a_key_is_named(place: Place):
+    path = place.cache / "target" / "config.json"
+    config = json.loads(path.read_text())
+    del config["intermediate_size"]
+    path.write_text(json.dumps(config))
+    outcome = run_vpd(*place.train(place.cache, objective="dflash"))
+    check_message(outcome, 1, ["intermediate_size", "drafter.intermediate_size"])
+    assert vpd(*place.train(place.cache, objective="dflash", intermediate_size=64, max_steps=1))["step"] == 1
+
+
+@pytest.mark.parametrize("content", ["", '{"part": "par', "[]", "{}"], ids=["empty", "cut", "list", "no-files"])
+def test_a_damaged_commit_record_is_named(content: str, place: Place):
+    (path,) = place.cache.glob("commits/*.json")
+    path.write_text(content)
+    outcome = run_vpd(*place.train(place.cache, objective="dflash"))
+    check_message(outcome, 1, [str(path), "commit record"])
+
+
+def test_a_cache_without_an_anchor_in_reach_is_refused(place: Place):
+    outcome = run_vpd(*place.train(place.cache, objective="dflash", max_len=5))
+    check_message(outcome, 1, ["anchor", "train.max_len", "5"])
+
+
 def test_damage_found_while_reading_is_named(place: Place):
     (path,) = place.cache.glob("parts/*/hidden/c/0/0/0")
     content = bytearray(path.read_bytes())

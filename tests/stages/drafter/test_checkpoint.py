@@ -3,37 +3,21 @@
 # H hidden width
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import SHAPE
 from transformers import Qwen3Config
 from vpd.data.cache.manifest import CacheManifest
 from vpd.data.errors import DrafterError
-from vpd.stages.drafter.checkpoint import check_fits, drafter_fingerprint, load_drafter, load_shape, save_drafter
+from vpd.stages.drafter.checkpoint import check_fits, drafter_fingerprint, load_drafter, save_drafter
 from vpd.stages.drafter.model import Drafter
 from vpd.stages.drafter.shape import DrafterShape
 
-H = 8
-SHAPE = DrafterShape(
-    num_layers=2,
-    hidden_size=H,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=6,
-    intermediate_size=10,
-    rms_norm_eps=1e-5,
-    rope_theta=500.0,
-    max_position_embeddings=64,
-    vocab_size=20,
-    block_size=5,
-    mask_token_id=19,
-    target_layer_ids=(1, 3, 5),
-    num_target_layers=8,
-)
+H = SHAPE.hidden_size
 WEIGHT_SHAPES = {
     "fc.weight": (H, 3 * H),
     "hidden_norm.weight": (H,),
@@ -56,39 +40,6 @@ WEIGHT_SHAPES = {
         }.items()
     },
 }
-# In the manner of published first drafters, which are older than the `rope_parameters` key.
-PUBLISHED: dict[str, Any] = {
-    "architectures": ["DFlashDraftModel"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
-    "block_size": 16,
-    "bos_token_id": 151643,
-    "dflash_config": {"mask_token_id": 151669, "target_layer_ids": [1, 9, 17, 25, 33]},
-    "dtype": "bfloat16",
-    "eos_token_id": 151645,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "initializer_range": 0.02,
-    "intermediate_size": 12288,
-    "layer_types": ["full_attention"] * 5,
-    "max_position_embeddings": 40960,
-    "max_window_layers": 5,
-    "model_type": "qwen3",
-    "num_attention_heads": 32,
-    "num_hidden_layers": 5,
-    "num_key_value_heads": 8,
-    "num_target_layers": 36,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": None,
-    "rope_theta": 1000000,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "use_cache": True,
-    "use_sliding_window": False,
-    "vocab_size": 151936,
-}
 
 
 def make_drafter(shape: DrafterShape = SHAPE) -> Drafter:
@@ -108,11 +59,6 @@ def change_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> N
     config = json.loads(path.read_text())
     change(config)
     path.write_text(json.dumps(config))
-
-
-def write_config(folder: Path, config: object) -> Path:
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 @pytest.fixture
@@ -196,193 +142,6 @@ def test_saving_replaces_the_folder_and_leaves_nothing_else(saved: Path):
     assert sorted(path.name for path in saved.iterdir()) == ["config.json", "model.safetensors", "state.pt"]
     assert torch.load(saved / "state.pt") == {"step": 3}
     assert [path.name for path in saved.parent.iterdir()] == ["drafter"]
-
-
-def test_a_published_config_is_read(tmp_path: Path):
-    assert load_shape(write_config(tmp_path, PUBLISHED)) == DrafterShape(
-        num_layers=5,
-        hidden_size=4096,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        intermediate_size=12288,
-        rms_norm_eps=1e-6,
-        rope_theta=1e6,
-        max_position_embeddings=40960,
-        vocab_size=151936,
-        block_size=16,
-        mask_token_id=151669,
-        target_layer_ids=(1, 9, 17, 25, 33),
-        num_target_layers=36,
-    )
-
-
-@pytest.mark.parametrize(
-    ("removed", "added", "changed"),
-    [
-        pytest.param("head_dim", {"hidden_size": 2048}, {"hidden_size": 2048, "head_dim": 64}, id="head-dim-derived"),
-        pytest.param(
-            "rope_theta",
-            {"rope_parameters": {"rope_type": "default", "rope_theta": 10000}},
-            {"rope_theta": 1e4},
-            id="rope-parameters",
-        ),
-        pytest.param(
-            "block_size",
-            {"dflash_config": {**PUBLISHED["dflash_config"], "block_size": 8}},
-            {"block_size": 8},
-            id="block-size-in-dflash-config",
-        ),
-        pytest.param(
-            "layer_types",
-            {"dflash_config": {**PUBLISHED["dflash_config"], "causal": False}},
-            {},
-            id="causal-said-no",
-        ),
-        pytest.param("hidden_act", {"rope_scaling": {"type": "default"}}, {}, id="default-rope-in-its-older-spelling"),
-    ],
-)
-def test_spellings_of_published_configs(tmp_path: Path, removed: str, added: dict[str, Any], changed: dict[str, Any]):
-    plain = load_shape(write_config(tmp_path, PUBLISHED))
-    config = {key: value for key, value in PUBLISHED.items() if key != removed} | added
-    assert load_shape(write_config(tmp_path, config)) == replace(plain, **changed)
-
-
-# Refusals
-
-
-def test_a_folder_without_config_is_no_drafter(tmp_path: Path):
-    with pytest.raises(DrafterError, match=r"found no config\.json"):
-        load_shape(tmp_path / "nowhere")
-
-
-def test_a_file_in_place_of_the_folder_is_no_drafter(saved: Path):
-    with pytest.raises(DrafterError):
-        load_shape(saved / "model.safetensors")
-
-
-@pytest.mark.parametrize("text", ['{"a": ', ""], ids=["cut", "empty"])
-def test_a_config_that_is_not_json_is_named(tmp_path: Path, text: str):
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(DrafterError, match=r"config\.json is not JSON"):
-        load_shape(tmp_path)
-
-
-@pytest.mark.parametrize("content", [[], "text", None], ids=["list", "string", "null"])
-def test_a_config_that_is_no_object_is_refused(tmp_path: Path, content: object):
-    with pytest.raises(DrafterError, match=r"config\.json"):
-        load_shape(write_config(tmp_path, content))
-
-
-TOP_KEYS = [
-    "num_hidden_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "intermediate_size",
-    "rms_norm_eps",
-    "rope_theta",
-    "max_position_embeddings",
-    "vocab_size",
-    "block_size",
-    "num_target_layers",
-]
-
-
-@pytest.mark.parametrize("key", TOP_KEYS)
-def test_a_missing_key_is_named(tmp_path: Path, key: str):
-    config = {name: value for name, value in PUBLISHED.items() if name != key}
-    with pytest.raises(DrafterError, match=f"expected the key '{key}'"):
-        load_shape(write_config(tmp_path, config))
-
-
-@pytest.mark.parametrize("key", ["mask_token_id", "target_layer_ids"])
-def test_a_missing_key_of_the_dflash_config_is_named(tmp_path: Path, key: str):
-    dflash = {name: value for name, value in PUBLISHED["dflash_config"].items() if name != key}
-    with pytest.raises(DrafterError, match=f"expected the key '{key}'"):
-        load_shape(write_config(tmp_path, {**PUBLISHED, "dflash_config": dflash}))
-
-
-def test_a_config_of_another_model_is_refused(tmp_path: Path):
-    config = {name: value for name, value in PUBLISHED.items() if name != "dflash_config"}
-    with pytest.raises(DrafterError, match="'mask_token_id'"):
-        load_shape(write_config(tmp_path, config))
-
-
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [
-        pytest.param(("dflash_config", "mask_token_id"), None, id="mask-token-null"),
-        pytest.param(("dflash_config", "target_layer_ids"), None, id="layers-null"),
-        pytest.param(("num_attention_heads",), "32", id="text-for-a-number"),
-    ],
-)
-def test_a_value_of_the_wrong_type_is_refused(tmp_path: Path, path: tuple[str, ...], value: object):
-    config = json.loads(json.dumps(PUBLISHED))
-    place = config
-    for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
-    with pytest.raises(DrafterError, match=r"config\.json"):
-        load_shape(write_config(tmp_path, config))
-
-
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
-OLDER_LINEAR = {"type": "linear", "factor": 2.0}
-
-
-@pytest.mark.parametrize(
-    ("added", "reason"),
-    [
-        pytest.param({"rope_scaling": YARN}, "RoPE of type yarn", id="yarn"),
-        pytest.param({"rope_parameters": {**YARN, "rope_theta": 1e6}}, "RoPE of type yarn", id="yarn-newer-spelling"),
-        pytest.param({"rope_scaling": OLDER_LINEAR}, "RoPE of type linear", id="linear-older-spelling"),
-        pytest.param({"partial_rotary_factor": 0.5}, "partial rotary", id="partial-rotary"),
-        pytest.param(
-            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.25}},
-            "partial rotary",
-            id="partial-rotary-newer-spelling",
-        ),
-        pytest.param(
-            {"layer_types": ["full_attention"] * 4 + ["sliding_attention"], "sliding_window": 2048},
-            "sliding-window",
-            id="sliding-layer",
-        ),
-        pytest.param(
-            # Without `layer_types`, Qwen3 lets every layer from `max_window_layers` on slide.
-            {"layer_types": None, "use_sliding_window": True, "sliding_window": 2048, "max_window_layers": 2},
-            "sliding-window",
-            id="sliding-layers-older-spelling",
-        ),
-        pytest.param({"dflash_config": {**PUBLISHED["dflash_config"], "causal": True}}, "causal", id="causal"),
-        pytest.param({"attention_bias": True}, "attention biases", id="attention-bias"),
-        pytest.param({"hidden_act": "gelu"}, "gelu", id="another-activation"),
-    ],
-)
-def test_what_would_be_computed_differently_is_refused(tmp_path: Path, added: dict[str, Any], reason: str):
-    with pytest.raises(DrafterError, match=reason):
-        load_shape(write_config(tmp_path, PUBLISHED | added))
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        pytest.param({"mask_token_id": 20}, "mask token id within the vocabulary of 20, got 20", id="mask-outside"),
-        pytest.param({"mask_token_id": -1}, "mask token id within the vocabulary", id="mask-negative"),
-        pytest.param({"block_size": 1}, "block_size", id="block-of-one"),
-        pytest.param({"block_size": 256}, "block_size", id="block-beyond-a-byte"),
-        pytest.param({"num_key_value_heads": 3}, "multiple of key-value heads", id="heads-do-not-divide"),
-        pytest.param({"head_dim": 5}, "head_dim", id="odd-head-width"),
-    ],
-)
-def test_impossible_shapes_are_refused(change: dict[str, Any], reason: str):
-    with pytest.raises(DrafterError, match=reason):
-        replace(SHAPE, **change)
-
-
-@pytest.mark.parametrize("block_size", [2, 255])
-def test_extreme_block_sizes_are_possible(block_size: int):
-    assert replace(SHAPE, block_size=block_size).block_size == block_size
 
 
 def edit_weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:

@@ -46,7 +46,7 @@ def drafter() -> Drafter:
 def pieces() -> TargetPieces:
     generator = torch.Generator().manual_seed(1)
     embed_VH, head_VH = torch.randn(2, V, H, generator=generator)
-    return TargetPieces(embed_VH, head_VH, torch.ones(H))
+    return TargetPieces(embed_VH, head_VH)
 
 
 def inputs() -> tuple[Tensor, Tensor]:

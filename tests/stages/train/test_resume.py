@@ -100,7 +100,7 @@ def test_an_interrupted_run_ends_as_an_unbroken_one(
     train(drafted_cache, tmp_path / "unbroken", **case.flags)
     original = Trainer.train_step
 
-    def interrupted(trainer: Trainer) -> StepResult:
+    def interrupted(trainer: Trainer) -> StepResult | None:
         if trainer.step + 1 == stop_before:
             raise KeyboardInterrupt
         return original(trainer)
@@ -212,6 +212,17 @@ def test_a_changed_cache_is_refused(half: Path, tiny_cache: Path, tmp_path: Path
 
 
 # What training does
+
+
+def test_a_step_without_an_anchor_in_reach_is_passed_over(tiny_cache: Path, tmp_path: Path):
+    """`max_len` leaves an anchor to some sequences and none to others, which are then no reason to stop."""
+    prompt_lens = sorted(row.prompt_len for row in Cache.open(tiny_cache).rows)
+    max_len = prompt_lens[len(prompt_lens) // 2]
+    result = train(tiny_cache, tmp_path / "run", **DFLASH, max_len=max_len, batch_size=1, max_steps=20, log_every=1)
+    assert result["step"] == 20
+    logged = [line["step"] for line in metrics(tmp_path / "run")]
+    assert 0 < len(logged) < 20
+    assert all(torch.isfinite(value).all() for value in load_drafter(find_drafter(tmp_path / "run")).parameters())
 
 
 @pytest.mark.parametrize(
