@@ -33,5 +33,9 @@ class FingerprintMismatchError(VpdError, ValueError):
     """The cache was made with another target, tokenizer, template, layer set or prompt set."""
 
 
+class StorageError(VpdError, OSError):
+    """The place of a cache does not answer, refuses, or is full."""
+
+
 class ExtractionError(VpdError):
     """The engine handed back something else than what was asked of it."""

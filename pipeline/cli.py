@@ -11,13 +11,14 @@ from typing import Any, TypeVar
 import click
 
 from ..data.errors import ConfigError, VpdError
-from ..stages.config import DraftConfig, DrafterSection, EvalConfig, ExtractConfig, TrainConfig
+from ..stages.config import DraftConfig, DrafterSection, EvalConfig, ExtractConfig, ReadConfig, TrainConfig
 from . import commands
 from .config import VpdConfig, from_drafter_json, load_config, parse_assignment
 from .options import collect_overrides, config_options
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
+PLACE_HELP = "a folder, or s3://, gs://, az://"
 
 
 def common_options(command: Command) -> Command:
@@ -70,7 +71,7 @@ def main() -> None:
 @main.command()
 @click.argument("target")
 @click.argument("prompts", nargs=-1, required=True, type=PATH)
-@click.option("--out", required=True, type=PATH, help="The cache: a new folder, or one to continue.")
+@click.option("--out", required=True, metavar="PLACE", help=f"The cache, new or to be continued: {PLACE_HELP}.")
 @click.option("--first-drafter", type=PATH, help="A DFlash drafter: its drafts and boundaries go into the cache too.")
 @common_options
 @config_options(ExtractConfig, "extract")
@@ -78,7 +79,7 @@ def main() -> None:
 def extract(
     target: str,
     prompts: tuple[Path, ...],
-    out: Path,
+    out: str,
     first_drafter: Path | None,
     source: str | None,
     assignments: tuple[str, ...],
@@ -90,20 +91,21 @@ def extract(
 
 
 @main.command()
-@click.argument("cache", type=PATH)
+@click.argument("cache")
 @click.option("--first-drafter", required=True, type=PATH, help="A DFlash drafter: a checkpoint or a run.")
 @common_options
 @config_options(DraftConfig, "draft")
+@config_options(ReadConfig, "read")
 @reporting_errors
 def draft(
-    cache: Path, first_drafter: Path, source: str | None, assignments: tuple[str, ...], as_json: bool, **flags: Any
+    cache: str, first_drafter: Path, source: str | None, assignments: tuple[str, ...], as_json: bool, **flags: Any
 ) -> None:
     """First drafts and rejection boundaries over CACHE, without the target."""
     commands.draft(cache, first_drafter, resolve(source, assignments, flags), as_json)
 
 
 @main.command()
-@click.argument("cache", type=PATH)
+@click.argument("cache")
 @click.option("--out", required=True, type=PATH, help="The run: a new folder, or one to continue.")
 @click.option(
     "--drafter-config", type=PATH, help="A drafter's config.json in place of the drafter section; flags win over it."
@@ -111,9 +113,10 @@ def draft(
 @common_options
 @config_options(DrafterSection, "drafter")
 @config_options(TrainConfig, "train")
+@config_options(ReadConfig, "read")
 @reporting_errors
 def train(
-    cache: Path,
+    cache: str,
     out: Path,
     drafter_config: Path | None,
     source: str | None,
@@ -127,15 +130,16 @@ def train(
 
 
 @main.command("eval")
-@click.argument("cache", type=PATH)
+@click.argument("cache")
 @click.option("--first-drafter", required=True, type=PATH, help="The first drafter: a checkpoint or a run.")
 @click.option("--drafter", type=PATH, help="The VP-Drafter: a checkpoint or a run.")
 @click.option("--out", type=PATH, help="Also write the result to this file, as JSON.")
 @common_options
 @config_options(EvalConfig, "eval")
+@config_options(ReadConfig, "read")
 @reporting_errors
 def evaluate(
-    cache: Path,
+    cache: str,
     first_drafter: Path,
     drafter: Path | None,
     out: Path | None,

@@ -11,6 +11,8 @@ import click
 
 from ..data.cache.drafts import NOT_DRAFTED, FirstDrafts
 from ..data.cache.files import write_text_durably
+from ..data.cache.mirror import MirroredStorage
+from ..data.cache.storage import LocalStorage, open_storage
 from ..data.cache.store import Cache
 from ..data.prompts import read_prompts
 from ..stages.drafter.checkpoint import check_fits, load_shape
@@ -45,7 +47,7 @@ def emit(result: dict[str, Any], as_json: bool, text: str) -> None:
 def extract(
     target_name: str,
     prompt_files: tuple[Path, ...],
-    out: Path,
+    out: str,
     first_drafter: Path | None,
     config: VpdConfig,
     as_json: bool,
@@ -72,10 +74,10 @@ def extract(
             progress.advance,
         )
     if drafter is not None:
-        draft_over(Cache.open(out), drafter, config)
+        draft_over(open_cache_for_reading(out, config), drafter, config)
     cache = Cache.open(out, allow_empty=True)
     result = {
-        "cache": str(out),
+        "cache": out,
         "num_sequences": len(cache),
         "num_tokens": cache.num_tokens,
         "num_bytes": cache.num_bytes,
@@ -96,22 +98,30 @@ def extract(
     return report
 
 
+def open_cache_for_reading(place: str, config: VpdConfig) -> Cache:
+    """The cache at a place, through the local copies of its parts if the config names a folder for them."""
+    storage = open_storage(place)
+    if config.read.local_parts is not None and not isinstance(storage, LocalStorage):
+        storage = MirroredStorage(storage, Path(config.read.local_parts), round(config.read.local_gib * 2**30))
+    return Cache.open(storage)
+
+
 def draft_over(cache: Cache, drafter: Path, config: VpdConfig) -> FirstDrafts:
     with ProgressReport("draft", len(cache), "anchors") as progress:
-        return draft_cache(cache, drafter, config.draft, progress.advance)
+        return draft_cache(cache, drafter, config.draft, config.read, progress.advance)
 
 
 def accept_length_histogram(cache: Cache, drafts: FirstDrafts) -> dict[int, int]:
     """Number of anchors by accept length of the first draft."""
     counts: Counter[int] = Counter()
     for row in cache.rows:
-        accept_len_T = drafts.read(row).accept_len_T
+        accept_len_T = drafts.accept_lengths(row)
         counts.update(accept_len_T[accept_len_T != NOT_DRAFTED].tolist())
     return dict(sorted(counts.items()))
 
 
-def draft(cache_folder: Path, first_drafter: Path, config: VpdConfig, as_json: bool) -> None:
-    cache = Cache.open(cache_folder)
+def draft(place: str, first_drafter: Path, config: VpdConfig, as_json: bool) -> None:
+    cache = open_cache_for_reading(place, config)
     drafts = draft_over(cache, find_drafter(first_drafter), config)
     histogram = accept_length_histogram(cache, drafts)
     num_anchors = sum(histogram.values())
@@ -121,11 +131,11 @@ def draft(cache_folder: Path, first_drafter: Path, config: VpdConfig, as_json: b
     emit(result, as_json, text)
 
 
-def train(cache_folder: Path, out: Path, config: VpdConfig, as_json: bool) -> None:
-    cache = Cache.open(cache_folder)
+def train(place: str, out: Path, config: VpdConfig, as_json: bool) -> None:
+    cache = open_cache_for_reading(place, config)
     settings = config.train
     folder = RunFolder(out, config, cache)
-    trainer = make_trainer(cache, out, config.drafter, settings)
+    trainer = make_trainer(cache, out, config.drafter, settings, config.read)
     if not as_json:
         click.echo(config_yaml(config, SECTIONS), err=True)
     folder.start(trainer.step)
@@ -146,14 +156,14 @@ def train(cache_folder: Path, out: Path, config: VpdConfig, as_json: bool) -> No
 
 
 def evaluate(
-    cache_folder: Path,
+    place: str,
     first_drafter: Path,
     drafter: Path | None,
     out: Path | None,
     config: VpdConfig,
     as_json: bool,
 ) -> dict[str, Any]:
-    cache = Cache.open(cache_folder)
+    cache = open_cache_for_reading(place, config)
     first = find_drafter(first_drafter)
     second = find_drafter(drafter) if drafter is not None else None
     share = config.eval.holdout
@@ -161,8 +171,8 @@ def evaluate(
         share = held_out_share([path for path in (first, second) if path is not None])
     if share is None:
         share = DEFAULT_HOLDOUT
-    rows = [row for row in cache.rows if is_held_out(row.seq_id, share)]
-    replay = Replay(cache, first, second, config.eval)
+    rows = cache.rows.take([i for i, seq_id in enumerate(cache.rows.strings("seq_id")) if is_held_out(seq_id, share)])
+    replay = Replay(cache, first, second, config.eval, config.read)
     with ProgressReport("eval", len(rows[: config.eval.limit])) as progress:
         result = replay.run(rows, progress.advance).to_json()
     if out is not None:

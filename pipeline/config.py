@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 from yaml.constructor import ConstructorError
 
 from ..data.errors import ConfigError
-from ..stages.config import DraftConfig, DrafterSection, EvalConfig, ExtractConfig, Section, TrainConfig
+from ..stages.config import DraftConfig, DrafterSection, EvalConfig, ExtractConfig, ReadConfig, Section, TrainConfig
 from .options import from_text, leaf_fields, takes_text
 
 
@@ -24,6 +24,8 @@ class VpdConfig(Section):
 
     extract: ExtractConfig = ExtractConfig()
     """Prompts to cached hidden states."""
+    read: ReadConfig = ReadConfig()
+    """How a cache is read."""
     draft: DraftConfig = DraftConfig()
     """First drafts over a cache."""
     drafter: DrafterSection = DrafterSection()

@@ -76,19 +76,19 @@ def run_demo(out: Path) -> None:
     with step("target", "SmolLM2-135M-Instruct"):
         make_target(out / "target")
     with step("extract", f"vpd extract {out / 'target'} {PROMPTS.name} --out {cache} --config {RECIPE}"):
-        commands.extract(str(out / "target"), (PROMPTS,), cache, None, base, False)
+        commands.extract(str(out / "target"), (PROMPTS,), str(cache), None, base, False)
     with step("first", f"vpd train {cache} --out {first} --config {RECIPE} --objective dflash"):
-        commands.train(cache, first, load_config(RECIPE, {"train.objective": "dflash"}), False)
+        commands.train(str(cache), first, load_config(RECIPE, {"train.objective": "dflash"}), False)
     with step("draft", f"vpd draft {cache} --first-drafter {first}"):
-        commands.draft(cache, first, base, False)
+        commands.draft(str(cache), first, base, False)
     chosen = drafter_fingerprint(find_drafter(first))
     # The VP-Drafter goes on from the first drafter's weights, and so needs half the steps.
     second = {"train.first_drafter": str(first), "train.init": str(first), "train.max_steps": 100}
     flags = f"--first-drafter {first} --init {first} --max-steps 100"
     with step("vp", f"vpd train {cache} --out {vp} --config {RECIPE} {flags}"):
-        commands.train(cache, vp, load_config(RECIPE, second), False)
+        commands.train(str(cache), vp, load_config(RECIPE, second), False)
     with step("eval", f"vpd eval {cache} --first-drafter {first} --drafter {vp} --out {out / 'eval.json'}"):
-        result = commands.evaluate(cache, first, vp, out / "eval.json", base, False)
+        result = commands.evaluate(str(cache), first, vp, out / "eval.json", base, False)
     print_summary(Cache.open(cache), chosen, result, seconds)
 
 

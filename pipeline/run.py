@@ -83,7 +83,7 @@ def provenance(cache: Cache) -> dict[str, Any]:
     return {
         "command": sys.argv,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cache": str(cache.folder),
+        "cache": cache.place,
         "cache_fingerprint": cache.fingerprint,
         "target": cache.manifest.target,
         "target_fingerprint": cache.manifest.target_fingerprint,

@@ -69,6 +69,8 @@ class ExtractConfig(Section):
     """Leave out records that can't be used, and count them, in place of stopping at the first."""
     limit: Count | None = None
     """Number of records to read from the start of the prompt file; >= 1, none = all."""
+    codec: Literal["raw", "lossless", "round4", "round3", "fp8", "int4"] = "raw"
+    """How the hidden states are stored."""
     part_mib: Count = 1024
     """Size of a part of the cache, in MiB; >= 1."""
     max_in_flight: Count = 256
@@ -82,6 +84,21 @@ class ExtractConfig(Section):
         if value is not None and len(set(value)) < len(value):
             raise ValueError("distinct layer ids")
         return value
+
+
+class ReadConfig(Section):
+    """`read`: how a cache is read."""
+
+    verify: Literal["first-epoch", "always", "never"] = "first-epoch"
+    """When checksums are verified as sequences are read."""
+    num_threads: Count = 2
+    """Threads that read ahead; >= 1."""
+    num_buffers: Annotated[int, Field(ge=2)] = 4
+    """Sequences in memory, the one in use included; >= 2."""
+    local_parts: str | None = None
+    """Folder that keeps parts of a remote cache on the local disk; none = every read is a request."""
+    local_gib: PositiveFloat = 100.0
+    """Size of that folder, in GiB, beyond which the parts not used for longest are removed; > 0."""
 
 
 class DraftConfig(Section):

@@ -212,7 +212,6 @@ def make_manifest(**changes: Any) -> CacheManifest:
         "tokenizer_hash": "bbbb",
         "template_hash": "cccc",
         "layer_ids": (1, 3),
-        "prompt_set": "dddd",
         "generation": {"mode": "generate", "max_len": 512},
         "vllm_layer_ids": (2, 4),
         "target": "tiny",
@@ -251,7 +250,9 @@ def fill_cache(
     """Creates or continues a cache with these sequences; returns the names of the parts made."""
     writer = StateWriter(Cache.create_or_open(folder, make_manifest(**changes)), part_bytes, {})
     parts = [writer.append(**sequence) for sequence in sequences]
-    return [part for part in [*parts, writer.commit()] if part is not None]
+    parts.append(writer.commit())
+    writer.finish()
+    return [part for part in parts if part is not None]
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:

@@ -3,25 +3,28 @@
 # T tokens, G block size, A alternatives kept per block position
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import CacheNotFoundError
-from .files import write_text_durably
-from .part import PartWriter, committed_parts, part_path, remove_uncommitted
-from .shard import ArraySpec, read_rows
-from .store import CHUNK_TOKENS, Cache, SequenceRow
+from ..errors import CacheCorruptError, CacheNotFoundError
+from .index import SequenceRow
+from .part import OpenPart, PartWriter, committed_parts, remove_uncommitted
+from .reader import Slot, read_chunks
+from .records import dump_record, parse_record
+from .shard import WHAT_TO_DO, ArraySpec
+from .storage import Storage
+from .store import Cache
 
 DRAFTS, FACTS = "drafts", "drafter.json"
+ACCEPT_LEN, TOKENS, PROBS = "accept_len", "tokens", "probs"
 NUM_ALTERNATIVES = 5
 NOT_DRAFTED = 255
+OPEN_PARTS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +39,13 @@ class DraftedSequence:
     """float16 [T, G-1, A]: their probabilities; the first is the confidence."""
 
 
-def draft_specs(block_size: int) -> dict[str, ArraySpec]:
+def draft_specs(block_size: int, chunk_tokens: int) -> dict[str, ArraySpec]:
     """The arrays of a part of first drafts."""
     shape = (block_size - 1, NUM_ALTERNATIVES)
     specs = [
-        ArraySpec("accept_len", (), "uint8", CHUNK_TOKENS),
-        ArraySpec("tokens", shape, "int32", CHUNK_TOKENS),
-        ArraySpec("probs", shape, "float16", CHUNK_TOKENS),
+        ArraySpec(ACCEPT_LEN, (), "uint8", chunk_tokens),
+        ArraySpec(TOKENS, shape, "int32", chunk_tokens),
+        ArraySpec(PROBS, shape, "float16", chunk_tokens),
     ]
     return {spec.name: spec for spec in specs}
 
@@ -55,18 +58,22 @@ class FirstDrafts:
         self.fingerprint = fingerprint
         self.facts = dict(facts)
         self.block_size = int(facts["block_size"])
-        self.specs = draft_specs(self.block_size)
-        self.root = cache.folder / DRAFTS / fingerprint
-        self.parts = {record["part"] for record in committed_parts(self.root)}
+        self.specs = draft_specs(self.block_size, cache.manifest.chunk_tokens)
+        self.root = drafts_root(fingerprint)
+        self.parts = set(committed_parts(cache.storage, self.root))
+        self._open_parts: dict[str, OpenPart] = {}
+
+    @property
+    def place(self) -> str:
+        return f"{self.cache.place}/{self.root}".rstrip("/")
 
     @classmethod
     def create_or_open(cls, cache: Cache, fingerprint: str, facts: Mapping[str, Any]) -> FirstDrafts:
         """Opens a drafter's first drafts for adding to them; `facts` describe it and hold `block_size`, `stride`."""
-        root = cache.folder / DRAFTS / fingerprint
-        if not (root / FACTS).exists():
-            write_text_durably(root / FACTS, json.dumps(dict(facts), indent=2) + "\n")
-        remove_uncommitted(root)
-        return cls(cache, fingerprint, json.loads((root / FACTS).read_text()))
+        if not cache.storage.exists(f"{drafts_root(fingerprint)}{FACTS}"):
+            cache.storage.write(f"{drafts_root(fingerprint)}{FACTS}", dump_record(dict(facts)))
+        remove_uncommitted(cache.storage, drafts_root(fingerprint))
+        return cls(cache, fingerprint, read_facts(cache.storage, fingerprint))
 
     @classmethod
     def open(cls, cache: Cache, fingerprint: str | None = None) -> FirstDrafts:
@@ -75,51 +82,87 @@ class FirstDrafts:
         Raises:
             CacheNotFoundError: there are none, none of that name, or several to choose from.
         """
-        names = list_drafts(cache.folder)
+        names = list_drafts(cache.storage)
         found = [name for name in names if name.startswith(fingerprint or "")]
         if len(found) != 1:
             wanted = f"first drafts {fingerprint}" if fingerprint else "the first drafts of one drafter"
             raise CacheNotFoundError(
-                f"expected {wanted} in {cache.folder}, found {', '.join(names) or 'none'}. "
-                + ("Name one of them." if names else f"Make them: vpd draft {cache.folder} --first-drafter DIR.")
+                f"expected {wanted} in {cache.place}, found {', '.join(names) or 'none'}. "
+                + ("Name one of them." if names else f"Make them: vpd draft {cache.place} --first-drafter DIR.")
             )
-        facts = json.loads((cache.folder / DRAFTS / found[0] / FACTS).read_text())
-        return cls(cache, found[0], facts)
+        return cls(cache, found[0], read_facts(cache.storage, found[0]))
 
     def missing_parts(self) -> list[str]:
         """Parts of the cache that this drafter has not drafted yet."""
-        return [name for name in self.cache.commits if name not in self.parts]
+        return [name for name in self.cache.parts if name not in self.parts]
 
     def writer(self, part: str) -> PartWriter:
-        return PartWriter(self.root, self.specs.values(), name=part)
+        return PartWriter(self.cache.storage, self.root, self.specs.values(), name=part)
 
     def read(self, row: SequenceRow) -> DraftedSequence:
-        """Reads the first drafts of a sequence.
+        """Reads the first drafts of a sequence, every checksum verified.
 
         Raises:
             CacheNotFoundError: its part was not drafted.
             CacheCorruptError: bytes are missing or do not match their checksum.
         """
+        ranged = [self._read_range(row, self.specs[name]) for name in (TOKENS, PROBS)]
+        return DraftedSequence(self.accept_lengths(row), *ranged)
+
+    def accept_lengths(self, row: SequenceRow) -> Tensor:
+        """`DraftedSequence.accept_len_T` alone, which is kept in memory for whole parts."""
+        accept_len = self._open(row).resident[ACCEPT_LEN]
+        return torch.from_numpy(accept_len[row.first_row : row.first_row + row.num_tokens])
+
+    def _read_range(self, row: SequenceRow, spec: ArraySpec) -> Tensor:
+        part = self._open(row)
+        chunks = part.chunks_of(spec, row.first_row, row.num_tokens)
+        slot = Slot()
+        read_chunks(part, spec, row.first_row, chunks, slot)
+        rows = slot.rows.tensor[: len(chunks) * spec.chunk_bytes].view(getattr(torch, spec.dtype))
+        return rows.view(-1, *spec.row_shape)[: row.num_tokens]
+
+    def _open(self, row: SequenceRow) -> OpenPart:
         if row.part not in self.parts:
             raise CacheNotFoundError(
                 f"expected first drafts of {self.fingerprint} for {row.part}, found none. "
-                f"Complete them: vpd draft {self.cache.folder} --first-drafter DIR."
+                f"Complete them: vpd draft {self.cache.place} --first-drafter DIR."
             )
-        part = part_path(self.root, row.part)
-        arrays = [
-            torch.from_numpy(read_rows(part, spec, row.first_row, row.num_tokens)) for spec in self.specs.values()
-        ]
-        return DraftedSequence(*arrays)
+        if row.part not in self._open_parts:
+            ranged = [self.specs[TOKENS], self.specs[PROBS]]
+            part = OpenPart(self.cache.storage, self.root, row.part, ranged, [self.specs[ACCEPT_LEN]], verify=True)
+            while len(self._open_parts) >= OPEN_PARTS:
+                del self._open_parts[next(iter(self._open_parts))]
+            self._open_parts[row.part] = part
+        return self._open_parts[row.part]
 
 
-def list_drafts(folder: Path) -> list[str]:
+def drafts_root(fingerprint: str) -> str:
+    return f"{DRAFTS}/{fingerprint}/"
+
+
+def list_drafts(storage: Storage) -> list[str]:
     """Fingerprints of the first drafters whose drafts the cache holds."""
-    return sorted(path.parent.name for path in (folder / DRAFTS).glob(f"*/{FACTS}"))
+    return storage.list_folder(DRAFTS)
 
 
-def empty_drafts(num_tokens: int, block_size: int) -> dict[str, np.ndarray]:
+def read_facts(storage: Storage, fingerprint: str) -> dict[str, Any]:
+    """What is known of a first drafter whose drafts the cache holds.
+
+    Raises:
+        CacheCorruptError: the record is missing or damaged.
+    """
+    name = f"{drafts_root(fingerprint)}{FACTS}"
+    place = f"{storage.place}/{name}"
+    try:
+        return parse_record(storage.read(name), place, "the record of a first drafter")
+    except FileNotFoundError:
+        raise CacheCorruptError(f"the record {place} of a first drafter is missing. {WHAT_TO_DO}") from None
+
+
+def empty_drafts(num_tokens: int, specs: Mapping[str, ArraySpec]) -> dict[str, np.ndarray]:
     """Rows [num_tokens, ...] of a sequence none of whose tokens was drafted."""
     return {
-        name: np.full((num_tokens, *spec.row_shape), NOT_DRAFTED if name == "accept_len" else 0, spec.dtype)
-        for name, spec in draft_specs(block_size).items()
+        name: np.full((num_tokens, *spec.row_shape), NOT_DRAFTED if name == ACCEPT_LEN else 0, spec.dtype)
+        for name, spec in specs.items()
     }

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import json
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import CacheCorruptError, CacheNotFoundError, FingerprintMismatchError
-from .files import write_text_durably
+from .codecs import CodecName
+from .records import dump_record, parse_record
+from .storage import Storage
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "dataset.json"
+ORIGIN = [
+    "schema_version",
+    "target_fingerprint",
+    "tokenizer_hash",
+    "template_hash",
+    "layer_ids",
+    "generation",
+    "codec",
+    "chunk_tokens",
+]
+"""The fields that must agree before anything is added to a cache."""
 
 
 class CacheManifest(BaseModel):
-    """Everything that a reader needs to know of a cache besides its parts.
-
-    The fields from `schema_version` to `generation` must agree before anything is added to the cache.
-    """
+    """Everything that a reader needs to know of a cache besides its parts."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -30,10 +40,12 @@ class CacheManifest(BaseModel):
     """Hash of the chat template and its arguments; token ids are stored, and never rendered again."""
     layer_ids: tuple[int, ...]
     """Captured layers, drafter convention: id i is the output of the target's 0-based layer i."""
-    prompt_set: str
-    """Hash of the contents of all prompts."""
     generation: dict[str, Any]
     """Mode, sampling and lengths: what decides the tokens of a sequence."""
+    codec: CodecName = "raw"
+    """How the hidden states are stored."""
+    chunk_tokens: int
+    """Tokens of an inner Zarr chunk; every sequence starts on a chunk."""
 
     vllm_layer_ids: tuple[int, ...]
     """The same layers in the convention of vLLM and of transformers' `hidden_states`: one more than `layer_ids`."""
@@ -42,66 +54,65 @@ class CacheManifest(BaseModel):
     num_target_layers: int
     hidden_size: int
     vocab_size: int
-    dtype: str = "bfloat16"
-    codec: str = "raw"
-    chunk_tokens: int
-    """Tokens of an inner Zarr chunk; every sequence starts on a chunk."""
     versions: dict[str, str]
     rendered_sample: str
     """The first prompt as the template rendered it."""
 
-    def check_same_origin(self, found: CacheManifest, folder: Path) -> None:
+    def check_same_origin(self, found: CacheManifest, place: str) -> None:
         """Refuses to add to a cache of another origin.
 
         Raises:
             FingerprintMismatchError: names each field that differs.
         """
-        fields = [
-            "schema_version",
-            "target_fingerprint",
-            "tokenizer_hash",
-            "template_hash",
-            "layer_ids",
-            "prompt_set",
-            "generation",
-        ]
         different = [
             f"{name}: the cache has {getattr(found, name)}, this run has {getattr(self, name)}"
-            for name in fields
+            for name in ORIGIN
             if getattr(found, name) != getattr(self, name)
         ]
         if different:
             raise FingerprintMismatchError(
-                f"the cache {folder} was made from something else, so nothing was added to it. "
+                f"the cache {place} was made from something else, so nothing was added to it. "
                 f"Differing: {'; '.join(different)}. Use the settings it was made with, or another output folder."
             )
 
-    def write(self, folder: Path) -> None:
-        write_text_durably(folder / MANIFEST_NAME, self.model_dump_json(indent=2) + "\n")
+    def write(self, storage: Storage) -> None:
+        storage.write(MANIFEST_NAME, dump_record(self.model_dump(mode="json")))
 
     @classmethod
-    def read(cls, folder: Path) -> CacheManifest:
+    def read(cls, storage: Storage) -> CacheManifest:
         """Reads a cache's manifest.
 
         Raises:
             CacheNotFoundError: there is none.
-            CacheCorruptError: it is not a manifest of this schema version.
+            CacheCorruptError: it is not a manifest of this schema version, or not as it was written.
         """
-        path = folder / MANIFEST_NAME
-        if not path.is_file():
-            raise CacheNotFoundError(
-                f"expected a cache at {folder}, found no {MANIFEST_NAME} there. Make one with `vpd extract`."
-            )
         try:
-            manifest = cls.model_validate_json(path.read_text())
-        except ValidationError as error:
-            raise CacheCorruptError(
-                f"{path} is not a manifest of schema version {SCHEMA_VERSION}: {error.errors()[0]['msg']} at "
-                f"{'.'.join(map(str, error.errors()[0]['loc'])) or 'the top'}. Restore the file, or extract anew."
+            content = storage.read(MANIFEST_NAME)
+        except (FileNotFoundError, NotADirectoryError):
+            raise CacheNotFoundError(
+                f"expected a cache at {storage.place}, found no {MANIFEST_NAME} there. Make one with `vpd extract`."
             ) from None
-        if manifest.schema_version != SCHEMA_VERSION:
+        place = f"{storage.place}/{MANIFEST_NAME}"
+        version = _schema_version(content)
+        if version is not None and version != SCHEMA_VERSION:
             raise CacheCorruptError(
-                f"{path} is not of schema version {SCHEMA_VERSION}, but of {manifest.schema_version}. "
+                f"{place} is not of schema version {SCHEMA_VERSION}, but of {version}. "
                 "Use the vpd that made the cache, or extract anew."
             )
-        return manifest
+        try:
+            return cls.model_validate(parse_record(content, place, f"a manifest of schema version {SCHEMA_VERSION}"))
+        except ValidationError as error:
+            raise CacheCorruptError(
+                f"{place} is not a manifest of schema version {SCHEMA_VERSION}: {error.errors()[0]['msg']} at "
+                f"{'.'.join(map(str, error.errors()[0]['loc'])) or 'the top'}. Restore the file, or extract anew."
+            ) from None
+
+
+def _schema_version(content: bytes) -> int | None:
+    """The version that a record states, whatever else is wrong with it."""
+    try:
+        record = json.loads(content)
+    except ValueError:
+        return None
+    version = record.get("schema_version") if isinstance(record, dict) else None
+    return version if isinstance(version, int) else None

@@ -2,143 +2,264 @@
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import json
-import os
-import shutil
 import uuid
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-import google_crc32c
 import numpy as np
 
-from ..errors import CacheCorruptError
-from .files import fsync_folder, fsync_tree, write_bytes_durably, write_text_durably
-from .shard import ArraySpec, ShardWriter
+from ..errors import CacheCorruptError, StorageError
+from .records import describe, dump_record, parse_record
+from .shard import METADATA, WHAT_TO_DO, ArraySpec, ShardWriter, decode_whole, parse_footer
+from .storage import RandomAccessFile, Storage
 
 PARTS, COMMITS = "parts", "commits"
-ASIDE = ".writing-"
-LOCK = "writer.lock"
+RECORD = ".json"
 
 
-class PartWriter:
-    """Writes arrays of the same rows aside, then publishes them: fsync, rename, commit record.
-
-    `root` holds `parts/<name>.zarr` and `commits/<name>.json`; only what a commit lists exists for readers.
-    """
-
-    def __init__(self, root: Path, specs: Iterable[ArraySpec], name: str | None = None):
-        self.root = root
-        self.name = name or f"part-{uuid.uuid4().hex[:12]}"
-        self.num_rows = 0
-        self._aside = root / PARTS / f"{ASIDE}{self.name}-{uuid.uuid4().hex[:8]}"
-        self._aside.mkdir(parents=True)
-        # Held while the writer lives, so that another process does not take the folder for a dead writer's.
-        self._lock = open(self._aside / LOCK, "w")  # noqa: SIM115
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
-        self._writers = {spec.name: ShardWriter(self._aside, spec) for spec in specs}
-
-    @property
-    def path(self) -> Path:
-        return part_path(self.root, self.name)
-
-    def append(self, arrays: Mapping[str, np.ndarray]) -> int:
-        """Appends the same number of rows to every array; returns the first row's number, a chunk's start."""
-        if arrays.keys() != self._writers.keys() or len({len(rows) for rows in arrays.values()}) != 1:
-            raise ValueError(f"expected rows for {sorted(self._writers)} of one length, got {sorted(arrays)}")
-        first_row = self.num_rows
-        for name, rows in arrays.items():
-            self._writers[name].append(rows)
-        (self.num_rows,) = {writer.num_rows for writer in self._writers.values()}
-        return first_row
-
-    def commit(self, facts: Mapping[str, Any], extra_files: Mapping[str, bytes] | None = None) -> None:
-        """Publishes the part. `extra_files` (path below `root` -> content) are written before the commit record."""
-        for writer in self._writers.values():
-            writer.close()
-        group = {"zarr_format": 3, "node_type": "group", "attributes": {}}
-        (self._aside / "zarr.json").write_text(json.dumps(group, indent=2))
-        fsync_tree(self._aside)
-        files = {
-            str((self.path / file.relative_to(self._aside)).relative_to(self.root)): describe_file(file)
-            for file in sorted(self._aside.rglob("*"))
-            if file.is_file() and file.name != LOCK
-        }
-        os.rename(self._aside, self.path)
-        fsync_folder(self.path.parent)
-        for name, content in (extra_files or {}).items():
-            write_bytes_durably(self.root / name, content)
-            files[name] = describe_file(self.root / name)
-        record = {"part": self.name, **facts, "num_rows": self.num_rows, "files": files}
-        write_text_durably(commit_path(self.root, self.name), json.dumps(record, indent=1))
-        (self.path / LOCK).unlink()
-        self._lock.close()
-
-    def abandon(self) -> None:
-        """Drops what was written."""
-        for writer in self._writers.values():
-            writer.abandon()
-        self._lock.close()
-        shutil.rmtree(self._aside, ignore_errors=True)
+def part_folder(root: str, name: str) -> str:
+    """`root` is empty for parts of states, and `drafts/<fingerprint>/` for parts of first drafts."""
+    return f"{root}{PARTS}/{name}.zarr"
 
 
-def part_path(root: Path, name: str) -> Path:
-    return root / PARTS / f"{name}.zarr"
+def commit_file(root: str, name: str) -> str:
+    return f"{root}{COMMITS}/{name}{RECORD}"
 
 
-def commit_path(root: Path, name: str) -> Path:
-    return root / COMMITS / f"{name}.json"
+def committed_parts(storage: Storage, root: str = "") -> list[str]:
+    """Names of all committed parts, sorted; one listing, no commit record is read."""
+    names = storage.list_folder(f"{root}{COMMITS}")
+    return [name.removesuffix(RECORD) for name in names if name.endswith(RECORD)]
 
 
-def describe_file(path: Path) -> dict[str, Any]:
-    """Size in bytes and crc32c of a file."""
-    checksum = google_crc32c.Checksum()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            checksum.update(block)
-    return {"bytes": path.stat().st_size, "crc32c": checksum.hexdigest().decode()}
-
-
-def committed_parts(root: Path) -> list[dict[str, Any]]:
-    """All commit records below `root`, by name.
+def read_commit(storage: Storage, root: str, name: str) -> dict[str, Any]:
+    """The commit record of a part.
 
     Raises:
-        CacheCorruptError: a file there is no commit record.
+        CacheCorruptError: it is missing, or not what was written.
     """
-    return [_read_commit(path) for path in sorted((root / COMMITS).glob("[!.]*.json"))]
-
-
-def _read_commit(path: Path) -> dict[str, Any]:
+    file = commit_file(root, name)
+    place = f"{storage.place}/{file}"
     try:
-        record = json.loads(path.read_text())
-    except ValueError:
-        record = None
-    if not isinstance(record, dict) or record.get("part") != path.stem or not isinstance(record.get("files"), dict):
-        raise CacheCorruptError(
-            f"{path} is not the commit record of a part. Restore it, or remove it and make the part again."
-        )
+        record = parse_record(storage.read(file), place, "the commit record of a part")
+    except FileNotFoundError:
+        raise CacheCorruptError(f"the commit record {place} is missing. {WHAT_TO_DO}") from None
+    if record.get("part") != name or not isinstance(record.get("files"), dict):
+        raise CacheCorruptError(f"{place} is not the commit record of the part {name}. {WHAT_TO_DO}")
     return record
 
 
-def remove_uncommitted(root: Path) -> int:
+def remove_uncommitted(storage: Storage, root: str = "") -> int:
     """Removes what no commit lists and no living writer holds; returns the number of parts removed."""
-    removed = 0
-    for folder in (root / PARTS).glob("*"):
-        # In this order: a writer lets its lock go only after its commit record is there.
-        if not _is_being_written(folder) and not commit_path(root, folder.name.removesuffix(".zarr")).exists():
-            shutil.rmtree(folder)
-            removed += 1
-    return removed
+    listed = {f"{name}.zarr" for name in committed_parts(storage, root)}
+    return storage.remove_leftovers(f"{root}{PARTS}", listed)
 
 
-def _is_being_written(folder: Path) -> bool:
+class PartWriter:
+    """Writes arrays of the same rows, then publishes them: the folder as a whole, then its commit record."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        root: str,
+        specs: Iterable[ArraySpec],
+        name: str | None = None,
+        constants: Mapping[ArraySpec, np.ndarray] | None = None,
+    ):
+        """
+        Args:
+            specs: arrays with one row a token, which `append` adds to.
+            constants: arrays that belong to the part as a whole, with their rows.
+        """
+        self.name = name or f"part-{uuid.uuid4().hex[:12]}"
+        self.num_rows = 0
+        self._storage, self._root = storage, root
+        self._path = part_folder(root, self.name)
+        self._folder = storage.write_folder(self._path)
+        self._files: dict[str, dict[str, Any]] = {}
+        self._writers: dict[str, ShardWriter] = {}
+        self._constants: list[ShardWriter] = []
+        try:
+            for spec in specs:
+                self._writers[spec.name] = ShardWriter(self._folder, spec)
+            for spec, rows in (constants or {}).items():
+                self._constants.append(ShardWriter(self._folder, spec))
+                self._constants[-1].append(rows)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def append(self, arrays: Mapping[str, np.ndarray]) -> Appended:
+        """Appends the same number of rows to every array."""
+        if arrays.keys() != self._writers.keys() or len({len(rows) for rows in arrays.values()}) != 1:
+            raise ValueError(f"expected rows for {sorted(self._writers)} of one length, got {sorted(arrays)}")
+        first_row = self.num_rows
+        with reporting_full_disk(self._storage.place):
+            return self._append(first_row, arrays)
+
+    def _append(self, first_row: int, arrays: Mapping[str, np.ndarray]) -> Appended:
+        offsets = {name: writer.num_bytes for name, writer in self._writers.items()}
+        crcs = {name: self._writers[name].append(rows) for name, rows in arrays.items()}
+        lengths = {name: writer.num_bytes - offsets[name] for name, writer in self._writers.items()}
+        (self.num_rows,) = {writer.num_rows for writer in self._writers.values()}
+        return Appended(first_row, offsets, lengths, crcs)
+
+    def commit(self, facts: Mapping[str, Any], extra_files: Mapping[str, bytes] | None = None) -> None:
+        """Publishes the part. `extra_files` (name in the storage -> content) are written before the commit record.
+
+        Raises:
+            FileExistsError: another writer has published a part of this name.
+            StorageError: the disk is full; the part is then as good as never begun.
+        """
+        try:
+            with reporting_full_disk(self._storage.place):
+                self._commit(facts, extra_files or {})
+        except BaseException:
+            self.abandon()
+            raise
+        self._folder.release()
+
+    def _commit(self, facts: Mapping[str, Any], extra_files: Mapping[str, bytes]) -> None:
+        files: dict[str, Any] = {}
+        for writer in [*self._writers.values(), *self._constants]:
+            writer.close()
+            shard = {"bytes": writer.num_bytes, "crc32c": f"{writer.crc:08x}"}
+            files[f"{self._path}/{writer.spec.shard_name}"] = shard
+            files[f"{self._path}/{writer.spec.metadata_name}"] = describe(writer.spec.metadata(writer.num_rows))
+        group = json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {}}, indent=2).encode()
+        self._folder.write(METADATA, group)
+        files[f"{self._path}/{METADATA}"] = describe(group)
+        self._folder.publish()
+        for name, content in extra_files.items():
+            self._storage.write(name, content)
+            files[name] = describe(content)
+        record = {"part": self.name, **facts, "num_rows": self.num_rows, "files": files}
+        self._storage.create(commit_file(self._root, self.name), dump_record(record))
+
+    def abandon(self) -> None:
+        """Drops what was written."""
+        for writer in [*self._writers.values(), *self._constants]:
+            writer.abandon()
+        self._folder.abandon()
+
+
+@contextmanager
+def reporting_full_disk(place: str) -> Iterator[None]:
+    """
+    Raises:
+        StorageError: in place of an OSError that says that no more can be written.
+    """
     try:
-        with open(folder / LOCK) as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise StorageError(
+            f"{place} can't be written to: {error.strerror}. What was committed before is whole and can be used; make "
+            "room, and the same command continues."
+        ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Appended:
+    """Where rows went: the first row's number (a chunk's start), and per array byte offset, byte length and the
+    CRC-32C over the checksums of the chunks."""
+
+    first_row: int
+    offsets: dict[str, int]
+    lengths: dict[str, int]
+    crcs: dict[str, int]
+
+
+class OpenPart:
+    """A part opened for reading.
+
+    Small arrays are read whole and stay in memory (`resident`); of the others, the chunk index (`chunks`) does.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        root: str,
+        name: str,
+        specs: Collection[ArraySpec],
+        resident: Collection[ArraySpec],
+        verify: bool,
+    ):
+        """
+        Args:
+            specs: arrays read by byte range.
+            resident: arrays read whole, now.
+            verify: whether every file of the part is checked now: its size, and, but for the shards of `specs`, its
+                content. The chunks of those are checked as they are read.
+
+        Raises:
+            CacheCorruptError: a file is missing, or not what the commit record says.
+        """
+        self.place = f"{storage.place}/{part_folder(root, name)}"
+        self.record = read_commit(storage, root, name)
+        self.num_rows = int(self.record["num_rows"])
+        self.resident: dict[str, np.ndarray] = {}
+        self.chunks: dict[str, np.ndarray] = {}
+        self.files: dict[str, RandomAccessFile] = {}
+        described = self.record["files"]
+        path = part_folder(root, name)
+        try:
+            for spec in resident:
+                file = f"{path}/{spec.shard_name}"
+                content = storage.read(file)
+                check_described(content, described.get(file), f"{storage.place}/{file}", verify)
+                self.resident[spec.name] = decode_whole(content, spec, f"{storage.place}/{file}")
+            for spec in specs:
+                file = f"{path}/{spec.shard_name}"
+                self.files[spec.name] = storage.open(file)
+                size, footer = self.files[spec.name].tail(spec.footer_bytes(self.num_rows))
+                check_size(size, described.get(file), f"{storage.place}/{file}")
+                self.chunks[spec.name] = parse_footer(footer, f"{storage.place}/{file}")
+            if verify:
+                shards = {f"{path}/{spec.shard_name}" for spec in [*resident, *specs]}
+                for file in described.keys() - shards:
+                    check_described(storage.read(file), described[file], f"{storage.place}/{file}", True)
+        except FileNotFoundError as error:
+            raise CacheCorruptError(f"a file of the committed part {name} is gone: {error}. {WHAT_TO_DO}") from None
+
+    def chunks_of(self, spec: ArraySpec, first_row: int, num_rows: int) -> np.ndarray:
+        """Entries uint64 [C, 2] of the chunk index for these rows; `first_row` starts a chunk.
+
+        Raises:
+            CacheCorruptError: the part has no such rows, or they do not lie one after the other.
+        """
+        first = first_row // spec.chunk_tokens
+        chunks = self.chunks[spec.name][first : first + spec.num_chunks(num_rows)]
+        follows = np.array_equal(chunks[1:, 0], chunks[:-1, 0] + chunks[:-1, 1])
+        if len(chunks) < spec.num_chunks(num_rows) or not follows:
+            raise CacheCorruptError(
+                f"{self.place}: expected rows {first_row} to {first_row + num_rows} of {spec.name}, found "
+                f"{self.num_rows} rows. {WHAT_TO_DO}"
+            )
+        return chunks
+
+
+def check_size(size: int, described: dict[str, Any] | None, place: str) -> None:
+    """
+    Raises:
+        CacheCorruptError: the size is not what the commit record says.
+    """
+    expected = (described or {}).get("bytes")
+    if size != expected:
+        raise CacheCorruptError(f"{place}: expected {expected} bytes, found {size}. {WHAT_TO_DO}")
+
+
+def check_described(content: bytes, described: dict[str, Any] | None, place: str, verify: bool) -> None:
+    """Checks the size and, to `verify`, the content.
+
+    Raises:
+        CacheCorruptError: it is not what the commit record says.
+    """
+    check_size(len(content), described, place)
+    if verify and described != (found := describe(content)):
+        raise CacheCorruptError(f"{place} is not what was written: expected {described}, found {found}. {WHAT_TO_DO}")

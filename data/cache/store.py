@@ -1,191 +1,226 @@
-"""A cache of hidden states on disk: open it, read its sequences, add parts to it."""
+"""A cache of hidden states: open it, read its sequences, add parts to it."""
 
-# T tokens with a state, S tokens of the sequence (T, or T+1 with the last generated one), K layers, H hidden width
+# T tokens with a state, K layers, H hidden width
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+import threading
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-import torch
 from torch import Tensor
 
 from ..errors import CacheCorruptError, CacheNotFoundError
-from .files import require_folder
+from .codecs import CHANNEL_SCALE, HIDDEN, Codec, measure_channels
+from .index import (
+    INDEX,
+    SNAPSHOT,
+    SNAPSHOT_LAG,
+    SequenceIndex,
+    SequenceRow,
+    hash_content,
+    part_index_file,
+    read_part_index,
+    read_snapshot,
+    rows_to_table,
+    write_rows,
+    write_snapshot,
+)
 from .manifest import CacheManifest
-from .part import PartWriter, commit_path, committed_parts, describe_file, part_path, remove_uncommitted
-from .shard import ArraySpec, read_rows
+from .part import PARTS, OpenPart, PartWriter, committed_parts, read_commit, remove_uncommitted
+from .reader import CachedSequence, CachedTokens, Slot, read_sequence, read_tokens
+from .shard import WHAT_TO_DO, ArraySpec
+from .storage import Storage, open_storage
+from .target_files import target_folder
 
 CHUNK_TOKENS = 64
-INDEX = "index"
+OPEN_PARTS = 64
+REQUESTS_AT_ONCE = 16
+TOKEN_ARRAYS = {"token_ids": "int32", "target_argmax": "int32", "loss_mask": "uint8"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SequenceRow:
-    """One row of the index."""
-
-    seq_id: str
-    source: str
-    source_row: int
-    part: str
-    first_row: int
-    """Row of the sequence's first token in the part's arrays."""
-    num_tokens: int
-    """T, the tokens that entered the target and have a state."""
-    prompt_len: int
-    num_supervised: int
-    final_token_id: int | None
-    """The last generated token: the target never saw it, so it has no state. None if the response was given."""
-    finish_reason: str
-    """`stop`, `length` (cut by a limit) or `given`."""
-    hidden_offset: int
-    hidden_length: int
-    """Byte range of the sequence's chunks in the shard of `hidden`."""
-
-
-INDEX_SCHEMA = pa.schema(
-    [
-        pa.field(
-            field.name,
-            {"str": pa.string(), "int": pa.int64(), "int | None": pa.int64()}[str(field.type)],
-            nullable="None" in str(field.type),
-        )
-        for field in fields(SequenceRow)
-    ]
-)
-
-
-@dataclass(frozen=True, slots=True)
-class CachedSequence:
-    """A sequence as stage two sees it."""
-
-    row: SequenceRow
-    hidden_TKH: Tensor
-    """bfloat16 [T, K, H]: outputs of the captured layers."""
-    token_ids_S: Tensor
-    """int64 [S]: the T tokens, and the last generated one if there is one."""
-    loss_mask_S: Tensor
-    """bool [S]: tokens that an assistant wrote."""
-    target_argmax_T: Tensor
-    """int64 [T]: the target's greedy choice for the position after each token."""
-
-
-def state_specs(num_layers: int, hidden_size: int) -> dict[str, ArraySpec]:
-    """The arrays of a part of states."""
-    specs = [
-        ArraySpec("hidden", (num_layers, hidden_size), "uint16", CHUNK_TOKENS),
-        ArraySpec("token_ids", (), "int32", CHUNK_TOKENS),
-        ArraySpec("target_argmax", (), "int32", CHUNK_TOKENS),
-        ArraySpec("loss_mask", (), "uint8", CHUNK_TOKENS),
-    ]
+def state_specs(manifest: CacheManifest) -> dict[str, ArraySpec]:
+    """The per-token arrays of a part of states."""
+    codec, tokens = Codec(manifest.codec), manifest.chunk_tokens
+    specs = [codec.spec(len(manifest.layer_ids), manifest.hidden_size, tokens)]
+    specs += [ArraySpec(name, (), dtype, tokens) for name, dtype in TOKEN_ARRAYS.items()]
     return {spec.name: spec for spec in specs}
+
+
+def channel_scale_spec(manifest: CacheManifest) -> ArraySpec:
+    """The array float32 [K, H] of a part whose codec divides every channel by a scale."""
+    return ArraySpec(CHANNEL_SCALE, (manifest.hidden_size,), "float32", len(manifest.layer_ids))
 
 
 class Cache:
     """An opened cache: a stable view of what was committed when it was opened."""
 
-    def __init__(self, folder: Path, manifest: CacheManifest):
-        self.folder = folder
-        self.manifest = manifest
-        self.specs = state_specs(len(manifest.layer_ids), manifest.hidden_size)
-        self.commits = {record["part"]: record for record in committed_parts(folder)}
-        self.rows = [row for name in self.commits for row in self._read_index(name)]
+    def __init__(self, storage: Storage, manifest: CacheManifest):
+        """
+        Raises:
+            CacheCorruptError: a part, or a record of one, is gone or damaged.
+        """
+        self.storage, self.manifest = storage, manifest
+        self.codec = Codec(manifest.codec)
+        self.specs = state_specs(manifest)
+        # The snapshot first: whatever it lists was committed before.
+        snapshot = read_snapshot(storage)
+        self.parts = committed_parts(storage)
+        self.all_rows = self._read_index(snapshot)
+        """Every row of every part."""
+        self.rows = self.all_rows.without_repetitions()
+        self._open_parts: OrderedDict[str, OpenPart] = OrderedDict()
+        self._verified: set[str] = set()
+        self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, folder: str | Path, *, allow_empty: bool = False) -> Cache:
-        """Opens a cache for reading.
+    def open(cls, place: str | Path | Storage, *, allow_empty: bool = False) -> Cache:
+        """Opens a cache for reading, with one listing and one file, however many parts it has.
 
         Raises:
             CacheNotFoundError: there is no cache, or it holds no committed sequence (unless `allow_empty`).
+            CacheCorruptError: it lacks something that was committed.
         """
-        folder = Path(folder)
-        cache = cls(folder, CacheManifest.read(folder))
-        if not cache.rows and not allow_empty:
+        storage = open_storage(place) if isinstance(place, str | Path) else place
+        cache = cls(storage, CacheManifest.read(storage))
+        if not len(cache.rows) and not allow_empty:
             raise CacheNotFoundError(
-                f"expected committed sequences in {folder}, found none. Run `vpd extract` until it commits a part."
+                f"expected committed sequences in {cache.place}, found none. Run `vpd extract` until it commits a part."
             )
         return cache
 
     @classmethod
-    def create_or_open(cls, folder: Path, manifest: CacheManifest) -> Cache:
+    def create_or_open(cls, place: str | Path | Storage, manifest: CacheManifest) -> Cache:
         """Opens a cache for adding to it, or creates it; removes what a dead writer left.
 
         Raises:
-            FingerprintMismatchError: the folder holds a cache of another origin.
+            FingerprintMismatchError: it is there, and of another origin.
         """
-        require_folder(folder)
+        storage = open_storage(place) if isinstance(place, str | Path) else place
+        storage.require_folder()
         try:
-            found = CacheManifest.read(folder)
+            found = CacheManifest.read(storage)
         except CacheNotFoundError:
-            folder.mkdir(parents=True, exist_ok=True)
-            manifest.write(folder)
+            manifest.write(storage)
             found = manifest
-        manifest.check_same_origin(found, folder)
-        remove_uncommitted(folder)
-        for path in (folder / INDEX).glob("*.parquet"):
-            # A living writer's part is there before its index, and its commit record after.
-            if not part_path(folder, path.stem).exists() and not commit_path(folder, path.stem).exists():
-                path.unlink()
-        return cls(folder, found)
+        manifest.check_same_origin(found, storage.place)
+        remove_uncommitted(storage)
+        # Listed in this order: a living writer's part is there before its index, and its commit record after.
+        indices = [name for name in storage.list_folder(INDEX) if not SNAPSHOT.fullmatch(name)]
+        known = {*storage.list_folder(PARTS), *(f"{name}.zarr" for name in committed_parts(storage))}
+        for name in indices:
+            if f"{name.removesuffix('.parquet')}.zarr" not in known:
+                storage.remove(f"{INDEX}/{name}")
+        return cls(storage, found)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
-    def num_tokens(self) -> int:
-        return sum(row.num_tokens for row in self.rows)
+    def place(self) -> str:
+        return self.storage.place
 
     @property
+    def num_tokens(self) -> int:
+        return int(self.rows.column("num_tokens").sum())
+
+    @cached_property
     def fingerprint(self) -> str:
-        """Hash of the manifest and of every commit record; 16 hex digits."""
-        content = self.manifest.model_dump_json() + json.dumps(self.commits, sort_keys=True)
+        """Hash of the manifest and of the names of all parts, which are never reused; 16 hex digits."""
+        content = self.manifest.model_dump_json() + json.dumps(self.parts)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def commits(self) -> dict[str, dict[str, Any]]:
+        """The commit record of every part, by name: one request a part.
+
+        Raises:
+            CacheCorruptError: one is missing or damaged.
+        """
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+            records = pool.map(lambda name: read_commit(self.storage, "", name), self.parts)
+            return dict(zip(self.parts, records, strict=True))
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all committed parts of states."""
-        return sum(file["bytes"] for record in self.commits.values() for file in record["files"].values())
+        return sum(file["bytes"] for record in self.commits().values() for file in record["files"].values())
 
     def read(self, row: SequenceRow) -> CachedSequence:
-        """Reads one sequence, each chunk verified.
+        """Reads one sequence into memory of its own, every checksum verified.
 
         Raises:
             CacheCorruptError: bytes are missing or do not match their checksum.
         """
-        part = part_path(self.folder, row.part)
-        arrays = {
-            name: torch.from_numpy(read_rows(part, spec, row.first_row, row.num_tokens))
-            for name, spec in self.specs.items()
-        }
-        token_ids, loss_mask = arrays["token_ids"].long(), arrays["loss_mask"].bool()
-        if row.final_token_id is not None:
-            token_ids = torch.cat([token_ids, torch.tensor([row.final_token_id])])
-            loss_mask = torch.cat([loss_mask, torch.tensor([True])])
-        hidden_TKH = arrays["hidden"].view(torch.bfloat16)
-        return CachedSequence(row, hidden_TKH, token_ids, loss_mask, arrays["target_argmax"].long())
+        return read_sequence(self, row, Slot(), verify=True)
 
-    def rows_of_part(self, name: str) -> Iterator[SequenceRow]:
-        """The sequences of a part in the order of their rows."""
-        return (row for row in self.rows if row.part == name)
+    def read_tokens(self, row: SequenceRow) -> CachedTokens:
+        """Reads one sequence without its states."""
+        return read_tokens(self.open_part(row.part, verify=True), row)
 
-    def _read_index(self, name: str) -> list[SequenceRow]:
-        path = index_path(self.folder, name)
-        found = describe_file(path) if path.is_file() else None
-        expected = self.commits[name]["files"].get(f"{INDEX}/{name}.parquet")
-        if found is None or found != expected:
-            raise CacheCorruptError(
-                f"the index {path} of a committed part is not what was written: expected {expected}, found {found}. "
-                f"Restore it, or remove the part's commit record {commit_path(self.folder, name)} and extract again."
-            )
-        table = pq.read_table(path, schema=INDEX_SCHEMA)
-        return [SequenceRow(**values) for values in table.to_pylist()]
+    @cached_property
+    def target_folder(self) -> Path:
+        """A local folder with the target's config, tokenizer and pieces, every file verified.
+
+        Raises:
+            CacheCorruptError: one is missing or damaged.
+        """
+        return target_folder(self.storage)
+
+    def open_part(self, name: str, verify: bool) -> OpenPart:
+        """A part, opened once for many sequences; verified at the first time that `verify` asks for it."""
+        with self._lock:
+            if name in self._open_parts and (not verify or name in self._verified):
+                self._open_parts.move_to_end(name)
+                return self._open_parts[name]
+            must_verify = verify and name not in self._verified
+        ranged = [self.specs[HIDDEN]]
+        resident = [spec for spec in self.specs.values() if spec.name != HIDDEN]
+        if self.codec.needs_channel_scale:
+            resident.append(channel_scale_spec(self.manifest))
+        part = OpenPart(self.storage, "", name, ranged, resident, must_verify)
+        with self._lock:
+            self._open_parts[name] = part
+            self._verified |= {name} if must_verify else set()
+            while len(self._open_parts) > OPEN_PARTS:
+                self._open_parts.popitem(last=False)
+        return part
+
+    def rows_of_part(self, name: str) -> SequenceIndex:
+        """The sequences of a part in the order of its arrays."""
+        return self.all_rows.of_part(name)
+
+    def write_snapshot(self) -> None:
+        """Puts the rows of all parts into one file, for those who open the cache later."""
+        write_snapshot(self.storage, self.all_rows, len(self.parts))
+
+    def _read_index(self, snapshot: pa.Table | None) -> SequenceIndex:
+        tables: list[pa.Table] = [] if snapshot is None else [snapshot]
+        covered = set() if snapshot is None else set(snapshot["part"].unique().to_pylist())
+        committed = set(self.parts)
+        present = set(self.storage.list_folder(PARTS)) if self.parts else set()
+        for kind, lost in (
+            ("the commit record", sorted(covered - committed)),
+            ("the folder", sorted(name for name in committed if f"{name}.zarr" not in present)),
+        ):
+            if lost:
+                raise CacheCorruptError(
+                    f"{self.place}: {kind} of {len(lost)} committed part{'s' * (len(lost) > 1)} is gone: "
+                    f"{', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}. {WHAT_TO_DO}"
+                )
+        later = [name for name in self.parts if name not in covered]
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+            tables += pool.map(self._read_part_index, later)
+        return SequenceIndex.concatenate(tables)
+
+    def _read_part_index(self, name: str) -> pa.Table:
+        return read_part_index(self.storage, name, read_commit(self.storage, "", name))
 
 
 class StateWriter:
@@ -194,13 +229,14 @@ class StateWriter:
     def __init__(self, cache: Cache, part_bytes: int, facts: dict[str, Any]):
         """
         Args:
-            part_bytes: size of a part's hidden states at which it is committed.
+            part_bytes: size of a part's stored hidden states at which it is committed.
             facts: what made the states; goes into every commit record.
         """
         self.cache = cache
         self._part_bytes = part_bytes
         self._facts = facts
         self._part: PartWriter | None = None
+        self._channel_scale_KH: Tensor | None = None
         self._rows: list[dict[str, Any]] = []
 
     def append(
@@ -217,46 +253,72 @@ class StateWriter:
         final_token_id: int | None,
         finish_reason: str,
     ) -> str | None:
-        """Writes a sequence of T tokens; returns the part's name if it was full and has been committed."""
-        if self._part is None:
-            self._part = PartWriter(self.cache.folder, self.cache.specs.values())
-        first_row = self._part.append(
-            {
-                "hidden": hidden_TKH.contiguous().view(torch.uint16).numpy(),
-                "token_ids": np.asarray(token_ids, np.int32),
-                "target_argmax": np.asarray(target_argmax, np.int32),
-                "loss_mask": np.asarray(loss_mask, np.uint8),
-            }
-        )
-        offset, length = self.cache.specs["hidden"].byte_range(first_row, len(token_ids))
+        """Writes a sequence of T tokens; returns the part's name if it was full and has been committed.
+
+        Raises:
+            StorageError: the disk is full; what was committed before is whole.
+        """
+        part = self._part or self._begin_part(hidden_TKH)
+        arrays = {"token_ids": token_ids, "target_argmax": target_argmax, "loss_mask": loss_mask}
+        rows = {name: np.asarray(arrays[name], dtype) for name, dtype in TOKEN_ARRAYS.items()}
+        try:
+            where = part.append({HIDDEN: self.cache.codec.encode(hidden_TKH, self._channel_scale_KH), **rows})
+        except BaseException:
+            self.abandon()  # its arrays are no longer of one length
+            raise
         row = SequenceRow(
             seq_id=seq_id,
             source=source,
             source_row=source_row,
-            part=self._part.name,
-            first_row=first_row,
+            part=part.name,
+            first_row=where.first_row,
             num_tokens=len(token_ids),
             prompt_len=prompt_len,
             num_supervised=sum(loss_mask) + (final_token_id is not None),
             final_token_id=final_token_id,
             finish_reason=finish_reason,
-            hidden_offset=offset,
-            hidden_length=length,
+            hidden_offset=where.offsets[HIDDEN],
+            hidden_length=where.lengths[HIDDEN],
+            hidden_crc=where.crcs[HIDDEN],
+            content_hash=hash_content(token_ids, loss_mask, final_token_id),
         )
         self._rows.append(asdict(row))
-        return self.commit() if offset + length >= self._part_bytes else None
+        return self.commit() if row.hidden_offset + row.hidden_length >= self._part_bytes else None
 
     def commit(self) -> str | None:
         """Publishes what was appended since the last commit; returns the part's name."""
         if self._part is None:
             return None
         part, rows, self._part, self._rows = self._part, self._rows, None, []
-        index = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(rows, INDEX_SCHEMA), index)
         counts = {"num_sequences": len(rows), "num_tokens": sum(row["num_tokens"] for row in rows)}
-        part.commit({**self._facts, **counts}, {f"{INDEX}/{part.name}.parquet": index.getvalue()})
+        part.commit({**self._facts, **counts}, {part_index_file(part.name): write_rows(rows_to_table(rows))})
+        renew_snapshot(self.cache.storage, self.cache.manifest)
         return part.name
 
+    def abandon(self) -> None:
+        """Drops what was appended since the last commit."""
+        if self._part is not None:
+            self._part.abandon()
+            self._part, self._rows = None, []
 
-def index_path(folder: Path, part: str) -> Path:
-    return folder / INDEX / f"{part}.parquet"
+    def finish(self) -> None:
+        """Commits, and puts all that the cache holds into one snapshot."""
+        self.commit()
+        renew_snapshot(self.cache.storage, self.cache.manifest, lag=0)
+
+    def _begin_part(self, hidden_TKH: Tensor) -> PartWriter:
+        manifest, constants = self.cache.manifest, {}
+        if self.cache.codec.needs_channel_scale:
+            self._channel_scale_KH = measure_channels(hidden_TKH)
+            constants[channel_scale_spec(manifest)] = self._channel_scale_KH.numpy()
+        self._part = PartWriter(self.cache.storage, "", self.cache.specs.values(), constants=constants)
+        return self._part
+
+
+def renew_snapshot(storage: Storage, manifest: CacheManifest, lag: int = SNAPSHOT_LAG) -> None:
+    """Renews the snapshot once it lacks too many parts: more than one in `lag` of all, or any at all with 0."""
+    listed = [name for name in storage.list_folder(INDEX) if SNAPSHOT.fullmatch(name)]
+    num_covered = max((int(name.split("-")[1]) for name in listed), default=0)
+    num_parts = len(committed_parts(storage))
+    if (num_parts - num_covered) * (lag or num_parts + 1) > num_parts:
+        Cache(storage, manifest).write_snapshot()

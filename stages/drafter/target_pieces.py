@@ -13,9 +13,9 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ...data.errors import CacheCorruptError, DrafterError
+from ...data.errors import DrafterError
 
-TARGET, PIECES = "target", "pieces.safetensors"
+PIECES = "pieces.safetensors"
 EMBED, HEAD = "embed_tokens.weight", "lm_head.weight"
 
 
@@ -28,37 +28,23 @@ class TargetPieces:
 
     @classmethod
     def load(
-        cls, cache_folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        cls, target_folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> TargetPieces:
-        """Reads the pieces of a cache's target.
-
-        Raises:
-            CacheCorruptError: they are not there.
-        """
-        path = cache_folder / TARGET / PIECES
-        if not path.is_file():
-            raise CacheCorruptError(f"expected the target's pieces at {path}, found none. Run `vpd extract` again.")
-        with safe_open(path, "pt", device=str(device)) as file:
+        """Reads the pieces from `Cache.target_folder`."""
+        with safe_open(target_folder / PIECES, "pt", device=str(device)) as file:
             embed_VH = file.get_tensor(EMBED).to(dtype)
             tied = HEAD not in set(file.keys())
             return cls(embed_VH, embed_VH if tied else file.get_tensor(HEAD).to(dtype))
 
 
-def load_target_config(cache_folder: Path) -> dict[str, Any]:
-    """The target's `config.json` as stored with the cache.
-
-    Raises:
-        CacheCorruptError: it is not there.
-    """
-    path = cache_folder / TARGET / "config.json"
-    if not path.is_file():
-        raise CacheCorruptError(f"expected the target's config at {path}, found none. Run `vpd extract` again.")
-    return json.loads(path.read_text())
+def load_target_config(target_folder: Path) -> dict[str, Any]:
+    """The target's `config.json` as stored with the cache."""
+    return json.loads((target_folder / "config.json").read_text())
 
 
-def load_tokenizer(cache_folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(target_folder: Path) -> PreTrainedTokenizerBase:
     """The target's tokenizer as stored with the cache."""
-    return AutoTokenizer.from_pretrained(cache_folder / TARGET, local_files_only=True)
+    return AutoTokenizer.from_pretrained(target_folder, local_files_only=True)
 
 
 def choose_mask_token(explicit: int | None, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:

@@ -9,7 +9,8 @@ worked out here from the recorded tokens and share nothing with training.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...data.cache.store import Cache, CachedSequence, SequenceRow
+from ...data.cache.index import SequenceRow
+from ...data.cache.reader import CachedSequence, Request, read_ahead
+from ...data.cache.store import Cache
 from ...data.errors import CacheNotFoundError, DrafterError
-from ..config import EvalConfig
+from ..config import EvalConfig, ReadConfig
 from ..devices import choose_device
 from ..drafter.checkpoint import check_fits, load_drafter
 from ..drafter.drafting import fill_blocks
@@ -69,16 +72,18 @@ class ReplayReport:
 class Replay:
     """Replays sequences with a first drafter and, if given, a VP-Drafter."""
 
-    def __init__(self, cache: Cache, first: Path, second: Path | None, config: EvalConfig):
+    def __init__(
+        self, cache: Cache, first: Path, second: Path | None, config: EvalConfig, read: ReadConfig | None = None
+    ):
         """
         Raises:
             DrafterError: a drafter does not fit the cache or the other one.
         """
-        self.cache, self.config = cache, config
+        self.cache, self.config, self.read = cache, config, read or ReadConfig()
         device = choose_device(config.device)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.device = device
-        self.pieces = TargetPieces.load(cache.folder, device=device, dtype=dtype)
+        self.pieces = TargetPieces.load(cache.target_folder, device=device, dtype=dtype)
         self.first = load_drafter(first, device=device, dtype=dtype)
         self.second = load_drafter(second, device=device, dtype=dtype) if second is not None else None
         for drafter, where in ((self.first, first), (self.second, second)):
@@ -92,18 +97,20 @@ class Replay:
             )
         self.report = ReplayReport(config.k, self.block_size)
 
-    def run(self, rows: list[SequenceRow], on_sequence: Callable[[], None] = lambda: None) -> ReplayReport:
+    def run(self, rows: Sequence[SequenceRow], on_sequence: Callable[[], None] = lambda: None) -> ReplayReport:
         """Replays these sequences.
 
         Raises:
             CacheNotFoundError: none of them can be replayed.
         """
-        for row in rows[: self.config.limit]:
-            self.replay(self.cache.read(row))
-            on_sequence()
+        requests = map(Request, rows[: self.config.limit])
+        with closing(read_ahead(self.cache, requests, self.read.num_threads, self.read.num_buffers)) as sequences:
+            for sequence in sequences:
+                self.replay(sequence)
+                on_sequence()
         if not self.report.num_responses:
             raise CacheNotFoundError(
-                f"expected held-out greedy responses in {self.cache.folder}, found none among {len(rows)} held-out "
+                f"expected held-out greedy responses in {self.cache.place}, found none among {len(rows)} held-out "
                 f"sequences ({dict(self.report.skipped)}). Hold out more, or extract with --mode generate and "
                 "temperature 0."
             )
@@ -120,7 +127,7 @@ class Replay:
             self.report.skipped[reason if not greedy else "a response of one token"] += 1
             return
         self.report.num_sequences += 1
-        features_TD = sequence.hidden_TKH.flatten(1).to(self.device, self.pieces.embed_VH.dtype)
+        features_TD = sequence.hidden(self.device).flatten(1).to(self.pieces.embed_VH.dtype)
         first_context = self.first.context(features_TD)
         second_context = self.second.context(features_TD) if self.second is not None else None
         for start, end in usable:

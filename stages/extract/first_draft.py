@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ...data.cache.drafts import NOT_DRAFTED, NUM_ALTERNATIVES, FirstDrafts, empty_drafts
-from ...data.cache.store import Cache, CachedSequence
+from ...data.cache.drafts import ACCEPT_LEN, NOT_DRAFTED, NUM_ALTERNATIVES, FirstDrafts, draft_specs, empty_drafts
+from ...data.cache.reader import CachedSequence, Request, read_ahead
+from ...data.cache.store import CHUNK_TOKENS, Cache
 from ...data.errors import DrafterError
-from ..config import DraftConfig
+from ..config import DraftConfig, ReadConfig
 from ..devices import choose_device
 from ..drafter.blocks import accept_lengths, anchors_of, block_tokens, show_prefix
 from ..drafter.checkpoint import check_fits, drafter_fingerprint, load_drafter, load_shape
@@ -40,14 +42,18 @@ def open_first_drafts(cache: Cache, folder: Path, config: DraftConfig) -> FirstD
     drafts = FirstDrafts.create_or_open(cache, drafter_fingerprint(folder), facts)
     if drafts.facts["stride"] != config.stride:
         raise DrafterError(
-            f"{drafts.root} holds this drafter's drafts at stride {drafts.facts['stride']}, this run asks for "
+            f"{drafts.place} holds this drafter's drafts at stride {drafts.facts['stride']}, this run asks for "
             f"{config.stride}. Use the same stride, or remove that folder."
         )
     return drafts
 
 
 def draft_cache(
-    cache: Cache, folder: Path, config: DraftConfig, on_sequence: Callable[[int], None] = lambda num_anchors: None
+    cache: Cache,
+    folder: Path,
+    config: DraftConfig,
+    read: ReadConfig = ReadConfig(),  # noqa: B008 - frozen
+    on_sequence: Callable[[int], None] = lambda num_anchors: None,
 ) -> FirstDrafts:
     """Drafts whatever part of the cache this drafter has not drafted yet; part by part, each committed as a whole.
 
@@ -61,21 +67,25 @@ def draft_cache(
     device = choose_device(config.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     drafter = load_drafter(folder, device=device, dtype=dtype)
-    pieces = TargetPieces.load(cache.folder, device=device, dtype=dtype)
+    pieces = TargetPieces.load(cache.target_folder, device=device, dtype=dtype)
     for part in missing:
         writer = drafts.writer(part)
         num_anchors = 0
         try:
-            for row in cache.rows_of_part(part):
-                arrays = draft_sequence(cache.read(row), drafter, pieces, config)
-                writer.append(arrays)
-                count = int((arrays["accept_len"] != NOT_DRAFTED).sum())
-                num_anchors += count
-                on_sequence(count)
+            requests = map(Request, cache.rows_of_part(part))
+            with closing(read_ahead(cache, requests, read.num_threads, read.num_buffers)) as sequences:
+                for sequence in sequences:
+                    arrays = draft_sequence(sequence, drafter, pieces, config)
+                    writer.append(arrays)
+                    count = int((arrays[ACCEPT_LEN] != NOT_DRAFTED).sum())
+                    num_anchors += count
+                    on_sequence(count)
         except BaseException:
             writer.abandon()
             raise
-        writer.commit({"num_anchors": num_anchors})
+        # What another process drafted meanwhile is as good.
+        with suppress(FileExistsError):
+            writer.commit({"num_anchors": num_anchors})
         drafts.parts.add(part)
     return drafts
 
@@ -87,9 +97,9 @@ def draft_sequence(
     """Rows of the drafts' arrays for one sequence; anchors that are not drafted keep `NOT_DRAFTED`."""
     device, G = pieces.embed_VH.device, drafter.shape.block_size
     T = sequence.row.num_tokens
-    arrays = empty_drafts(T, G)
+    arrays = empty_drafts(T, draft_specs(G, CHUNK_TOKENS))
     token_ids_S, loss_mask_S = sequence.token_ids_S.to(device), sequence.loss_mask_S.to(device)
-    context = drafter.context(sequence.hidden_TKH.flatten(1).to(device, pieces.embed_VH.dtype))
+    context = drafter.context(sequence.hidden(device).flatten(1).to(pieces.embed_VH.dtype))
     anchors = anchors_of(loss_mask_S, T)[:: config.stride]
     for anchors_N in anchors.split(config.anchors_per_pass):
         tokens_NG, labelled_NG = block_tokens(token_ids_S, loss_mask_S, anchors_N, G)

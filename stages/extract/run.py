@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ...data.cache.files import require_folder
 from ...data.cache.manifest import MANIFEST_NAME, CacheManifest
+from ...data.cache.storage import Storage, open_storage
 from ...data.cache.store import CHUNK_TOKENS, Cache, StateWriter
 from ...data.chat import ChatFormat
 from ...data.errors import ExtractionError, PromptError
@@ -92,8 +92,8 @@ def plan_manifest(
         template_hash=chat.template_hash,
         layer_ids=layer_ids,
         vllm_layer_ids=tuple(i + 1 for i in layer_ids),
-        prompt_set=prompts.fingerprint,
         generation={name: getattr(config, name) for name in names},
+        codec=config.codec,
         chunk_tokens=CHUNK_TOKENS,
         versions={name: metadata.version(name) for name in ("vpd", "torch", "transformers", "zarr")},
         rendered_sample=render_sample(prompts, chat, config),
@@ -112,10 +112,10 @@ def render_sample(prompts: PromptSet, chat: ChatFormat, config: ExtractConfig) -
     return ""
 
 
-def open_cache(folder: Path, manifest: CacheManifest, target: Target) -> Cache:
+def open_cache(place: str | Path, manifest: CacheManifest, target: Target) -> Cache:
     """Creates the cache, or opens it to add to it; stores the target's pieces."""
-    cache = Cache.create_or_open(folder, manifest)
-    copy_pieces(target, folder)
+    cache = Cache.create_or_open(place, manifest)
+    copy_pieces(target, cache.storage)
     return cache
 
 
@@ -128,7 +128,12 @@ class ExtractPlan:
 
 
 def plan_extraction(
-    folder: Path, manifest: CacheManifest, prompts: PromptSet, chat: ChatFormat, target: Target, config: ExtractConfig
+    place: str | Path,
+    manifest: CacheManifest,
+    prompts: PromptSet,
+    chat: ChatFormat,
+    target: Target,
+    config: ExtractConfig,
 ) -> ExtractPlan:
     """Checks the cache's origin, if there is one, and every record that it lacks; writes nothing.
 
@@ -138,12 +143,13 @@ def plan_extraction(
         FingerprintMismatchError: the folder holds a cache of another origin.
         PromptError: a record can't be used (unless `config.skip_bad`).
     """
-    require_folder(folder)
+    storage = open_storage(place)
+    storage.require_folder()
     present: set[str] = set()
-    if (folder / MANIFEST_NAME).is_file():
-        cache = Cache.open(folder, allow_empty=True)
-        manifest.check_same_origin(cache.manifest, folder)
-        present = {row.seq_id for row in cache.rows}
+    if storage.exists(MANIFEST_NAME):
+        cache = Cache.open(storage, allow_empty=True)
+        manifest.check_same_origin(cache.manifest, cache.place)
+        present = set(cache.rows.strings("seq_id"))
     missing = [record for record in prompts.records if record.seq_id not in present]
     report = ExtractReport(num_present=len(prompts.records) - len(missing))
     if prompts.num_skipped:
@@ -179,8 +185,10 @@ def extract(
             if write(writer, sequence, report):
                 on_sequence(len(sequence.token_ids))
     finally:
-        writer.commit()
-        engine.close()
+        try:
+            writer.finish()
+        finally:
+            engine.close()
     return report
 
 
@@ -255,7 +263,7 @@ def write(writer: StateWriter, sequence: FinishedSequence, report: ExtractReport
         report.skipped["empty response"] += 1
         return False
     if not torch.isfinite(sequence.hidden_TKH).all():
-        _quarantine(writer.cache.folder, sequence, "states that are not finite", report)
+        _quarantine(writer.cache.storage, sequence, "states that are not finite", report)
         return False
     writer.append(
         seq_id=sequence.record.seq_id,
@@ -274,7 +282,7 @@ def write(writer: StateWriter, sequence: FinishedSequence, report: ExtractReport
     return True
 
 
-def _quarantine(folder: Path, sequence: FinishedSequence, reason: str, report: ExtractReport) -> None:
+def _quarantine(storage: Storage, sequence: FinishedSequence, reason: str, report: ExtractReport) -> None:
     """Lists a sequence that must not be trained on; it is tried again by the next run.
 
     Raises:
@@ -282,12 +290,12 @@ def _quarantine(folder: Path, sequence: FinishedSequence, reason: str, report: E
     """
     record = sequence.record
     entry: dict[str, Any] = {"seq_id": record.seq_id, "source": record.source, "row": record.row, "reason": reason}
-    with open(folder / QUARANTINE, "a") as file:
-        file.write(json.dumps(entry) + "\n")
+    listed = storage.read(QUARANTINE) if storage.exists(QUARANTINE) else b""
+    storage.write(QUARANTINE, listed + (json.dumps(entry) + "\n").encode())
     report.skipped[reason] += 1
     done = report.num_written + report.skipped[reason]
     if report.skipped[reason] > max(3, MAX_QUARANTINED_SHARE * done):
         raise ExtractionError(
-            f"{report.skipped[reason]} of {done} sequences had {reason}; they are listed in {folder / QUARANTINE}. "
-            "Check the target's weights and dtype; what was written before is kept."
+            f"{report.skipped[reason]} of {done} sequences had {reason}; they are listed in "
+            f"{storage.place}/{QUARANTINE}. Check the target's weights and dtype; what was written before is kept."
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from ...data.cache.files import fsync_tree
-from ...data.errors import TargetError
-from ..drafter.target_pieces import PIECES, TARGET
+from ...data.cache.storage import LocalStorage, Storage
+from ...data.cache.target_files import store_target_files, target_folder
+from ...data.errors import CacheCorruptError, TargetError
+from ..drafter.target_pieces import PIECES
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
 PIECE_SUFFIXES = {
@@ -142,25 +144,25 @@ def check_layers(layer_ids: tuple[int, ...], num_target_layers: int) -> tuple[in
     return layer_ids
 
 
-def copy_pieces(target: Target, cache_folder: Path) -> None:
-    """Stores what stage two needs of the target with the cache, reading just those tensors; once.
+def copy_pieces(target: Target, storage: Storage) -> None:
+    """Stores what stage two needs of the target with the cache, reading just those tensors, unless it is there whole.
 
     Raises:
         TargetError: a piece is not in the target's weights.
     """
-    folder = cache_folder / TARGET
-    if (folder / PIECES).is_file():
+    try:
+        target_folder(storage)
         return
-    aside = cache_folder / f".{TARGET}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    target.config.save_pretrained(aside)
-    target.tokenizer.save_pretrained(aside)
-    if (target.folder / "generation_config.json").is_file():
-        shutil.copy(target.folder / "generation_config.json", aside)
-    save_file(read_pieces(target), aside / PIECES)
-    fsync_tree(aside)
-    aside.rename(folder)
+    except CacheCorruptError:
+        pass
+    with tempfile.TemporaryDirectory(dir=storage.root if isinstance(storage, LocalStorage) else None) as temporary:
+        folder = Path(temporary)
+        target.config.save_pretrained(folder)
+        target.tokenizer.save_pretrained(folder)
+        if (target.folder / "generation_config.json").is_file():
+            shutil.copy(target.folder / "generation_config.json", folder)
+        save_file(read_pieces(target), folder / PIECES)
+        store_target_files(storage, folder)
 
 
 def read_pieces(target: Target) -> dict[str, torch.Tensor]:

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,9 +17,11 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from ...data.cache.drafts import FirstDrafts
-from ...data.cache.store import Cache, SequenceRow
+from ...data.cache.index import SequenceRow
+from ...data.cache.reader import CachedSequence, Request, read_ahead
+from ...data.cache.store import Cache
 from ...data.errors import VpdError
-from ..config import TrainConfig
+from ..config import ReadConfig, TrainConfig
 from ..drafter.checkpoint import load_drafter, save_drafter
 from ..drafter.model import Drafter
 from ..drafter.shape import DrafterShape
@@ -46,17 +50,19 @@ class Trainer:
     def __init__(
         self,
         cache: Cache,
-        rows: list[SequenceRow],
+        rows: Sequence[SequenceRow],
         drafts: FirstDrafts | None,
         shape: DrafterShape,
         config: TrainConfig,
         run: Path,
+        read: ReadConfig,
     ):
-        self.cache, self.rows, self.drafts, self.shape, self.config, self.run = cache, rows, drafts, shape, config, run
+        self.cache, self.rows, self.drafts, self.shape = cache, rows, drafts, shape
+        self.config, self.run, self.read = config, run, read
         self.accelerator = Accelerator(mixed_precision=choose_precision(config.precision))
         self.device = self.accelerator.device
         dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
-        self.pieces = TargetPieces.load(cache.folder, device=self.device, dtype=dtype)
+        self.pieces = TargetPieces.load(cache.target_folder, device=self.device, dtype=dtype)
         self.feature_rms_D = feature_rms(cache, rows).to(self.device)
         self.drafter = make_drafter(shape, config, self.feature_rms_D.cpu()).to(self.device).train()
         self.optimizer = torch.optim.AdamW(
@@ -90,25 +96,45 @@ class Trainer:
     def train(self, on_step: Callable[[dict[str, Any]], None]) -> None:
         """Runs to the last step; `on_step` gets the metrics of each step that had something to learn from."""
         started, num_labels = time.monotonic(), 0
-        while self.step < self.num_steps:
-            result = self.train_step()
-            self.step += 1
-            if result is not None:
-                num_labels += result.num_labels
-                on_step(self.metrics(result, num_labels / (time.monotonic() - started)))
-            if self.step % self.config.save_every == 0 or self.step == self.num_steps:
-                self.save()
+        with closing(
+            read_ahead(self.cache, self.requests(), self.read.num_threads, self.read.num_buffers)
+        ) as sequences:
+            while self.step < self.num_steps:
+                result = self.train_step(sequences)
+                self.step += 1
+                if result is not None:
+                    num_labels += result.num_labels
+                    on_step(self.metrics(result, num_labels / (time.monotonic() - started)))
+                if self.step % self.config.save_every == 0 or self.step == self.num_steps:
+                    self.save()
 
-    def train_step(self) -> StepResult | None:
-        """One optimizer step over this process's share of the step's sequences; None if no sequence has an anchor."""
+    def own_indices(self, step: int) -> list[int]:
+        """This process's share of a step's sequences."""
+        return self.order.indices(step)[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def requests(self) -> Iterator[Request]:
+        """What this process reads from here to the last step, in order."""
+        for step in range(self.step, self.num_steps):
+            verify = self.read.verify == "always"
+            verify |= self.read.verify == "first-epoch" and step < self.order.steps_per_epoch
+            for index in self.own_indices(step):
+                yield Request(self.rows[index], verify)
+
+    def train_step(self, sequences: Iterator[CachedSequence]) -> StepResult | None:
+        """One optimizer step over the next sequences; None if no sequence of the step has an anchor."""
         self.optimizer.zero_grad()
         rows = self.head_rows()
         totals = torch.zeros(5, device=self.device, dtype=torch.float64)
-        indices = self.order.indices(self.step)[self.accelerator.process_index :: self.accelerator.num_processes]
-        for index in indices:
-            sequence = self.cache.read(self.rows[index])
+        indices = self.own_indices(self.step)
+        for sequence in islice(sequences, len(indices)):
             blocks = draw_blocks(
-                sequence, self.drafts, self.config, self.shape.block_size, self.shape.mask_token_id, self.step
+                sequence,
+                self.drafts,
+                self.config,
+                self.shape.block_size,
+                self.shape.mask_token_id,
+                self.step,
+                self.device,
             )
             if blocks is not None:
                 totals += self.backward(blocks, rows)
@@ -136,7 +162,7 @@ class Trainer:
         labels_P = blocks.labels_NG.to(self.device)[wanted_NG]
         weights_P = blocks.weights_NG.to(self.device)[wanted_NG]
         with self.accelerator.autocast():
-            features_TD = blocks.features_TD.to(self.device).float() / self.feature_rms_D
+            features_TD = blocks.features_TD.float() / self.feature_rms_D
             embedded_NGH = self.pieces.embed_VH[blocks.block_ids_NG.to(self.device)]
             context = self.drafter.context(features_TD)
             states_NGH = self.drafter(embedded_NGH, blocks.anchors_N.to(self.device), context)

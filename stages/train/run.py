@@ -7,7 +7,7 @@ from pathlib import Path
 from ...data.cache.drafts import FirstDrafts, list_drafts
 from ...data.cache.store import Cache
 from ...data.errors import CacheNotFoundError, ConfigError, DrafterError
-from ..config import DrafterSection, TrainConfig
+from ..config import DrafterSection, ReadConfig, TrainConfig
 from ..drafter.checkpoint import check_fits, drafter_fingerprint
 from ..drafter.shape import DrafterShape, rope_parameters
 from ..drafter.target_pieces import choose_mask_token, load_target_config, load_tokenizer
@@ -25,7 +25,7 @@ def plan_shape(cache: Cache, section: DrafterSection) -> DrafterShape:
     Raises:
         DrafterError: the shape is impossible.
     """
-    target = load_target_config(cache.folder)
+    target = load_target_config(cache.target_folder)
     manifest = cache.manifest
 
     def own_or_target(name: str) -> int:
@@ -47,7 +47,9 @@ def plan_shape(cache: Cache, section: DrafterSection) -> DrafterShape:
         max_position_embeddings=target.get("max_position_embeddings", DEFAULT_MAX_POSITIONS),
         vocab_size=manifest.vocab_size,
         block_size=section.block_size,
-        mask_token_id=choose_mask_token(section.mask_token_id, load_tokenizer(cache.folder), manifest.vocab_size),
+        mask_token_id=choose_mask_token(
+            section.mask_token_id, load_tokenizer(cache.target_folder), manifest.vocab_size
+        ),
         target_layer_ids=manifest.layer_ids,
         num_target_layers=manifest.num_target_layers,
     )
@@ -65,10 +67,10 @@ def plan_first_drafts(cache: Cache, shape: DrafterShape, config: TrainConfig) ->
     fingerprint = config.first_drafter
     if fingerprint is not None and Path(fingerprint).is_dir():
         fingerprint = drafter_fingerprint(find_drafter(fingerprint))
-    if not list_drafts(cache.folder):
+    if not list_drafts(cache.storage):
         raise CacheNotFoundError(
-            f"the prefix sampler {config.prefix.sampler} needs to know where the first draft fails, but {cache.folder} "
-            f"holds no first drafts. Make them with vpd draft {cache.folder} --first-drafter DIR, or choose "
+            f"the prefix sampler {config.prefix.sampler} needs to know where the first draft fails, but {cache.place} "
+            f"holds no first drafts. Make them with vpd draft {cache.place} --first-drafter DIR, or choose "
             "--prefix-sampler geometric."
         )
     drafts = FirstDrafts.open(cache, fingerprint)
@@ -79,19 +81,21 @@ def plan_first_drafts(cache: Cache, shape: DrafterShape, config: TrainConfig) ->
         )
     if missing := drafts.missing_parts():
         raise CacheNotFoundError(
-            f"the first drafts {drafts.fingerprint} lack {len(missing)} of {len(cache.commits)} parts of "
-            f"{cache.folder}. Complete them: vpd draft {cache.folder} --first-drafter DIR."
+            f"the first drafts {drafts.fingerprint} lack {len(missing)} of {len(cache.parts)} parts of "
+            f"{cache.place}. Complete them: vpd draft {cache.place} --first-drafter DIR."
         )
     return drafts
 
 
-def make_trainer(cache: Cache, run: Path, section: DrafterSection, config: TrainConfig) -> Trainer:
+def make_trainer(
+    cache: Cache, run: Path, section: DrafterSection, config: TrainConfig, read: ReadConfig | None = None
+) -> Trainer:
     """Checks everything that can be checked before the first step, and resumes the run if it has checkpoints."""
     shape = plan_shape(cache, section)
     check_fits(shape, cache.manifest, run)
     training, _ = split_rows(cache, config.holdout)
     drafts = plan_first_drafts(cache, shape, config)
     require_anchor(cache, training, config.max_len)
-    trainer = Trainer(cache, training, drafts, shape, config, run)
+    trainer = Trainer(cache, training, drafts, shape, config, run, read or ReadConfig())
     trainer.resume()
     return trainer

@@ -4,14 +4,18 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...data.cache.drafts import FirstDrafts
-from ...data.cache.store import Cache, CachedSequence, SequenceRow
+from ...data.cache.index import SequenceIndex, SequenceRow
+from ...data.cache.reader import CachedSequence, CachedTokens
+from ...data.cache.store import Cache
 from ...data.errors import CacheNotFoundError
 from ..config import TrainConfig
 from ..drafter.blocks import anchors_of, block_tokens, show_prefix
@@ -32,20 +36,21 @@ def is_held_out(seq_id: str, share: float) -> bool:
     return int.from_bytes(hashlib.sha256(seq_id.encode()).digest()[:8], "little") < share * HASH_RANGE
 
 
-def split_rows(cache: Cache, share: float) -> tuple[list[SequenceRow], list[SequenceRow]]:
+def split_rows(cache: Cache, share: float) -> tuple[SequenceIndex, SequenceIndex]:
     """Training rows and held-out rows, each in the cache's order.
 
     Raises:
         CacheNotFoundError: nothing is left for training.
     """
-    held_out = [row for row in cache.rows if is_held_out(row.seq_id, share)]
-    training = [row for row in cache.rows if not is_held_out(row.seq_id, share) and row.num_supervised > 1]
-    if not training:
+    held_out = np.array([is_held_out(seq_id, share) for seq_id in cache.rows.strings("seq_id")], bool)
+    usable = cache.rows.column("num_supervised") > 1
+    training = cache.rows.take(np.flatnonzero(~held_out & usable))
+    if not len(training):
         raise CacheNotFoundError(
-            f"expected sequences to train on in {cache.folder}, found none: {len(cache.rows)} sequences, of which "
-            f"{len(held_out)} are held out at {share}. Extract more, or lower train.holdout."
+            f"expected sequences to train on in {cache.place}, found none: {len(cache.rows)} sequences, of which "
+            f"{held_out.sum()} are held out at {share}. Extract more, or lower train.holdout."
         )
-    return training, held_out
+    return training, cache.rows.take(np.flatnonzero(held_out))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +77,10 @@ class DataOrder:
 
 @dataclass(frozen=True, slots=True)
 class TrainingBlocks:
-    """The blocks drawn from one sequence, on the CPU."""
+    """The blocks drawn from one sequence, on the CPU but for the features."""
 
     features_TD: Tensor
-    """bfloat16 context features."""
+    """bfloat16 context features, on the training device."""
     anchors_N: Tensor
     block_ids_NG: Tensor
     """Inputs: the visible prefix, then the mask token."""
@@ -88,21 +93,21 @@ class TrainingBlocks:
     """What the sum of weighted losses is divided by, summed over all sequences of the step."""
 
 
-def anchors_within(sequence: CachedSequence, max_len: int) -> Tensor:
+def anchors_within(sequence: CachedTokens, max_len: int) -> Tensor:
     """Anchors [N] among the first `max_len` tokens; the token after the last of those still counts as a label."""
     return anchors_of(sequence.loss_mask_S[: max_len + 1], min(sequence.row.num_tokens, max_len))
 
 
-def require_anchor(cache: Cache, rows: list[SequenceRow], max_len: int) -> None:
+def require_anchor(cache: Cache, rows: Sequence[SequenceRow], max_len: int) -> None:
     """Reads sequences until one has an anchor.
 
     Raises:
         CacheNotFoundError: none has.
     """
-    if not any(len(anchors_within(cache.read(row), max_len)) for row in rows):
+    if not any(len(anchors_within(cache.read_tokens(row), max_len)) for row in rows):
         raise CacheNotFoundError(
             f"expected an anchor (two assistant tokens in a row) among the first {max_len} tokens of a sequence, found "
-            f"none in the {len(rows)} training sequences of {cache.folder}. Raise train.max_len."
+            f"none in the {len(rows)} training sequences of {cache.place}. Raise train.max_len."
         )
 
 
@@ -113,8 +118,13 @@ def draw_blocks(
     block_size: int,
     mask_token_id: int,
     step: int,
+    device: torch.device | str = "cpu",
 ) -> TrainingBlocks | None:
-    """Draws anchors and prefix lengths for one sequence; None if it has no anchor within `max_len`."""
+    """Draws anchors and prefix lengths for one sequence; None if it has no anchor within `max_len`.
+
+    Args:
+        device: where the states are decoded.
+    """
     generator = counter_generator(config.seed, step, sequence.row.seq_id)
     num_context = min(sequence.row.num_tokens, config.max_len)
     token_ids_S, loss_mask_S = (x[: config.max_len + 1] for x in (sequence.token_ids_S, sequence.loss_mask_S))
@@ -127,13 +137,13 @@ def draw_blocks(
     if config.objective == "dflash":
         prefix_len_N = torch.zeros_like(anchors_N)
     else:
-        accept_len_N = None if drafts is None else drafts.read(sequence.row).accept_len_T[anchors_N]
+        accept_len_N = None if drafts is None else drafts.accept_lengths(sequence.row)[anchors_N]
         num_labels_N = labelled_NG.sum(dim=1)
         prefix_len_N = sample_prefixes(config.prefix, num_labels_N, accept_len_N, block_size, generator)
     weights_NG, denominator = normalised(position_weights(labelled_NG, prefix_len_N, config.tau), config.normalise)
     k_G = torch.arange(block_size)
     return TrainingBlocks(
-        features_TD=sequence.hidden_TKH[:num_context].flatten(1),
+        features_TD=sequence.hidden(device)[:num_context].flatten(1),
         anchors_N=anchors_N,
         block_ids_NG=show_prefix(tokens_NG, prefix_len_N, mask_token_id),
         labels_NG=_labels(sequence, tokens_NG, anchors_N, config),
@@ -151,7 +161,7 @@ def _labels(sequence: CachedSequence, tokens_NG: Tensor, anchors_N: Tensor, conf
     return sequence.target_argmax_T[previous_NG.clamp(max=sequence.row.num_tokens - 1)]
 
 
-def feature_rms(cache: Cache, rows: list[SequenceRow], num_sequences: int = 16) -> Tensor:
+def feature_rms(cache: Cache, rows: Sequence[SequenceRow], num_sequences: int = 16) -> Tensor:
     """Root mean square of each context feature, float32 [D], over the first sequences.
 
     Hidden states have a few channels hundreds of times larger than the rest; divided by these, all are alike.
@@ -164,11 +174,11 @@ def feature_rms(cache: Cache, rows: list[SequenceRow], num_sequences: int = 16) 
     return (squares_D / num_tokens).sqrt().clamp(min=1e-6)
 
 
-def label_tokens(cache: Cache, rows: list[SequenceRow]) -> Tensor:
+def label_tokens(cache: Cache, rows: Sequence[SequenceRow]) -> Tensor:
     """Every token id that can be a label in these sequences, ascending."""
     found: set[int] = set()
     for row in rows:
-        sequence = cache.read(row)
+        sequence = cache.read_tokens(row)
         supervised = sequence.token_ids_S[sequence.loss_mask_S].tolist()
         found.update(chain(supervised, sequence.target_argmax_T.tolist()))
     return torch.tensor(sorted(found))

@@ -41,15 +41,15 @@ def make_run(
     """Extraction, first drafter (trained briefly, so that it fails often), first drafts and VP-Drafter."""
     cache, first, vp = root / "cache", root / "first", root / "vp"
     config = load_config(recipe, settings)
-    commands.extract(str(target), (prompts,), cache, None, config, True)
+    commands.extract(str(target), (prompts,), str(cache), None, config, True)
     commands.train(
-        cache,
+        str(cache),
         first,
         load_config(recipe, settings | {"train.objective": "dflash", "train.max_steps": first_steps}),
         True,
     )
-    commands.draft(cache, first, config, True)
-    commands.train(cache, vp, load_config(recipe, settings | {"train.init": str(first)}), True)
+    commands.draft(str(cache), first, config, True)
+    commands.train(str(cache), vp, load_config(recipe, settings | {"train.init": str(first)}), True)
     return {"target_folder": target, "cache_folder": cache, "first": first, "vp": vp}
 
 

@@ -1,0 +1,295 @@
+"""Where a cache lives: a folder, or a bucket of an object store. Names are relative paths with `/`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import urlsplit
+
+from ..errors import ConfigError
+from .files import fsync_folder, fsync_tree, require_folder, write_bytes_durably
+from .locks import LOCK, FolderLock, is_alive
+
+ASIDE = ".writing-"
+
+
+class RandomAccessFile(Protocol):
+    """An opened file that is read by byte range."""
+
+    is_local: bool
+    """Whether many small ranges are as fast as one large one."""
+
+    def read_into(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Fills the buffers one after the other with one byte range; returns the number of bytes there were."""
+        ...
+
+    def tail(self, length: int) -> tuple[int, bytes]:
+        """Size of the file, and its last `length` bytes."""
+        ...
+
+
+class AppendedFile(Protocol):
+    """A file being written from start to end."""
+
+    def write(self, content: bytes | memoryview, /) -> object: ...
+
+    def close(self) -> None: ...
+
+
+class FolderWriter(Protocol):
+    """A folder that appears as a whole, or whose files nothing lists until a commit record does."""
+
+    def open(self, name: str) -> AppendedFile: ...
+
+    def write(self, name: str, content: bytes) -> None: ...
+
+    def publish(self) -> None:
+        """Makes the folder durable under its final name.
+
+        Raises:
+            FileExistsError: another writer has published it.
+        """
+        ...
+
+    def release(self) -> None:
+        """Ends the writer's claim to the folder, after its commit record is there."""
+        ...
+
+    def abandon(self) -> None: ...
+
+
+class Storage(Protocol):
+    """What the cache needs of a place. A name that is not there raises FileNotFoundError."""
+
+    place: str
+    """The place as a user would write it."""
+
+    def require_folder(self) -> None:
+        """
+        Raises:
+            ConfigError: there is something else than a folder.
+        """
+        ...
+
+    def read(self, name: str) -> bytes: ...
+
+    def open(self, name: str) -> RandomAccessFile: ...
+
+    def size(self, name: str) -> int: ...
+
+    def exists(self, name: str) -> bool: ...
+
+    def list_folder(self, name: str) -> list[str]:
+        """Names of the files and folders directly in a folder, sorted, without what is being written; none if it is
+        not there."""
+        ...
+
+    def walk(self, name: str) -> Iterator[str]:
+        """Names of all files below a folder."""
+        ...
+
+    def write(self, name: str, content: bytes) -> None:
+        """Replaces a file as a whole, durably."""
+        ...
+
+    def create(self, name: str, content: bytes) -> None:
+        """Writes a file that must not exist yet, durably.
+
+        Raises:
+            FileExistsError: it exists.
+        """
+        ...
+
+    def write_folder(self, name: str) -> FolderWriter: ...
+
+    def move(self, name: str, to: str) -> None:
+        """Moves a file or a folder."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """Removes a file or a folder; nothing happens if it is not there."""
+        ...
+
+    def remove_leftovers(self, name: str, listed: set[str]) -> int:
+        """Removes the folders in `name` that are not listed and that no living writer holds; returns their number."""
+        ...
+
+
+def open_storage(place: str | Path) -> Storage:
+    """A folder (a path, or `file://`), or a bucket with a prefix (`s3://`, `gs://`, `az://`).
+
+    Raises:
+        ConfigError: another scheme.
+    """
+    scheme = urlsplit(str(place)).scheme if "://" in str(place) else ""
+    if scheme == "file":
+        return LocalStorage(Path(urlsplit(str(place)).path))
+    if not scheme:
+        return LocalStorage(Path(place))
+    if scheme not in ("s3", "gs", "az"):
+        raise ConfigError(f"expected a folder or a place at s3://, gs://, az:// or file://, found {place}.")
+    from .object_storage import ObjectStorage
+
+    return ObjectStorage(str(place))
+
+
+class LocalFile:
+    """A file opened for reading; closed when nothing refers to it any more."""
+
+    is_local = True
+
+    def __init__(self, path: Path):
+        self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def read_into(self, buffers: Sequence[memoryview], offset: int) -> int:
+        count = 0
+        for start in range(0, len(buffers), os.sysconf("SC_IOV_MAX")):
+            batch = buffers[start : start + os.sysconf("SC_IOV_MAX")]
+            found = os.preadv(self._descriptor, batch, offset + count)
+            # A read may end early (at 2 GiB, or by a signal) with more to come.
+            while 0 < found < sum(map(len, batch)):
+                more = os.preadv(self._descriptor, _after(batch, found), offset + count + found)
+                if not more:
+                    return count + found
+                found += more
+            count += found
+        return count
+
+    def tail(self, length: int) -> tuple[int, bytes]:
+        size = os.fstat(self._descriptor).st_size
+        start = max(0, size - length)
+        return size, os.pread(self._descriptor, size - start, start)
+
+
+def _after(buffers: Sequence[memoryview], count: int) -> list[memoryview]:
+    """The buffers without their first `count` bytes."""
+    rest: list[memoryview] = []
+    for buffer in buffers:
+        if count < len(buffer):
+            rest.append(buffer[count:])
+        count = max(0, count - len(buffer))
+    return rest
+
+
+class LocalStorage:
+    """A folder of a file system."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.place = str(root)
+
+    def require_folder(self) -> None:
+        require_folder(self.root)
+
+    def read(self, name: str) -> bytes:
+        return (self.root / name).read_bytes()
+
+    def open(self, name: str) -> LocalFile:
+        return LocalFile(self.root / name)
+
+    def size(self, name: str) -> int:
+        return (self.root / name).stat().st_size
+
+    def exists(self, name: str) -> bool:
+        return (self.root / name).exists()
+
+    def list_folder(self, name: str) -> list[str]:
+        try:
+            return sorted(entry for entry in os.listdir(self.root / name) if not entry.startswith("."))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def walk(self, name: str) -> Iterator[str]:
+        for parent, folders, files in os.walk(self.root / name):
+            folders.sort()
+            for file in sorted(files):
+                yield os.path.relpath(os.path.join(parent, file), self.root)
+
+    def write(self, name: str, content: bytes) -> None:
+        write_bytes_durably(self.root / name, content)
+
+    def create(self, name: str, content: bytes) -> None:
+        path = self.root / name
+        aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+        write_bytes_durably(aside, content)
+        try:
+            os.link(aside, path)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+        fsync_folder(path.parent)
+
+    def write_folder(self, name: str) -> LocalFolderWriter:
+        return LocalFolderWriter(self.root / name)
+
+    def move(self, name: str, to: str) -> None:
+        target = self.root / to
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(self.root / name, target)
+        fsync_folder(target.parent)
+        fsync_folder((self.root / name).parent)
+
+    def remove(self, name: str) -> None:
+        path = self.root / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+    def remove_leftovers(self, name: str, listed: set[str]) -> int:
+        removed = 0
+        for folder in (self.root / name).glob("*"):
+            # In this order: a writer lets its lock go only after its commit record is there.
+            if folder.name not in listed and not is_alive(folder):
+                shutil.rmtree(folder)
+                removed += 1
+        return removed
+
+
+class LocalFolderWriter:
+    """Writes aside, then fsync, rename, fsync of the parent."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._aside = path.with_name(f"{ASIDE}{path.name}-{uuid.uuid4().hex[:8]}")
+        self._aside.mkdir(parents=True)
+        self._lock = FolderLock(self._aside)
+        self._published = False
+
+    def open(self, name: str) -> AppendedFile:
+        path = self._aside / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "wb")
+
+    def write(self, name: str, content: bytes) -> None:
+        path = self._aside / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+    def publish(self) -> None:
+        fsync_tree(self._aside)
+        try:
+            os.rename(self._aside, self._path)
+            self._published = True
+        except OSError:
+            if self._path.exists():
+                raise FileExistsError(f"{self._path} was written by another process meanwhile") from None
+            raise
+        fsync_folder(self._path.parent)
+
+    def release(self) -> None:
+        (self._path / LOCK).unlink()
+        self._lock.release()
+
+    def abandon(self) -> None:
+        self._lock.release()
+        shutil.rmtree(self._path if self._published else self._aside, ignore_errors=True)

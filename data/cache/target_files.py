@@ -1,0 +1,108 @@
+"""What stage two needs of the target, stored with the cache: `target/`, described by `target.json`."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from ..errors import CacheCorruptError
+from .records import CHECKSUM, checksum, dump_record, parse_record
+from .storage import LocalStorage, Storage
+
+TARGET, RECORD_NAME = "target", "target.json"
+BLOCK_BYTES = 8 << 20
+WHAT_TO_DO = "Run the cache's vpd extract command again: it stores the target's pieces anew."
+
+
+def store_target_files(storage: Storage, folder: Path) -> None:
+    """Copies a folder's files into the cache; the record that describes them comes last."""
+    storage.remove(RECORD_NAME)
+    storage.remove(TARGET)
+    writer = storage.write_folder(TARGET)
+    files: dict[str, Any] = {}
+    try:
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            name = path.relative_to(folder).as_posix()
+            target = writer.open(name)
+            size, crc = 0, 0
+            with open(path, "rb") as source:
+                while block := source.read(BLOCK_BYTES):
+                    target.write(block)
+                    size, crc = size + len(block), checksum(block, crc)
+            target.close()
+            files[f"{TARGET}/{name}"] = {"bytes": size, CHECKSUM: f"{crc:08x}"}
+        writer.publish()
+    except BaseException:
+        writer.abandon()
+        raise
+    storage.write(RECORD_NAME, dump_record({"files": files}))
+    writer.release()
+
+
+def read_target_record(storage: Storage) -> dict[str, Any]:
+    """What `target/` must hold: name -> size and CRC-32C.
+
+    Raises:
+        CacheCorruptError: there is no such record, or it is damaged.
+    """
+    place = f"{storage.place}/{RECORD_NAME}"
+    try:
+        return parse_record(storage.read(RECORD_NAME), place, "the record of the target's pieces")["files"]
+    except FileNotFoundError:
+        raise CacheCorruptError(f"expected the target's pieces in {storage.place}, found none. {WHAT_TO_DO}") from None
+
+
+def target_folder(storage: Storage) -> Path:
+    """A local folder with the target's pieces, every file verified; a bucket's are downloaded once.
+
+    Raises:
+        CacheCorruptError: a file is missing, or not what was written.
+    """
+    files = read_target_record(storage)
+    if isinstance(storage, LocalStorage):
+        local = storage.root
+    else:
+        user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        local = user_cache / "vpd" / hashlib.sha256(storage.place.encode()).hexdigest()[:16]
+    for name, described in files.items():
+        path = local / name
+        if describe_file(path) == described:
+            continue
+        if isinstance(storage, LocalStorage):
+            raise CacheCorruptError(f"{path} is not what was written. {WHAT_TO_DO}")
+        download(storage, name, path)
+        if describe_file(path) != described:
+            raise CacheCorruptError(f"{storage.place}/{name} is not what was written. {WHAT_TO_DO}")
+    return local / TARGET
+
+
+def describe_file(path: Path) -> dict[str, Any] | None:
+    """Size in bytes and CRC-32C of a file; None if there is none."""
+    if not path.is_file():
+        return None
+    size, crc = 0, 0
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            size, crc = size + len(block), checksum(block, crc)
+    return {"bytes": size, CHECKSUM: f"{crc:08x}"}
+
+
+def download(storage: Storage, name: str, path: Path) -> None:
+    """Copies a file to the local disk; it appears as a whole.
+
+    Raises:
+        CacheCorruptError: it is not there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        file, size = storage.open(name), storage.size(name)
+        with open(aside, "wb") as target:
+            for offset in range(0, size, BLOCK_BYTES):
+                block = memoryview(bytearray(min(BLOCK_BYTES, size - offset)))
+                target.write(block[: file.read_into([block], offset)])
+    except FileNotFoundError:
+        raise CacheCorruptError(f"{storage.place}/{name} is missing. {WHAT_TO_DO}") from None
+    os.replace(aside, path)
