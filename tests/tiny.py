@@ -22,7 +22,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 from vpd.data.cache.manifest import CacheManifest
-from vpd.data.cache.store import CHUNK_TOKENS, Cache, StateWriter
+from vpd.data.cache.store import CHUNK_TOKENS, Cache
+from vpd.data.cache.writer import StateWriter
 from vpd.pipeline.cli import main
 from vpd.stages.drafter.checkpoint import load_shape, save_drafter
 from vpd.stages.drafter.model import Drafter

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import CacheCorruptError, CacheNotFoundError
 from .index import SequenceRow
-from .part import OpenPart, PartWriter, committed_parts, remove_uncommitted
+from .part import OpenPart, PartWriter, committed_parts, open_part, remove_uncommitted
 from .reader import Slot, read_chunks
 from .records import dump_record, parse_record
 from .shard import WHAT_TO_DO, ArraySpec
@@ -130,7 +130,7 @@ class FirstDrafts:
             )
         if row.part not in self._open_parts:
             ranged = [self.specs[TOKENS], self.specs[PROBS]]
-            part = OpenPart(self.cache.storage, self.root, row.part, ranged, [self.specs[ACCEPT_LEN]], verify=True)
+            part = open_part(self.cache.storage, self.root, row.part, ranged, [self.specs[ACCEPT_LEN]], verify=True)
             while len(self._open_parts) >= OPEN_PARTS:
                 del self._open_parts[next(iter(self._open_parts))]
             self._open_parts[row.part] = part

@@ -175,57 +175,18 @@ class Appended:
     crcs: dict[str, int]
 
 
+@dataclass(frozen=True, slots=True)
 class OpenPart:
-    """A part opened for reading.
+    """A part opened for reading."""
 
-    Small arrays are read whole and stay in memory (`resident`); of the others, the chunk index (`chunks`) does.
-    """
-
-    def __init__(
-        self,
-        storage: Storage,
-        root: str,
-        name: str,
-        specs: Collection[ArraySpec],
-        resident: Collection[ArraySpec],
-        verify: bool,
-    ):
-        """
-        Args:
-            specs: arrays read by byte range.
-            resident: arrays read whole, now.
-            verify: whether every file of the part is checked now: its size, and, but for the shards of `specs`, its
-                content. The chunks of those are checked as they are read.
-
-        Raises:
-            CacheCorruptError: a file is missing, or not what the commit record says.
-        """
-        self.place = f"{storage.place}/{part_folder(root, name)}"
-        self.record = read_commit(storage, root, name)
-        self.num_rows = int(self.record["num_rows"])
-        self.resident: dict[str, np.ndarray] = {}
-        self.chunks: dict[str, np.ndarray] = {}
-        self.files: dict[str, RandomAccessFile] = {}
-        described = self.record["files"]
-        path = part_folder(root, name)
-        try:
-            for spec in resident:
-                file = f"{path}/{spec.shard_name}"
-                content = storage.read(file)
-                check_described(content, described.get(file), f"{storage.place}/{file}", verify)
-                self.resident[spec.name] = decode_whole(content, spec, f"{storage.place}/{file}")
-            for spec in specs:
-                file = f"{path}/{spec.shard_name}"
-                self.files[spec.name] = storage.open(file)
-                size, footer = self.files[spec.name].tail(spec.footer_bytes(self.num_rows))
-                check_size(size, described.get(file), f"{storage.place}/{file}")
-                self.chunks[spec.name] = parse_footer(footer, f"{storage.place}/{file}")
-            if verify:
-                shards = {f"{path}/{spec.shard_name}" for spec in [*resident, *specs]}
-                for file in described.keys() - shards:
-                    check_described(storage.read(file), described[file], f"{storage.place}/{file}", True)
-        except FileNotFoundError as error:
-            raise CacheCorruptError(f"a file of the committed part {name} is gone: {error}. {WHAT_TO_DO}") from None
+    place: str
+    num_rows: int
+    resident: dict[str, np.ndarray]
+    """Small arrays, read whole."""
+    files: dict[str, RandomAccessFile]
+    """Shards read by byte range."""
+    chunks: dict[str, np.ndarray]
+    """Their chunk indices, uint64 [C, 2]: offset and length (checksum included) of every chunk."""
 
     def chunks_of(self, spec: ArraySpec, first_row: int, num_rows: int) -> np.ndarray:
         """Entries uint64 [C, 2] of the chunk index for these rows; `first_row` starts a chunk.
@@ -242,6 +203,49 @@ class OpenPart:
                 f"{self.num_rows} rows. {WHAT_TO_DO}"
             )
         return chunks
+
+
+def open_part(
+    storage: Storage,
+    root: str,
+    name: str,
+    specs: Collection[ArraySpec],
+    resident: Collection[ArraySpec],
+    verify: bool,
+) -> OpenPart:
+    """Opens a part.
+
+    Args:
+        specs: arrays that will be read by byte range.
+        resident: arrays read whole, now.
+        verify: whether every file of the part is checked now: its size, and, but for the shards of `specs`, its
+            content. The chunks of those are checked as they are read.
+
+    Raises:
+        CacheCorruptError: a file is missing, or not what the commit record says.
+    """
+    record = read_commit(storage, root, name)
+    described, path = record["files"], part_folder(root, name)
+    part = OpenPart(f"{storage.place}/{path}", int(record["num_rows"]), {}, {}, {})
+    try:
+        for spec in resident:
+            file = f"{path}/{spec.shard_name}"
+            content = storage.read(file)
+            check_described(content, described.get(file), f"{storage.place}/{file}", verify)
+            part.resident[spec.name] = decode_whole(content, spec, f"{storage.place}/{file}")
+        for spec in specs:
+            file = f"{path}/{spec.shard_name}"
+            part.files[spec.name] = storage.open(file)
+            size, footer = part.files[spec.name].tail(spec.footer_bytes(part.num_rows))
+            check_size(size, described.get(file), f"{storage.place}/{file}")
+            part.chunks[spec.name] = parse_footer(footer, f"{storage.place}/{file}")
+        if verify:
+            shards = {f"{path}/{spec.shard_name}" for spec in [*resident, *specs]}
+            for file in sorted(described.keys() - shards):
+                check_described(storage.read(file), described[file], f"{storage.place}/{file}", True)
+    except FileNotFoundError as error:
+        raise CacheCorruptError(f"a file of the committed part {name} is gone: {error}. {WHAT_TO_DO}") from None
+    return part
 
 
 def check_size(size: int, described: dict[str, Any] | None, place: str) -> None:

@@ -8,33 +8,25 @@ import json
 import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-from torch import Tensor
 
 from ..errors import CacheCorruptError, CacheNotFoundError
-from .codecs import CHANNEL_SCALE, HIDDEN, Codec, measure_channels
+from .codecs import CHANNEL_SCALE, HIDDEN, Codec
 from .index import (
     INDEX,
     SNAPSHOT,
-    SNAPSHOT_LAG,
     SequenceIndex,
     SequenceRow,
-    hash_content,
-    part_index_file,
     read_part_index,
     read_snapshot,
-    rows_to_table,
-    write_rows,
     write_snapshot,
 )
 from .manifest import CacheManifest
-from .part import PARTS, OpenPart, PartWriter, committed_parts, read_commit, remove_uncommitted
+from .part import PARTS, OpenPart, committed_parts, open_part, read_commit, remove_uncommitted
 from .reader import CachedSequence, CachedTokens, Slot, read_sequence, read_tokens
 from .shard import WHAT_TO_DO, ArraySpec
 from .storage import Storage, open_storage
@@ -184,7 +176,7 @@ class Cache:
         resident = [spec for spec in self.specs.values() if spec.name != HIDDEN]
         if self.codec.needs_channel_scale:
             resident.append(channel_scale_spec(self.manifest))
-        part = OpenPart(self.storage, "", name, ranged, resident, must_verify)
+        part = open_part(self.storage, "", name, ranged, resident, must_verify)
         with self._lock:
             self._open_parts[name] = part
             self._verified |= {name} if must_verify else set()
@@ -221,104 +213,3 @@ class Cache:
 
     def _read_part_index(self, name: str) -> pa.Table:
         return read_part_index(self.storage, name, read_commit(self.storage, "", name))
-
-
-class StateWriter:
-    """Adds sequences to a cache; starts a new part when one is full."""
-
-    def __init__(self, cache: Cache, part_bytes: int, facts: dict[str, Any]):
-        """
-        Args:
-            part_bytes: size of a part's stored hidden states at which it is committed.
-            facts: what made the states; goes into every commit record.
-        """
-        self.cache = cache
-        self._part_bytes = part_bytes
-        self._facts = facts
-        self._part: PartWriter | None = None
-        self._channel_scale_KH: Tensor | None = None
-        self._rows: list[dict[str, Any]] = []
-
-    def append(
-        self,
-        *,
-        seq_id: str,
-        source: str,
-        source_row: int,
-        hidden_TKH: Tensor,
-        token_ids: list[int],
-        loss_mask: list[int],
-        target_argmax: list[int],
-        prompt_len: int,
-        final_token_id: int | None,
-        finish_reason: str,
-    ) -> str | None:
-        """Writes a sequence of T tokens; returns the part's name if it was full and has been committed.
-
-        Raises:
-            StorageError: the disk is full; what was committed before is whole.
-        """
-        part = self._part or self._begin_part(hidden_TKH)
-        arrays = {"token_ids": token_ids, "target_argmax": target_argmax, "loss_mask": loss_mask}
-        rows = {name: np.asarray(arrays[name], dtype) for name, dtype in TOKEN_ARRAYS.items()}
-        try:
-            where = part.append({HIDDEN: self.cache.codec.encode(hidden_TKH, self._channel_scale_KH), **rows})
-        except BaseException:
-            self.abandon()  # its arrays are no longer of one length
-            raise
-        row = SequenceRow(
-            seq_id=seq_id,
-            source=source,
-            source_row=source_row,
-            part=part.name,
-            first_row=where.first_row,
-            num_tokens=len(token_ids),
-            prompt_len=prompt_len,
-            num_supervised=sum(loss_mask) + (final_token_id is not None),
-            final_token_id=final_token_id,
-            finish_reason=finish_reason,
-            hidden_offset=where.offsets[HIDDEN],
-            hidden_length=where.lengths[HIDDEN],
-            hidden_crc=where.crcs[HIDDEN],
-            content_hash=hash_content(token_ids, loss_mask, final_token_id),
-        )
-        self._rows.append(asdict(row))
-        return self.commit() if row.hidden_offset + row.hidden_length >= self._part_bytes else None
-
-    def commit(self) -> str | None:
-        """Publishes what was appended since the last commit; returns the part's name."""
-        if self._part is None:
-            return None
-        part, rows, self._part, self._rows = self._part, self._rows, None, []
-        counts = {"num_sequences": len(rows), "num_tokens": sum(row["num_tokens"] for row in rows)}
-        part.commit({**self._facts, **counts}, {part_index_file(part.name): write_rows(rows_to_table(rows))})
-        renew_snapshot(self.cache.storage, self.cache.manifest)
-        return part.name
-
-    def abandon(self) -> None:
-        """Drops what was appended since the last commit."""
-        if self._part is not None:
-            self._part.abandon()
-            self._part, self._rows = None, []
-
-    def finish(self) -> None:
-        """Commits, and puts all that the cache holds into one snapshot."""
-        self.commit()
-        renew_snapshot(self.cache.storage, self.cache.manifest, lag=0)
-
-    def _begin_part(self, hidden_TKH: Tensor) -> PartWriter:
-        manifest, constants = self.cache.manifest, {}
-        if self.cache.codec.needs_channel_scale:
-            self._channel_scale_KH = measure_channels(hidden_TKH)
-            constants[channel_scale_spec(manifest)] = self._channel_scale_KH.numpy()
-        self._part = PartWriter(self.cache.storage, "", self.cache.specs.values(), constants=constants)
-        return self._part
-
-
-def renew_snapshot(storage: Storage, manifest: CacheManifest, lag: int = SNAPSHOT_LAG) -> None:
-    """Renews the snapshot once it lacks too many parts: more than one in `lag` of all, or any at all with 0."""
-    listed = [name for name in storage.list_folder(INDEX) if SNAPSHOT.fullmatch(name)]
-    num_covered = max((int(name.split("-")[1]) for name in listed), default=0)
-    num_parts = len(committed_parts(storage))
-    if (num_parts - num_covered) * (lag or num_parts + 1) > num_parts:
-        Cache(storage, manifest).write_snapshot()

@@ -14,7 +14,8 @@ import torch
 
 from ...data.cache.manifest import MANIFEST_NAME, CacheManifest
 from ...data.cache.storage import Storage, open_storage
-from ...data.cache.store import CHUNK_TOKENS, Cache, StateWriter
+from ...data.cache.store import CHUNK_TOKENS, Cache
+from ...data.cache.writer import StateWriter
 from ...data.chat import ChatFormat
 from ...data.errors import ExtractionError, PromptError
 from ...data.prompts import PromptRecord, PromptSet
