@@ -10,9 +10,19 @@ from typing import Any, TypeVar
 
 import click
 
+from ..data.cache.codecs import CodecName
 from ..data.errors import ConfigError, VpdError
-from ..stages.config import DraftConfig, DrafterSection, EvalConfig, ExtractConfig, ReadConfig, TrainConfig
-from . import commands
+from ..stages.config import (
+    DraftConfig,
+    DrafterSection,
+    EstimateConfig,
+    EvalConfig,
+    ExtractConfig,
+    ReadConfig,
+    TrainConfig,
+)
+from ..stages.extract.estimate import CODECS
+from . import cache_commands, commands
 from .config import VpdConfig, from_drafter_json, load_config, parse_assignment
 from .options import collect_overrides, config_options
 
@@ -21,11 +31,16 @@ PATH = click.Path(path_type=Path)
 PLACE_HELP = "a folder, or s3://, gs://, az://"
 
 
+def bare_options(command: Command) -> Command:
+    """Options of the commands that read no settings."""
+    command = click.option("--debug", is_flag=True, help="Show the traceback of an error.")(command)
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")(command)
+
+
 def common_options(command: Command) -> Command:
     """Options of every command."""
     for option in (
-        click.option("--debug", is_flag=True, help="Show the traceback of an error."),
-        click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object."),
+        bare_options,
         click.option(
             "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting, such as train.lr=3e-4."
         ),
@@ -150,6 +165,69 @@ def evaluate(
 ) -> None:
     """Acceptance length on held-out sequences of CACHE, by replay without the target."""
     commands.evaluate(cache, first_drafter, drafter, out, resolve(source, assignments, flags), as_json)
+
+
+@main.command()
+@click.argument("cache")
+@click.option("--repair", is_flag=True, help="Put what is damaged into quarantine, and keep what is whole.")
+@click.option("--num-threads", default=2, show_default=True, type=click.IntRange(1), help="Parts checked at once.")
+@bare_options
+@reporting_errors
+def verify(cache: str, repair: bool, num_threads: int, as_json: bool) -> None:
+    """Check every byte of CACHE against its records; exit code 1 if anything is wrong."""
+    cache_commands.verify(cache, repair, num_threads, as_json)
+
+
+@main.command()
+@click.argument("cache")
+@bare_options
+@reporting_errors
+def inspect(cache: str, as_json: bool) -> None:
+    """What is in CACHE: target, layers, codec, lengths, sizes, first drafters, a sample."""
+    cache_commands.inspect(cache, as_json)
+
+
+@main.command()
+@click.argument("cache")
+@click.argument("out")
+@click.option("--codec", required=True, type=click.Choice(CODECS), help="How the states of OUT are stored.")
+@click.option("--part-mib", default=1024, show_default=True, type=click.IntRange(1), help="Size of a part, in MiB.")
+@bare_options
+@reporting_errors
+def recode(cache: str, out: str, codec: CodecName, part_mib: int, as_json: bool) -> None:
+    """Copy CACHE to OUT with another codec, first drafts included; without the target."""
+    cache_commands.recode(cache, out, codec, part_mib, as_json)
+
+
+@main.command()
+@click.argument("caches", nargs=-1, required=True)
+@click.option("--out", required=True, metavar="PLACE", help=f"The joined cache, new or to be added to: {PLACE_HELP}.")
+@bare_options
+@reporting_errors
+def merge(caches: tuple[str, ...], out: str, as_json: bool) -> None:
+    """Join CACHES of one origin, made on several machines; sequences that repeat are left out."""
+    cache_commands.merge(caches, out, as_json)
+
+
+@main.command()
+@click.argument("target")
+@click.argument("prompts", nargs=-1, required=True, type=PATH)
+@click.option("--out", default=".", metavar="PLACE", help="Where the cache will be: its free space is looked at.")
+@common_options
+@config_options(EstimateConfig, "estimate")
+@config_options(ExtractConfig, "extract")
+@reporting_errors
+def estimate(
+    target: str,
+    prompts: tuple[Path, ...],
+    out: str,
+    source: str | None,
+    assignments: tuple[str, ...],
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Before an extraction: tokens, bytes for each codec, hours, free space."""
+    cache_commands.estimate(target, prompts, out, resolve(source, assignments, flags), as_json)
 
 
 @main.command()

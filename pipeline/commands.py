@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ..data.cache.drafts import NOT_DRAFTED, FirstDrafts
+from ..data.cache.drafts import FirstDrafts
 from ..data.cache.files import write_text_durably
 from ..data.cache.mirror import MirroredStorage
 from ..data.cache.storage import LocalStorage, open_storage
@@ -17,6 +16,7 @@ from ..data.cache.store import Cache
 from ..data.prompts import read_prompts
 from ..stages.drafter.checkpoint import check_fits, load_shape
 from ..stages.evaluate.replay import Replay
+from ..stages.extract.estimate import check_space
 from ..stages.extract.first_draft import draft_cache
 from ..stages.extract.run import (
     ExtractReport,
@@ -33,6 +33,7 @@ from ..stages.train.checkpoints import find_drafter, list_checkpoints
 from ..stages.train.run import make_trainer
 from ..stages.train.samples import is_held_out
 from .config import VpdConfig, config_yaml
+from .inspect import accept_length_histogram
 from .progress import ProgressReport
 from .run import SECTIONS, RunFolder, held_out_share
 
@@ -64,6 +65,7 @@ def extract(
     if drafter is not None:
         check_fits(load_shape(drafter), manifest, drafter)
     plan = plan_extraction(out, manifest, prompts, chat, target, settings)
+    check_space(open_storage(out), plan, manifest, settings)
     cache = open_cache(out, manifest, target)
     with ProgressReport("extract", len(plan.conversations), "tokens") as progress:
         report = run_extraction(
@@ -109,15 +111,6 @@ def open_cache_for_reading(place: str, config: VpdConfig) -> Cache:
 def draft_over(cache: Cache, drafter: Path, config: VpdConfig) -> FirstDrafts:
     with ProgressReport("draft", len(cache), "anchors") as progress:
         return draft_cache(cache, drafter, config.draft, config.read, progress.advance)
-
-
-def accept_length_histogram(cache: Cache, drafts: FirstDrafts) -> dict[int, int]:
-    """Number of anchors by accept length of the first draft."""
-    counts: Counter[int] = Counter()
-    for row in cache.rows:
-        accept_len_T = drafts.accept_lengths(row)
-        counts.update(accept_len_T[accept_len_T != NOT_DRAFTED].tolist())
-    return dict(sorted(counts.items()))
 
 
 def draft(place: str, first_drafter: Path, config: VpdConfig, as_json: bool) -> None:

@@ -15,7 +15,16 @@ from pydantic_core import ErrorDetails
 from yaml.constructor import ConstructorError
 
 from ..data.errors import ConfigError
-from ..stages.config import DraftConfig, DrafterSection, EvalConfig, ExtractConfig, ReadConfig, Section, TrainConfig
+from ..stages.config import (
+    DraftConfig,
+    DrafterSection,
+    EstimateConfig,
+    EvalConfig,
+    ExtractConfig,
+    ReadConfig,
+    Section,
+    TrainConfig,
+)
 from .options import from_text, leaf_fields, takes_text
 
 
@@ -24,6 +33,8 @@ class VpdConfig(Section):
 
     extract: ExtractConfig = ExtractConfig()
     """Prompts to cached hidden states."""
+    estimate: EstimateConfig = EstimateConfig()
+    """What an extraction will take."""
     read: ReadConfig = ReadConfig()
     """How a cache is read."""
     draft: DraftConfig = DraftConfig()

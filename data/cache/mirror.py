@@ -2,66 +2,110 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
+from ..errors import StorageError
+from .drafts import DRAFTS
 from .part import PARTS
 from .storage import FolderWriter, LocalFile, RandomAccessFile, Storage
 from .target_files import download
 
-PART_DEPTH = 2
+TRIES = 4
+Used = TypeVar("Used")
 
 
 class MirroredStorage:
     """A storage whose parts are read from local copies, each file fetched once.
 
-    Several processes can share the folder. A copy is as trustworthy as what it was made from: its bytes are verified
-    against the same checksums.
+    Several processes and several caches can share the folder. A copy's bytes are verified against the same checksums
+    as those that it was made from. Whoever has a file of a removed part open reads on; its space comes back when all
+    have closed it.
     """
 
     def __init__(self, remote: Storage, folder: Path, max_bytes: int):
+        """
+        Args:
+            max_bytes: size of the folder beyond which parts are removed; the part in use stays, whatever its size.
+        """
         self.place = remote.place
         self._remote, self._folder, self._max_bytes = remote, folder, max_bytes
+        self._copies = folder / hashlib.sha256(remote.place.encode()).hexdigest()[:16]
         self._locks: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
 
+    def locate(self, name: str) -> str:
+        if not is_part_file(name):
+            return self._remote.locate(name)
+        return f"the local copy (remove it first: the next run fetches it anew) {self._copies / name}"
+
     def read(self, name: str) -> bytes:
-        return self._local(name).read_bytes() if is_part_file(name) else self._remote.read(name)
+        return self._use_copy(name, Path.read_bytes) if is_part_file(name) else self._remote.read(name)
 
     def open(self, name: str) -> RandomAccessFile:
-        return LocalFile(self._local(name)) if is_part_file(name) else self._remote.open(name)
+        return self._use_copy(name, LocalFile) if is_part_file(name) else self._remote.open(name)
 
-    def _local(self, name: str) -> Path:
-        """The local copy of a file of a part, made if it is not there."""
-        path = self._folder / name
+    def _use_copy(self, name: str, use: Callable[[Path], Used]) -> Used:
+        """What `use` makes of the local copy of a file of a part, which is fetched if it is not there.
+
+        Raises:
+            FileNotFoundError: the storage has no such file.
+            StorageError: other processes need the space for their parts.
+        """
+        path = self._copies / name
         with self._lock:
             lock = self._locks.setdefault(name, threading.Lock())
         with lock:
-            if not path.exists():
-                download(self._remote, name, path)
-                self._make_room(path)
-        self._part_of(path).touch()
-        return path
+            for _ in range(TRIES):
+                try:
+                    used = use(path)
+                except FileNotFoundError:
+                    self._fetch(name, path)
+                    continue
+                with suppress(FileNotFoundError):
+                    os.utime(self._part_of(name))
+                return used
+        raise StorageError(
+            f"{self._folder} is too small for the parts that are read from it at once: other processes removed "
+            f"{path} {TRIES} times before it was read. Raise read.local_gib."
+        )
 
-    def _part_of(self, path: Path) -> Path:
-        names = path.relative_to(self._folder).parts
-        return self._folder.joinpath(*names[: names.index(PARTS) + PART_DEPTH])
+    def _fetch(self, name: str, path: Path) -> None:
+        size = self._remote.size(name)
+        self._make_room(self._part_of(name), size)
+        with suppress(FileNotFoundError):  # removed by another process meanwhile
+            download(self._remote, name, path, size)
 
-    def _make_room(self, path: Path) -> None:
-        """Removes the parts not used for longest, but never the one of `path`. Who has their files open reads on."""
+    def _part_of(self, name: str) -> Path:
+        names = name.split("/")
+        return self._copies.joinpath(*names[: names.index(PARTS) + 2])
+
+    def _make_room(self, kept: Path, num_bytes: int) -> None:
+        """Removes the parts not used for longest, but never `kept`, until there is room for this many bytes."""
         with self._lock:
-            parts = [part for part in self._folder.rglob(f"{PARTS}/*") if part.is_dir()]
-            sizes = {part: sum(file.stat().st_size for file in part.rglob("*") if file.is_file()) for part in parts}
-            total = sum(sizes.values())
-            for part in sorted(parts, key=lambda part: part.stat().st_mtime):
+            parts = [part for where in (PARTS, f"{DRAFTS}/*/{PARTS}") for part in self._folder.glob(f"*/{where}/*")]
+            measured = [(part, found) for part in parts if (found := _last_use_and_size(part)) is not None]
+            total = num_bytes + sum(size for _, (_, size) in measured)
+            for part, (_, size) in sorted(measured, key=lambda entry: entry[1]):
                 if total <= self._max_bytes:
                     return
-                if part != self._part_of(path):
+                if part != kept:
                     shutil.rmtree(part, ignore_errors=True)
-                    total -= sizes[part]
+                    total -= size
+
+    def _forget(self, name: str) -> None:
+        """Removes the local copies of a file, or of all files below a folder."""
+        path = self._copies / name
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
     def require_folder(self) -> None:
         self._remote.require_folder()
@@ -80,22 +124,36 @@ class MirroredStorage:
 
     def write(self, name: str, content: bytes) -> None:
         self._remote.write(name, content)
+        self._forget(name)
 
     def create(self, name: str, content: bytes) -> None:
         self._remote.create(name, content)
 
     def write_folder(self, name: str) -> FolderWriter:
+        self._forget(name)
         return self._remote.write_folder(name)
 
     def move(self, name: str, to: str) -> None:
         self._remote.move(name, to)
+        self._forget(name)
+        self._forget(to)
 
     def remove(self, name: str) -> None:
         self._remote.remove(name)
+        self._forget(name)
 
-    def remove_leftovers(self, name: str, listed: set[str]) -> int:
+    def remove_leftovers(self, name: str, listed: Callable[[], set[str]]) -> int:
         return self._remote.remove_leftovers(name, listed)
 
 
+def _last_use_and_size(part: Path) -> tuple[int, int] | None:
+    """When a part was used last (ns), and its size in bytes; None if another process removes it."""
+    try:
+        return part.stat().st_mtime_ns, sum(file.stat().st_size for file in part.rglob("*") if file.is_file())
+    except FileNotFoundError:
+        return None
+
+
 def is_part_file(name: str) -> bool:
-    return PARTS in name.split(os.sep)[:3]
+    """Whether a file belongs to a part of states or of first drafts."""
+    return PARTS in name.split("/")[:3]

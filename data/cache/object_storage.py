@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError, PreconditionError
+from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError, NotSupportedError, PreconditionError
 from obstore.store import from_url
 
 from ..errors import StorageError
 from .locks import SECONDS_UNTIL_ABANDONED
 
 RETRIES = 10
-TIMEOUT = timedelta(minutes=3)
+RETRY_TIMEOUT = timedelta(minutes=3)
+UPLOAD_BYTES = 10 << 20
+"""Size of the pieces of a multipart upload; stores take up to 10000 pieces."""
+AZURE_ACCOUNT = "AZURE_STORAGE_ACCOUNT_NAME"
+PAST_END = ("416 Range Not Satisfiable", "non-partial response")
+"""How stores refuse a range that begins at the end of an object or after it."""
 Result = TypeVar("Result")
 
 
@@ -22,12 +29,26 @@ class ObjectStorage:
     """A bucket with a prefix. Credentials and endpoints come from the environment, as the stores' own tools read
     them."""
 
-    def __init__(self, place: str):
+    def __init__(self, place: str, max_retries: int = RETRIES, retry_timeout: timedelta = RETRY_TIMEOUT):
+        """
+        Args:
+            retry_timeout: how long after a request's start it is tried again.
+
+        Raises:
+            StorageError: the place, or what the environment says of it, makes no sense.
+        """
         self.place = place.rstrip("/")
+        # Of the account alone obstore wants to be told.
+        azure = self.place.startswith("az://") and AZURE_ACCOUNT in os.environ
+        config: Any = {"account_name": os.environ[AZURE_ACCOUNT]} if azure else None
+        retry: Any = {"max_retries": max_retries, "retry_timeout": retry_timeout}
         try:
-            self._store: Any = from_url(self.place, retry_config={"max_retries": RETRIES, "retry_timeout": TIMEOUT})
+            self._store: Any = from_url(self.place, config=config, retry_config=retry)
         except BaseError as error:
-            raise StorageError(f"{place} can't be opened: {error}") from None
+            raise StorageError(f"{place} can't be opened: {_reason(error)}") from None
+
+    def locate(self, name: str) -> str:
+        return f"{self.place}/{name}"
 
     def require_folder(self) -> None:
         """A bucket knows no files in place of folders."""
@@ -49,21 +70,28 @@ class ObjectStorage:
         return True
 
     def list_folder(self, name: str) -> list[str]:
-        found = self._call(name, lambda: obstore.list_with_delimiter(self._store, f"{name}/"))
+        found = self._call_bucket(name, lambda: obstore.list_with_delimiter(self._store, f"{name}/"))
         paths = [*found["common_prefixes"], *(entry["path"] for entry in found["objects"])]
-        return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
+        names = (path.rstrip("/").rpartition("/")[2] for path in paths)
+        return sorted(name for name in names if not name.startswith("."))
 
     def walk(self, name: str) -> Iterator[str]:
         return iter(sorted(entry["path"] for entry in self._entries(name)))
 
     def write(self, name: str, content: bytes) -> None:
-        self._call(name, lambda: obstore.put(self._store, name, content))
+        self._call_bucket(name, lambda: obstore.put(self._store, name, content))
 
     def create(self, name: str, content: bytes) -> None:
         try:
-            self._call(name, lambda: obstore.put(self._store, name, content, mode="create"))
-        except (AlreadyExistsError, PreconditionError):
-            raise FileExistsError(f"{self.place}/{name} exists") from None
+            self._call_bucket(name, lambda: obstore.put(self._store, name, content, mode="create"))
+        except (AlreadyExistsError, PreconditionError, StorageError) as error:
+            # An earlier try may have done it, and only its answer was lost.
+            with suppress(FileNotFoundError):
+                if self.read(name) == content:
+                    return
+            if isinstance(error, StorageError):
+                raise
+            raise FileExistsError(f"{self.locate(name)} exists") from None
 
     def write_folder(self, name: str) -> ObjectFolderWriter:
         return ObjectFolderWriter(self, name)
@@ -75,34 +103,54 @@ class ObjectStorage:
 
     def remove(self, name: str) -> None:
         for path in list(self.walk(name)) or [name]:
-            try:
+            with suppress(FileNotFoundError):
                 self._call(path, lambda path=path: obstore.delete(self._store, path))
-            except FileNotFoundError:
-                continue
 
-    def remove_leftovers(self, name: str, listed: set[str]) -> int:
+    def remove_leftovers(self, name: str, listed: Callable[[], set[str]]) -> int:
         """A bucket has no locks: a folder is a dead writer's once nothing was added to it for a day."""
         latest: dict[str, datetime] = {}
         for entry in self._entries(name):
-            folder = entry["path"].removeprefix(f"{name}/").partition("/")[0]
-            latest[folder] = max(entry["last_modified"], latest.get(folder, entry["last_modified"]))
+            folder, slash, _ = entry["path"].removeprefix(f"{name}/").partition("/")
+            if slash:
+                latest[folder] = max(entry["last_modified"], latest.get(folder, entry["last_modified"]))
         oldest_alive = datetime.now(UTC) - timedelta(seconds=SECONDS_UNTIL_ABANDONED)
-        dead = [folder for folder, when in latest.items() if folder not in listed and when < oldest_alive]
-        for folder in dead:
+        dead = {folder for folder, when in latest.items() if when < oldest_alive}
+        leftovers = dead - listed() if dead else set()
+        for folder in leftovers:
             self.remove(f"{name}/{folder}")
-        return len(dead)
-
-    def open_writer(self, name: str) -> Any:
-        return obstore.open_writer(self._store, name)
-
-    def get(self, name: str, wanted: Any) -> Any:
-        return self._call(name, lambda: obstore.get(self._store, name, options={"range": wanted}))
+        return len(leftovers)
 
     def get_range(self, name: str, start: int, length: int) -> memoryview:
         return memoryview(self._call(name, lambda: obstore.get_range(self._store, name, start=start, length=length)))
 
+    def get_tail(self, name: str, length: int) -> tuple[int, bytes]:
+        """Size of an object, and its last `length` bytes.
+
+        Raises:
+            NotSupportedError: the store does not count from the end.
+        """
+
+        def get() -> tuple[int, bytes]:
+            result = obstore.get(self._store, name, options={"range": {"suffix": length}})
+            return int(result.meta["size"]), bytes(result.bytes())
+
+        return self._call(name, get)
+
+    def upload(self, name: str) -> Any:
+        """A multipart upload, to be written to; the object is there once it is closed."""
+        return obstore.open_writer(self._store, name, buffer_size=UPLOAD_BYTES)
+
+    def send(self, name: str, request: Callable[[], object]) -> None:
+        """Sends a part of an upload.
+
+        Raises:
+            StorageError: the store did not answer, or refused.
+        """
+        self._call_bucket(name, request)
+
     def _entries(self, name: str) -> list[Any]:
-        return self._call(name, lambda: [entry for page in obstore.list(self._store, f"{name}/") for entry in page])
+        # A prefix without a slash is one of whole names, too.
+        return self._call_bucket(name, lambda: obstore.list(self._store, f"{name}/").collect())
 
     def _call(self, name: str, request: Callable[[], Result]) -> Result:
         """Sends a request.
@@ -114,15 +162,28 @@ class ObjectStorage:
         try:
             return request()
         except (NotFoundError, FileNotFoundError):
-            raise FileNotFoundError(f"{self.place}/{name} is missing") from None
-        except (AlreadyExistsError, PreconditionError):
+            raise FileNotFoundError(f"{self.locate(name)} is missing") from None
+        except (AlreadyExistsError, PreconditionError, NotSupportedError):
             raise
         except (BaseError, OSError) as error:
-            reason = " ".join(str(error).split())
             raise StorageError(
-                f"{self.place}/{name}: the store did not do what was asked after {RETRIES} retries: {reason:.300}. "
-                "Check credentials, endpoint and network; the same command continues."
+                f"{self.locate(name)}: the store did not do what was asked: {_reason(error)}. Check credentials, "
+                "endpoint (plain http only with AWS_ALLOW_HTTP=true) and network; the same command continues."
             ) from None
+
+    def _call_bucket(self, name: str, request: Callable[[], Result]) -> Result:
+        """Sends a request that needs no object to be there: only the bucket can be missing."""
+        try:
+            return self._call(name, request)
+        except FileNotFoundError:
+            raise StorageError(
+                f"expected a bucket at {self.place}, found none. Create it, or correct its name."
+            ) from None
+
+
+def _reason(error: Exception) -> str:
+    """What a user can make use of in an error of obstore."""
+    return f"{' '.join(str(error).partition('Debug source:')[0].split()):.300}"
 
 
 class ObjectFile:
@@ -134,7 +195,13 @@ class ObjectFile:
         self._storage, self._name = storage, name
 
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> int:
-        found = self._storage.get_range(self._name, offset, sum(map(len, buffers)))
+        wanted = sum(map(len, buffers))
+        try:
+            found = self._storage.get_range(self._name, offset, wanted) if wanted else memoryview(b"")
+        except StorageError as error:
+            if not self._is_past_end(error, offset):
+                raise
+            return 0
         position = 0
         for buffer in buffers:
             piece = found[position : position + len(buffer)]
@@ -143,41 +210,71 @@ class ObjectFile:
         return position
 
     def tail(self, length: int) -> tuple[int, bytes]:
-        result = self._storage.get(self._name, {"suffix": length})
-        return int(result.meta["size"]), bytes(result.bytes())
+        try:
+            return self._storage.get_tail(self._name, length)
+        except NotSupportedError:
+            size = self._storage.size(self._name)
+            content = memoryview(bytearray(min(length, size)))
+            found = self.read_into([content], size - len(content))
+            return size, bytes(content[:found])
+        except StorageError as error:
+            if not self._is_past_end(error, 0):
+                raise
+            return 0, b""
+
+    def _is_past_end(self, error: StorageError, offset: int) -> bool:
+        """Whether a range was refused because there is nothing in it."""
+        return any(text in str(error) for text in PAST_END) and self._storage.size(self._name) <= offset
 
 
 class ObjectFolderWriter:
     """Uploads under the final name, which is unique; readers see nothing of it before its commit record."""
 
     def __init__(self, storage: ObjectStorage, name: str):
-        self._storage, self._name = storage, name
+        self.storage = storage
+        self.failed = False
+        """Whether the store has given up an upload; the others then need not be completed to be removed."""
+        self._name = name
+        self._published = False
 
     def open(self, name: str) -> ObjectAppender:
-        return ObjectAppender(self._storage, f"{self._name}/{name}")
+        return ObjectAppender(self, f"{self._name}/{name}")
 
     def write(self, name: str, content: bytes) -> None:
-        self._storage.write(f"{self._name}/{name}", content)
+        self.storage.write(f"{self._name}/{name}", content)
 
     def publish(self) -> None:
         """Every object is durable once its upload is complete."""
+        self._published = True
 
     def release(self) -> None:
         """A bucket has no locks."""
 
     def abandon(self) -> None:
-        self._storage.remove(self._name)
+        """What is published stays: where the answer was lost, a commit record may list it. It is removed as a leftover,
+        as is what can't be removed now."""
+        if not self._published:
+            with suppress(StorageError):
+                self.storage.remove(self._name)
 
 
 class ObjectAppender:
     """A multipart upload."""
 
-    def __init__(self, storage: ObjectStorage, name: str):
-        self._name, self._call = name, storage._call
-        self._writer = storage.open_writer(name)
+    def __init__(self, folder: ObjectFolderWriter, name: str):
+        self._folder, self._name = folder, name
+        self._upload = folder.storage.upload(name)
 
     def write(self, content: bytes | memoryview, /) -> None:
-        self._call(self._name, lambda: self._writer.write(content))
+        self._send(lambda: self._upload.write(content))
 
     def close(self) -> None:
-        self._call(self._name, lambda: self._writer.close())
+        if not self._folder.failed and not self._upload.closed():
+            self._send(self._upload.close)
+
+    def _send(self, request: Callable[[], object]) -> None:
+        try:
+            self._folder.storage.send(self._name, request)
+        except StorageError:
+            self._folder.failed = True
+            raise

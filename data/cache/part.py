@@ -14,7 +14,7 @@ import numpy as np
 
 from ..errors import CacheCorruptError, StorageError
 from .records import describe, dump_record, parse_record
-from .shard import METADATA, WHAT_TO_DO, ArraySpec, ShardWriter, decode_whole, parse_footer
+from .shard import CRC_BYTES, METADATA, WHAT_TO_DO, ArraySpec, ShardWriter, decode_whole, parse_footer
 from .storage import RandomAccessFile, Storage
 
 PARTS, COMMITS = "parts", "commits"
@@ -55,8 +55,9 @@ def read_commit(storage: Storage, root: str, name: str) -> dict[str, Any]:
 
 def remove_uncommitted(storage: Storage, root: str = "") -> int:
     """Removes what no commit lists and no living writer holds; returns the number of parts removed."""
-    listed = {f"{name}.zarr" for name in committed_parts(storage, root)}
-    return storage.remove_leftovers(f"{root}{PARTS}", listed)
+    return storage.remove_leftovers(
+        f"{root}{PARTS}", lambda: {f"{name}.zarr" for name in committed_parts(storage, root)}
+    )
 
 
 class PartWriter:
@@ -80,7 +81,7 @@ class PartWriter:
         self._storage, self._root = storage, root
         self._path = part_folder(root, self.name)
         self._folder = storage.write_folder(self._path)
-        self._files: dict[str, dict[str, Any]] = {}
+        self._is_published = False
         self._writers: dict[str, ShardWriter] = {}
         self._constants: list[ShardWriter] = []
         try:
@@ -119,7 +120,11 @@ class PartWriter:
             with reporting_full_disk(self._storage.place):
                 self._commit(facts, extra_files or {})
         except BaseException:
-            self.abandon()
+            # Once its record is there the part is whole, though an interruption came right after.
+            if self._is_published and self._storage.exists(commit_file(self._root, self.name)):
+                self._folder.release()
+            else:
+                self.abandon()
             raise
         self._folder.release()
 
@@ -134,6 +139,7 @@ class PartWriter:
         self._folder.write(METADATA, group)
         files[f"{self._path}/{METADATA}"] = describe(group)
         self._folder.publish()
+        self._is_published = True
         for name, content in extra_files.items():
             self._storage.write(name, content)
             files[name] = describe(content)
@@ -197,7 +203,7 @@ class OpenPart:
         first = first_row // spec.chunk_tokens
         chunks = self.chunks[spec.name][first : first + spec.num_chunks(num_rows)]
         follows = np.array_equal(chunks[1:, 0], chunks[:-1, 0] + chunks[:-1, 1])
-        if len(chunks) < spec.num_chunks(num_rows) or not follows:
+        if len(chunks) < spec.num_chunks(num_rows) or not follows or (chunks[:, 1] <= CRC_BYTES).any():
             raise CacheCorruptError(
                 f"{self.place}: expected rows {first_row} to {first_row + num_rows} of {spec.name}, found "
                 f"{self.num_rows} rows. {WHAT_TO_DO}"
@@ -226,23 +232,23 @@ def open_part(
     """
     record = read_commit(storage, root, name)
     described, path = record["files"], part_folder(root, name)
-    part = OpenPart(f"{storage.place}/{path}", int(record["num_rows"]), {}, {}, {})
+    part = OpenPart(storage.locate(path), int(record["num_rows"]), {}, {}, {})
     try:
         for spec in resident:
             file = f"{path}/{spec.shard_name}"
             content = storage.read(file)
-            check_described(content, described.get(file), f"{storage.place}/{file}", verify)
-            part.resident[spec.name] = decode_whole(content, spec, f"{storage.place}/{file}")
+            check_described(content, described.get(file), storage.locate(file), verify)
+            part.resident[spec.name] = decode_whole(content, spec, storage.locate(file))
         for spec in specs:
             file = f"{path}/{spec.shard_name}"
             part.files[spec.name] = storage.open(file)
             size, footer = part.files[spec.name].tail(spec.footer_bytes(part.num_rows))
-            check_size(size, described.get(file), f"{storage.place}/{file}")
-            part.chunks[spec.name] = parse_footer(footer, f"{storage.place}/{file}")
+            check_size(size, described.get(file), storage.locate(file))
+            part.chunks[spec.name] = parse_footer(footer, storage.locate(file))
         if verify:
             shards = {f"{path}/{spec.shard_name}" for spec in [*resident, *specs]}
             for file in sorted(described.keys() - shards):
-                check_described(storage.read(file), described[file], f"{storage.place}/{file}", True)
+                check_described(storage.read(file), described[file], storage.locate(file), True)
     except FileNotFoundError as error:
         raise CacheCorruptError(f"a file of the committed part {name} is gone: {error}. {WHAT_TO_DO}") from None
     return part

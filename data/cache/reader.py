@@ -3,11 +3,14 @@
 # S tokens of a sequence, T with a state, K layers, H hidden width, W stored elements per token and layer
 from __future__ import annotations
 
+import math
 import mmap
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -80,9 +83,17 @@ class Buffer:
             if torch.cuda.is_available():
                 self.tensor = torch.empty(size, dtype=torch.uint8, pin_memory=True)
             else:
-                self.tensor = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+                self.tensor = torch.frombuffer(huge_pages(size), dtype=torch.uint8)
             self.view = memoryview(self.tensor.numpy())  # pyright: ignore[reportArgumentType]
         return self.view[:num_bytes]
+
+
+def huge_pages(size: int) -> mmap.mmap:
+    """Memory of huge pages, where the system has them: the first read into small ones takes four times as long."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(AttributeError, OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 class Slot:
@@ -107,9 +118,8 @@ class Slot:
         crc = read_chunks(part, spec, row.first_row, chunks, self, verify)
         if verify and crc != row.hidden_crc:
             raise CacheCorruptError(f"{place}: the states of {row.seq_id} are not those of the index. {WHAT_TO_DO}")
-        dtype = torch.uint16 if spec.dtype == "uint16" else torch.uint8
-        rows = self.rows.tensor[: len(chunks) * spec.chunk_bytes].view(dtype)
-        return rows.view(-1, *spec.row_shape)[: row.num_tokens]
+        words = self.rows.tensor.view(torch.uint16 if spec.dtype == "uint16" else torch.uint8)
+        return words[: row.num_tokens * math.prod(spec.row_shape)].view(row.num_tokens, *spec.row_shape)
 
 
 def read_chunks(
@@ -120,22 +130,20 @@ def read_chunks(
     Args:
         chunks: their entries in the chunk index, one after the other in the shard.
     """
-    lengths = chunks[:, 1].astype(np.int64) - CRC_BYTES
-    rows = slot.rows.reserve(len(chunks) * spec.chunk_bytes)
-    where = rows if spec.compression is None else slot.compressed.reserve(int(lengths.sum()))
-    starts = np.concatenate([[0], np.cumsum(lengths)]).tolist()
-    contents = [where[starts[i] : starts[i + 1]] for i in range(len(chunks))]
-    all_crcs = memoryview(bytearray(CRC_BYTES * len(chunks)))
-    crcs = [all_crcs[i : i + CRC_BYTES] for i in range(0, len(all_crcs), CRC_BYTES)]
+    lengths = (chunks[:, 1] - CRC_BYTES).tolist()
+    offset = int(chunks[0, 0])
+    rows = slot.rows.reserve(len(lengths) * spec.chunk_bytes)
+    contents = split(rows if spec.compression is None else slot.compressed.reserve(sum(lengths)), lengths)
+    all_crcs = memoryview(bytearray(CRC_BYTES * len(lengths)))
+    crcs = split(all_crcs, [CRC_BYTES] * len(lengths))
     place = f"{part.place}/{spec.shard_name}"
     file = part.files[spec.name]
-    for begin, end in batches(lengths, VERIFY_AT_ONCE if verify and file.is_local else None):
+    for begin, end in batches(lengths, VERIFY_AT_ONCE) if verify and file.is_local else [(0, len(lengths))]:
         buffers = [buffer for pair in zip(contents[begin:end], crcs[begin:end], strict=True) for buffer in pair]
         wanted = sum(map(len, buffers))
-        if (found := file.read_into(buffers, int(chunks[begin, 0]))) != wanted:
-            raise CacheCorruptError(
-                f"{place}: expected {wanted} bytes at offset {chunks[begin, 0]}, found {found}. {WHAT_TO_DO}"
-            )
+        if (found := file.read_into(buffers, offset)) != wanted:
+            raise CacheCorruptError(f"{place}: expected {wanted} bytes at offset {offset}, found {found}. {WHAT_TO_DO}")
+        offset += wanted
         for i in range(begin, end) if verify else ():
             if checksum(contents[i]).to_bytes(CRC_BYTES, "little") != crcs[i]:
                 raise corrupt_rows(place, first_row + i * spec.chunk_tokens)
@@ -144,14 +152,22 @@ def read_chunks(
     return checksum(all_crcs)
 
 
-def batches(lengths: np.ndarray, num_bytes: int | None) -> Iterator[tuple[int, int]]:
-    """Runs of chunks (begin, end) of at least `num_bytes` each, or all in one."""
+def split(memory: memoryview, lengths: list[int]) -> list[memoryview]:
+    """The memory in pieces of these lengths."""
+    ends = accumulate(lengths)
+    return [memory[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+
+
+def batches(lengths: list[int], num_bytes: int) -> Iterator[tuple[int, int]]:
+    """Runs of chunks (begin, end) of at least `num_bytes` each, but for the last."""
     begin, total = 0, 0
     for i, length in enumerate(lengths):
-        total += int(length)
-        if i + 1 == len(lengths) or (num_bytes is not None and total >= num_bytes):
+        total += length
+        if total >= num_bytes:
             yield begin, i + 1
             begin, total = i + 1, 0
+    if begin < len(lengths):
+        yield begin, len(lengths)
 
 
 def decompress(contents: list[memoryview], rows: memoryview, chunk_bytes: int, place: str) -> None:
@@ -164,14 +180,12 @@ def decompress(contents: list[memoryview], rows: memoryview, chunk_bytes: int, p
 
 def read_tokens(part: OpenPart, row: SequenceRow) -> CachedTokens:
     """A sequence's tokens, from the arrays that the opened part holds."""
-    tokens = slice(row.first_row, row.first_row + row.num_tokens)
-    token_ids = torch.from_numpy(part.resident["token_ids"][tokens]).long()
-    loss_mask = torch.from_numpy(part.resident["loss_mask"][tokens]).bool()
-    argmax = torch.from_numpy(part.resident["target_argmax"][tokens]).long()
-    if row.final_token_id is not None:
-        token_ids = torch.cat([token_ids, torch.tensor([row.final_token_id])])
-        loss_mask = torch.cat([loss_mask, torch.tensor([True])])
-    return CachedTokens(row, token_ids, loss_mask, argmax)
+    rows = slice(row.first_row, row.first_row + row.num_tokens)
+    final = np.array([] if row.final_token_id is None else [row.final_token_id], np.int64)
+    token_ids = np.concatenate([part.resident["token_ids"][rows], final])
+    loss_mask = np.concatenate([part.resident["loss_mask"][rows].astype(bool), np.ones(len(final), bool)])
+    argmax = part.resident["target_argmax"][rows].astype(np.int64)
+    return CachedTokens(row, *map(torch.from_numpy, (token_ids, loss_mask, argmax)))
 
 
 def read_sequence(cache: Cache, row: SequenceRow, slot: Slot, verify: bool) -> CachedSequence:

@@ -6,10 +6,11 @@ import os
 import shutil
 import uuid
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from ..errors import ConfigError
 from .files import fsync_folder, fsync_tree, require_folder, write_bytes_durably
@@ -69,6 +70,10 @@ class Storage(Protocol):
     place: str
     """The place as a user would write it."""
 
+    def locate(self, name: str) -> str:
+        """Where a file or folder is, for a message."""
+        ...
+
     def require_folder(self) -> None:
         """
         Raises:
@@ -115,8 +120,12 @@ class Storage(Protocol):
         """Removes a file or a folder; nothing happens if it is not there."""
         ...
 
-    def remove_leftovers(self, name: str, listed: set[str]) -> int:
-        """Removes the folders in `name` that are not listed and that no living writer holds; returns their number."""
+    def remove_leftovers(self, name: str, listed: Callable[[], set[str]]) -> int:
+        """Removes the folders in `name` that are not listed and that no living writer holds; returns their number.
+
+        Args:
+            listed: called once it is known which folders nobody holds, as a writer lets go of what it has listed.
+        """
         ...
 
 
@@ -124,14 +133,16 @@ def open_storage(place: str | Path) -> Storage:
     """A folder (a path, or `file://`), or a bucket with a prefix (`s3://`, `gs://`, `az://`).
 
     Raises:
-        ConfigError: another scheme.
+        ConfigError: another scheme, or a `file://` with a host.
     """
-    scheme = urlsplit(str(place)).scheme if "://" in str(place) else ""
-    if scheme == "file":
-        return LocalStorage(Path(urlsplit(str(place)).path))
-    if not scheme:
+    url = urlsplit(str(place)) if "://" in str(place) else urlsplit("")
+    if not url.scheme:
         return LocalStorage(Path(place))
-    if scheme not in ("s3", "gs", "az"):
+    if url.scheme == "file" and url.netloc in ("", "localhost"):
+        return LocalStorage(Path(unquote(url.path)))
+    if url.scheme == "file":
+        raise ConfigError(f"expected a folder of this machine, such as file:///data/cache, found {place}.")
+    if url.scheme not in ("s3", "gs", "az"):
         raise ConfigError(f"expected a folder or a place at s3://, gs://, az:// or file://, found {place}.")
     from .object_storage import ObjectStorage
 
@@ -184,6 +195,9 @@ class LocalStorage:
         self.root = root
         self.place = str(root)
 
+    def locate(self, name: str) -> str:
+        return f"{self.place}/{name}"
+
     def require_folder(self) -> None:
         require_folder(self.root)
 
@@ -223,6 +237,8 @@ class LocalStorage:
         except FileExistsError:
             raise
         except OSError:  # a file system without hard links
+            if path.exists():
+                raise FileExistsError(f"{path} exists") from None
             os.replace(aside, path)
         finally:
             aside.unlink(missing_ok=True)
@@ -245,14 +261,14 @@ class LocalStorage:
         else:
             path.unlink(missing_ok=True)
 
-    def remove_leftovers(self, name: str, listed: set[str]) -> int:
-        removed = 0
-        for folder in (self.root / name).glob("*"):
-            # In this order: a writer lets its lock go only after its commit record is there.
-            if folder.name not in listed and not is_alive(folder):
+    def remove_leftovers(self, name: str, listed: Callable[[], set[str]]) -> int:
+        held_by_nobody = [path for path in (self.root / name).glob("*") if path.is_dir() and not is_alive(path)]
+        kept = listed()
+        dead = [folder for folder in held_by_nobody if folder.name not in kept]
+        for folder in dead:
+            with suppress(FileNotFoundError):  # another process removes it too, or its writer has just published it
                 shutil.rmtree(folder)
-                removed += 1
-        return removed
+        return len(dead)
 
 
 class LocalFolderWriter:

@@ -209,7 +209,7 @@ class Cache:
         later = [name for name in self.parts if name not in covered]
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
             tables += pool.map(self._read_part_index, later)
-        return SequenceIndex.concatenate(tables)
+        return SequenceIndex.concatenate(tables).in_order_of_parts()
 
     def _read_part_index(self, name: str) -> pa.Table:
         return read_part_index(self.storage, name, read_commit(self.storage, "", name))

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import os
+import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from ..errors import CacheCorruptError
+from .part import reporting_full_disk
 from .records import CHECKSUM, checksum, dump_record, parse_record
 from .storage import LocalStorage, Storage
 
 TARGET, RECORD_NAME = "target", "target.json"
 BLOCK_BYTES = 8 << 20
+BLOCKS_AT_ONCE = 4
 WHAT_TO_DO = "Run the cache's vpd extract command again: it stores the target's pieces anew."
 
 
@@ -65,16 +69,19 @@ def target_folder(storage: Storage) -> Path:
         local = storage.root
     else:
         user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        local = user_cache / "vpd" / hashlib.sha256(storage.place.encode()).hexdigest()[:16]
+        # By content, so that caches of one target share it, and what another cache left is never taken for this one's.
+        local = user_cache / "vpd" / hashlib.sha256(dump_record(files)).hexdigest()[:16]
     for name, described in files.items():
         path = local / name
         if describe_file(path) == described:
             continue
-        if isinstance(storage, LocalStorage):
-            raise CacheCorruptError(f"{path} is not what was written. {WHAT_TO_DO}")
-        download(storage, name, path)
+        if not isinstance(storage, LocalStorage):
+            try:
+                download(storage, name, path, described["bytes"])
+            except FileNotFoundError:
+                raise CacheCorruptError(f"{storage.locate(name)} is missing. {WHAT_TO_DO}") from None
         if describe_file(path) != described:
-            raise CacheCorruptError(f"{storage.place}/{name} is not what was written. {WHAT_TO_DO}")
+            raise CacheCorruptError(f"{storage.locate(name)} is not what was written. {WHAT_TO_DO}")
     return local / TARGET
 
 
@@ -89,20 +96,30 @@ def describe_file(path: Path) -> dict[str, Any] | None:
     return {"bytes": size, CHECKSUM: f"{crc:08x}"}
 
 
-def download(storage: Storage, name: str, path: Path) -> None:
-    """Copies a file to the local disk; it appears as a whole.
+def download(storage: Storage, name: str, path: Path, size: int) -> None:
+    """Copies a file of this size to the local disk, several blocks at once; it appears as a whole.
 
     Raises:
-        CacheCorruptError: it is not there.
+        FileNotFoundError: it is not there.
+        CacheCorruptError: it is shorter.
+        StorageError: the local disk is full.
     """
+    file = storage.open(name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+    def copy_block(target: int, offset: int) -> None:
+        block = memoryview(bytearray(min(BLOCK_BYTES, size - offset)))
+        if file.read_into([block], offset) < len(block):
+            raise CacheCorruptError(f"{storage.locate(name)}: expected {size} bytes, found fewer. See vpd verify.")
+        os.pwrite(target, block, offset)
+
     try:
-        file, size = storage.open(name), storage.size(name)
-        with open(aside, "wb") as target:
-            for offset in range(0, size, BLOCK_BYTES):
-                block = memoryview(bytearray(min(BLOCK_BYTES, size - offset)))
-                target.write(block[: file.read_into([block], offset)])
-    except FileNotFoundError:
-        raise CacheCorruptError(f"{storage.place}/{name} is missing. {WHAT_TO_DO}") from None
-    os.replace(aside, path)
+        with reporting_full_disk(str(path.parent)), open(aside, "wb") as target:
+            os.posix_fallocate(target.fileno(), 0, max(size, 1))
+            os.ftruncate(target.fileno(), size)
+            with ThreadPoolExecutor(BLOCKS_AT_ONCE) as pool:
+                list(pool.map(lambda offset: copy_block(target.fileno(), offset), range(0, size, BLOCK_BYTES)))
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)

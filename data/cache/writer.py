@@ -23,20 +23,19 @@ from .index import (
 from .manifest import CacheManifest
 from .part import PartWriter, committed_parts
 from .storage import Storage
-from .store import TOKEN_ARRAYS, Cache, channel_scale_spec
+from .store import TOKEN_ARRAYS, Cache, channel_scale_spec, state_specs
 
 
 class StatePartWriter:
     """Writes one part of states and its index."""
 
-    def __init__(self, cache: Cache, channel_scale_KH: np.ndarray | None):
+    def __init__(self, storage: Storage, manifest: CacheManifest, channel_scale_KH: np.ndarray | None):
         """
         Args:
             channel_scale_KH: float32 [K, H], for a codec that needs it.
         """
-        self.cache = cache
-        constants = {} if channel_scale_KH is None else {channel_scale_spec(cache.manifest): channel_scale_KH}
-        self._part = PartWriter(cache.storage, "", cache.specs.values(), constants=constants)
+        constants = {} if channel_scale_KH is None else {channel_scale_spec(manifest): channel_scale_KH}
+        self._part = PartWriter(storage, "", state_specs(manifest).values(), constants=constants)
         self._rows: list[SequenceRow] = []
 
     @property
@@ -171,7 +170,7 @@ class StateWriter:
     def _begin_part(self, hidden_TKH: Tensor) -> StatePartWriter:
         self._channel_scale_KH = measure_channels(hidden_TKH) if self.cache.codec.needs_channel_scale else None
         scale = None if self._channel_scale_KH is None else self._channel_scale_KH.numpy()
-        self._part = StatePartWriter(self.cache, scale)
+        self._part = StatePartWriter(self.cache.storage, self.cache.manifest, scale)
         return self._part
 
 

@@ -44,6 +44,10 @@ class Conversation(Protocol):
 
     def first_request(self) -> EngineRequest: ...
 
+    def expected_len(self, first: EngineRequest, response_tokens: float | None) -> float:
+        """Tokens of the sequence, given its first request and the mean length of an answer; None = the longest."""
+        ...
+
     def advance(self, completion: Completion) -> EngineRequest | FinishedSequence: ...
 
 
@@ -67,6 +71,9 @@ class GivenConversation:
 
     def first_request(self) -> EngineRequest:
         return EngineRequest(key=self.record.seq_id, prompt_ids=self._token_ids, max_new_tokens=1, capture=True)
+
+    def expected_len(self, first: EngineRequest, response_tokens: float | None) -> float:
+        return len(first.prompt_ids)
 
     def advance(self, completion: Completion) -> FinishedSequence:
         assert completion.argmax_T is not None
@@ -108,6 +115,12 @@ class GeneratedConversation:
 
     def first_request(self) -> EngineRequest:
         return self._request()
+
+    def expected_len(self, first: EngineRequest, response_tokens: float | None) -> float:
+        answer = self._max_new_tokens if response_tokens is None else min(response_tokens, self._max_new_tokens)
+        later = "\n".join(message.content for turn in self._turns for message in turn)
+        num_later = len(self._tokenizer(later, add_special_tokens=False)["input_ids"]) if later else 0
+        return min(len(first.prompt_ids) + num_later + answer * (1 + len(self._turns)), self._max_len)
 
     def advance(self, completion: Completion) -> EngineRequest | FinishedSequence:
         if self._turns:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from ...data.cache.manifest import MANIFEST_NAME, CacheManifest
+from ...data.cache.quarantine import QUARANTINE, list_quarantined
 from ...data.cache.storage import Storage, open_storage
 from ...data.cache.store import CHUNK_TOKENS, Cache
 from ...data.cache.writer import StateWriter
@@ -26,7 +26,6 @@ from .target import Target, check_layers, context_layers, copy_pieces, target_fa
 from .transformers_engine import TransformersEngine
 from .vllm_engine import VllmEngine
 
-QUARANTINE = "quarantine.jsonl"
 MAX_QUARANTINED_SHARE = 0.01
 
 
@@ -126,6 +125,8 @@ class ExtractPlan:
 
     conversations: list[tuple[Conversation, EngineRequest]]
     report: ExtractReport
+    prompt_set: str
+    """Hash of the contents of all prompts; goes into the commit records."""
 
 
 def plan_extraction(
@@ -155,7 +156,8 @@ def plan_extraction(
     report = ExtractReport(num_present=len(prompts.records) - len(missing))
     if prompts.num_skipped:
         report.skipped["unreadable record"] = prompts.num_skipped
-    return ExtractPlan(list(start_conversations(missing, chat, target, config, report)), report)
+    conversations = list(start_conversations(missing, chat, target, config, report))
+    return ExtractPlan(conversations, report, prompts.fingerprint)
 
 
 def extract(
@@ -180,7 +182,7 @@ def extract(
     if not plan.conversations:
         return report
     engine = engine_factory()
-    writer = StateWriter(cache, config.part_mib << 20, {"engine": engine.facts})
+    writer = StateWriter(cache, config.part_mib << 20, {"engine": engine.facts, "prompt_set": plan.prompt_set})
     try:
         for sequence in converse(engine, plan.conversations, config, report):
             if write(writer, sequence, report):
@@ -291,8 +293,7 @@ def _quarantine(storage: Storage, sequence: FinishedSequence, reason: str, repor
     """
     record = sequence.record
     entry: dict[str, Any] = {"seq_id": record.seq_id, "source": record.source, "row": record.row, "reason": reason}
-    listed = storage.read(QUARANTINE) if storage.exists(QUARANTINE) else b""
-    storage.write(QUARANTINE, listed + (json.dumps(entry) + "\n").encode())
+    list_quarantined(storage, [entry])
     report.skipped[reason] += 1
     done = report.num_written + report.skipped[reason]
     if report.skipped[reason] > max(3, MAX_QUARANTINED_SHARE * done):

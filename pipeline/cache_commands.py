@@ -1,0 +1,205 @@
+"""The commands that look after caches, once their settings are known."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..data.cache.codecs import CodecName
+from ..data.cache.repair import repair
+from ..data.cache.storage import LocalStorage, open_storage
+from ..data.cache.store import Cache
+from ..data.cache.transfer import TransferReport
+from ..data.cache.transfer import merge as merge_caches
+from ..data.cache.transfer import recode as recode_cache
+from ..data.cache.verify import VerifyReport, count_parts
+from ..data.cache.verify import verify as verify_cache
+from ..data.prompts import PromptSet, read_prompts
+from ..stages.extract.estimate import (
+    CODECS,
+    Lengths,
+    Pilot,
+    cache_bytes,
+    choose_evenly,
+    expected_lengths,
+    free_bytes,
+    run_pilot,
+)
+from ..stages.extract.run import make_chat, make_engine, plan_extraction, plan_layers, plan_manifest
+from ..stages.extract.target import load_target
+from .commands import emit
+from .config import VpdConfig
+from .inspect import describe_cache, print_cache
+from .progress import ProgressReport
+
+MIB = 1 << 20
+SECONDS_PER_HOUR = 3600
+
+
+def verify(place: str, mend: bool, num_threads: int, as_json: bool) -> None:
+    """Exit code 1 if anything is wrong, mended or not."""
+    storage = open_storage(place)
+    with ProgressReport("verify", count_parts(storage), "bytes") as progress:
+        found = verify_cache(storage, num_threads, progress.advance)
+    result: dict[str, Any] = {"cache": place, **found.to_json()}
+    lines = [problem.what for problem in found.problems] + [f"note: {note}" for note in found.notes]
+    if found.problems and mend:
+        mended = repair(storage, found)
+        result["repair"] = {name: getattr(mended, name) for name in type(mended).__slots__}
+        lines.append(
+            f"repaired: {len(mended.parts)} parts put into quarantine, {mended.num_kept} of their sequences kept, "
+            f"{len(mended.lost)} lost{': ' if mended.lost else ''}{', '.join(mended.lost)}; {mended.num_drafts_parts} "
+            "parts of first drafts removed."
+        )
+        lines.append(_what_next(bool(mended.lost or mended.target_removed), bool(mended.num_drafts_parts)))
+    lines.append(summary(place, found, mend))
+    emit(result, as_json, "\n".join(line for line in lines if line))
+    if found.problems:
+        sys.exit(1)
+
+
+def _what_next(extract: bool, draft: bool) -> str:
+    steps = ["the cache's vpd extract command makes again what is lost"] * extract
+    steps += ["vpd draft completes the first drafts"] * draft
+    return f"next: {'; then '.join(steps)}." if steps else ""
+
+
+def summary(place: str, found: VerifyReport, mend: bool) -> str:
+    checked = f"{found.num_sequences} sequences in {found.num_parts} parts, {found.num_bytes / MIB:.1f} MiB"
+    if not found.problems:
+        return f"{place}: {checked}: all as written."
+    bad = {seq_id for problem in found.problems for seq_id in problem.sequences}
+    advice = "" if mend else " Mend it with --repair."
+    return f"{place}: {checked}: {len(found.problems)} problems, {len(bad)} sequences can't be read.{advice}"
+
+
+def inspect(place: str, as_json: bool) -> None:
+    found = describe_cache(Cache.open(place))
+    if as_json:
+        emit(found, True, "")
+    else:
+        print_cache(found, Console(highlight=False))
+
+
+def recode(place: str, out: str, codec: CodecName, part_mib: int, as_json: bool) -> None:
+    source = Cache.open(place)
+    with ProgressReport("recode", len(source), "tokens") as progress:
+        report = recode_cache(source, out, codec, part_mib * MIB, on_sequence=progress.advance)
+    recoded = Cache.open(out)
+    share = recoded.num_bytes / source.num_bytes
+    result = transfer_facts(out, recoded, report) | {
+        "codec": codec,
+        "share_of_source": share,
+        "cosine_mean": report.cosine_mean,
+        "cosine_worst": report.cosine_worst,
+    }
+    emit(
+        result,
+        as_json,
+        f"{out}: {len(recoded)} sequences as {codec}, {recoded.num_bytes / MIB:.1f} MiB, {share:.1%} of {place}; "
+        f"whitened cosine {report.cosine_mean:.5f} in the mean, {report.cosine_worst:.5f} for the worst of a thousand "
+        f"tokens and layers; {report.num_drafts_parts} parts of first drafts copied.",
+    )
+
+
+def merge(places: tuple[str, ...], out: str, as_json: bool) -> None:
+    sources = [Cache.open(place) for place in places]
+    with ProgressReport("merge", sum(map(len, sources)), "tokens") as progress:
+        report = merge_caches(sources, out, progress.advance)
+    merged = Cache.open(out)
+    emit(
+        transfer_facts(out, merged, report),
+        as_json,
+        f"{out}: {len(merged)} sequences, {merged.num_tokens} tokens, {merged.num_bytes / MIB:.1f} MiB "
+        f"({report.num_copied} copied; left out: {report.num_present} present, {report.num_same_content} with the same "
+        f"content); {report.num_drafts_parts} parts of first drafts copied.",
+    )
+
+
+def transfer_facts(place: str, cache: Cache, report: TransferReport) -> dict[str, Any]:
+    return {
+        "cache": place,
+        "num_sequences": len(cache),
+        "num_tokens": cache.num_tokens,
+        "num_bytes": cache.num_bytes,
+        "num_copied": report.num_copied,
+        "num_present": report.num_present,
+        "num_same_content": report.num_same_content,
+        "num_drafts_parts": report.num_drafts_parts,
+    }
+
+
+def estimate(target_name: str, prompt_files: tuple[Path, ...], out: str, config: VpdConfig, as_json: bool) -> None:
+    settings, wanted = config.extract, config.estimate
+    prompts = read_prompts(prompt_files, skip_bad=settings.skip_bad, limit=settings.limit)
+    target = load_target(target_name)
+    layer_ids, chat = plan_layers(target, settings), make_chat(target, settings)
+    manifest = plan_manifest(target, layer_ids, chat, prompts, settings)
+    chosen = sample_records(prompts, wanted.sample)
+    plan = plan_extraction(out, manifest, chosen, chat, target, settings)
+    num_left = round(len(plan.conversations) * len(prompts.records) / max(1, len(chosen.records)))
+    pilot = None
+    if wanted.pilot and plan.conversations:
+        storage = open_storage(out)
+        near = storage.root if isinstance(storage, LocalStorage) else Path.cwd()
+        some = choose_evenly(plan, wanted.pilot)
+        pilot = run_pilot(lambda: make_engine(target, layer_ids, settings), some, manifest, settings, near)
+    response = pilot.response_tokens if pilot is not None else settings.response_tokens
+    lengths = expected_lengths(plan.conversations, response, num_left)
+    free = free_bytes(open_storage(out))
+    rate = wanted.tokens_per_second or (pilot.tokens_per_second if pilot is not None else None)
+    result = {
+        "cache": out,
+        "num_sequences": num_left,
+        "num_present": plan.report.num_present,
+        "num_tokenized": len(plan.conversations),
+        "num_tokens": round(lengths.total),
+        "response_tokens": response,
+        "bytes": bytes_by_codec(lengths, manifest, pilot),
+        "codec": settings.codec,
+        "free_bytes": free,
+        "tokens_per_second": rate,
+        "hours": None if rate is None else lengths.total / rate / SECONDS_PER_HOUR,
+    }
+    if as_json:
+        emit(result, True, "")
+    else:
+        print_estimate(result, settings.max_new_tokens, Console(highlight=False))
+
+
+def sample_records(prompts: PromptSet, number: int | None) -> PromptSet:
+    """That many of the records, evenly chosen."""
+    if number is None or number >= len(prompts.records):
+        return prompts
+    chosen = [i * len(prompts.records) // number for i in range(number)]
+    return replace(prompts, records=tuple(prompts.records[i] for i in chosen))
+
+
+def bytes_by_codec(lengths: Lengths, manifest: Any, pilot: Pilot | None) -> dict[str, int]:
+    shares = {} if pilot is None else pilot.shares
+    return {codec: cache_bytes(lengths, manifest, codec, shares.get(codec)) for codec in CODECS}
+
+
+def print_estimate(found: dict[str, Any], max_new_tokens: int, console: Console) -> None:
+    """The estimate as a table."""
+    table = Table(title=f"extraction into {found['cache']}", show_header=False, title_justify="left")
+    table.add_row("sequences", f"{found['num_sequences']} to come, {found['num_present']} there")
+    answers = found["response_tokens"]
+    length = f"answers of {answers:.0f} tokens" if answers else f"at most: answers of up to {max_new_tokens} tokens"
+    table.add_row("tokens", f"{found['num_tokens']} ({found['num_tokenized']} prompts tokenized; {length})")
+    for codec, size in found["bytes"].items():
+        fits = "" if found["free_bytes"] is None or size < found["free_bytes"] else "  more than is free"
+        chosen = "  <- chosen" if codec == found["codec"] else ""
+        table.add_row(f"as {codec}", f"{size / 2**30:9.3f} GiB{chosen}{fits}")
+    table.add_row("free", "unknown" if found["free_bytes"] is None else f"{found['free_bytes'] / 2**30:9.3f} GiB")
+    rate = found["tokens_per_second"]
+    if rate is None:
+        table.add_row("hours", "unknown: give --tokens-per-second, or measure with --pilot")
+    else:
+        table.add_row("hours", f"{found['hours']:.2f} at {rate:.0f} tokens/s")
+    console.print(table)
