@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..data.cache.codecs import CodecName
+from ..data.cache.manifest import CacheManifest
 from ..data.cache.repair import repair
 from ..data.cache.storage import LocalStorage, open_storage
 from ..data.cache.store import Cache
@@ -19,7 +20,9 @@ from ..data.cache.transfer import merge as merge_caches
 from ..data.cache.transfer import recode as recode_cache
 from ..data.cache.verify import VerifyReport, count_parts
 from ..data.cache.verify import verify as verify_cache
+from ..data.errors import ConfigError
 from ..data.prompts import PromptSet, read_prompts
+from ..stages.config import ExtractConfig
 from ..stages.extract.estimate import (
     CODECS,
     Lengths,
@@ -34,7 +37,7 @@ from ..stages.extract.run import make_chat, make_engine, plan_extraction, plan_l
 from ..stages.extract.target import load_target
 from .commands import emit
 from .config import VpdConfig
-from .inspect import describe_cache, print_cache
+from .inspect import describe_cache, format_bytes, make_console, print_cache
 from .progress import ProgressReport
 
 MIB = 1 << 20
@@ -83,45 +86,57 @@ def inspect(place: str, as_json: bool) -> None:
     if as_json:
         emit(found, True, "")
     else:
-        print_cache(found, Console(highlight=False))
+        print_cache(found, make_console())
 
 
 def recode(place: str, out: str, codec: CodecName, part_mib: int, as_json: bool) -> None:
+    check_distinct(place, out)
     source = Cache.open(place)
     with ProgressReport("recode", len(source), "tokens") as progress:
         report = recode_cache(source, out, codec, part_mib * MIB, on_sequence=progress.advance)
-    recoded = Cache.open(out)
-    share = recoded.num_bytes / source.num_bytes
-    result = transfer_facts(out, recoded, report) | {
+    result = transfer_facts(out, report) | {
         "codec": codec,
-        "share_of_source": share,
+        "num_bytes_before": source.num_bytes,
         "cosine_mean": report.cosine_mean,
         "cosine_worst": report.cosine_worst,
     }
-    emit(
-        result,
-        as_json,
-        f"{out}: {len(recoded)} sequences as {codec}, {recoded.num_bytes / MIB:.1f} MiB, {share:.1%} of {place}; "
-        f"whitened cosine {report.cosine_mean:.5f} in the mean, {report.cosine_worst:.5f} for the worst of a thousand "
-        f"tokens and layers; {report.num_drafts_parts} parts of first drafts copied.",
-    )
+    likeness = "nothing to compare with before"
+    if report.cosine_mean is not None:
+        likeness = (
+            f"whitened cosine with the states before {report.cosine_mean:.5f} in the mean, {report.cosine_worst:.5f} "
+            "for the worst of a thousand tokens and layers"
+        )
+    size = f"{format_bytes(result['num_bytes'])} ({format_bytes(result['num_bytes_before'])} before)"
+    emit(result, as_json, f"{describe_transfer(result)} as {codec}, {size}; {likeness}; {describe_drafts(report)}.")
 
 
 def merge(places: tuple[str, ...], out: str, as_json: bool) -> None:
+    check_distinct(*places, out)
     sources = [Cache.open(place) for place in places]
     with ProgressReport("merge", sum(map(len, sources)), "tokens") as progress:
         report = merge_caches(sources, out, progress.advance)
-    merged = Cache.open(out)
-    emit(
-        transfer_facts(out, merged, report),
-        as_json,
-        f"{out}: {len(merged)} sequences, {merged.num_tokens} tokens, {merged.num_bytes / MIB:.1f} MiB "
-        f"({report.num_copied} copied; left out: {report.num_present} present, {report.num_same_content} with the same "
-        f"content); {report.num_drafts_parts} parts of first drafts copied.",
-    )
+    result = transfer_facts(out, report)
+    left_out = f"left out: {report.num_present} present, {report.num_same_content} with the same content"
+    size = format_bytes(result["num_bytes"])
+    emit(result, as_json, f"{describe_transfer(result)}, {size}; {left_out}; {describe_drafts(report)}.")
 
 
-def transfer_facts(place: str, cache: Cache, report: TransferReport) -> dict[str, Any]:
+def check_distinct(*places: str) -> None:
+    """
+    Raises:
+        ConfigError: two of them are one place.
+    """
+    seen: set[str] = set()
+    for place in places:
+        storage = open_storage(place)
+        name = str(storage.root.resolve()) if isinstance(storage, LocalStorage) else storage.place
+        if name in seen:
+            raise ConfigError(f"expected each cache once, and another one at --out, found {place} twice.")
+        seen.add(name)
+
+
+def transfer_facts(place: str, report: TransferReport) -> dict[str, Any]:
+    cache = Cache.open(place)
     return {
         "cache": place,
         "num_sequences": len(cache),
@@ -131,7 +146,20 @@ def transfer_facts(place: str, cache: Cache, report: TransferReport) -> dict[str
         "num_present": report.num_present,
         "num_same_content": report.num_same_content,
         "num_drafts_parts": report.num_drafts_parts,
+        "num_drafts_missing": report.num_drafts_missing,
     }
+
+
+def describe_transfer(result: dict[str, Any]) -> str:
+    return (
+        f"{result['cache']}: {result['num_sequences']} sequences, {result['num_copied']} of them copied now, "
+        f"{result['num_tokens']} tokens"
+    )
+
+
+def describe_drafts(report: TransferReport) -> str:
+    missing = f", {report.num_drafts_missing} missing: vpd draft makes them" if report.num_drafts_missing else ""
+    return f"first drafts of {report.num_drafts_parts} parts copied{missing}"
 
 
 def estimate(target_name: str, prompt_files: tuple[Path, ...], out: str, config: VpdConfig, as_json: bool) -> None:
@@ -141,62 +169,63 @@ def estimate(target_name: str, prompt_files: tuple[Path, ...], out: str, config:
     layer_ids, chat = plan_layers(target, settings), make_chat(target, settings)
     manifest = plan_manifest(target, layer_ids, chat, prompts, settings)
     chosen = sample_records(prompts, wanted.sample)
+    scale = len(prompts.records) / len(chosen.records)
+    storage = open_storage(out)
     plan = plan_extraction(out, manifest, chosen, chat, target, settings)
-    num_left = round(len(plan.conversations) * len(prompts.records) / max(1, len(chosen.records)))
     pilot = None
     if wanted.pilot and plan.conversations:
-        storage = open_storage(out)
         near = storage.root if isinstance(storage, LocalStorage) else Path.cwd()
         some = choose_evenly(plan, wanted.pilot)
         pilot = run_pilot(lambda: make_engine(target, layer_ids, settings), some, manifest, settings, near)
-    response = pilot.response_tokens if pilot is not None else settings.response_tokens
-    lengths = expected_lengths(plan.conversations, response, num_left)
-    free = free_bytes(open_storage(out))
+    response = settings.response_tokens or (pilot.response_tokens if pilot is not None else None)
+    lengths = expected_lengths(plan.conversations, response, round(len(plan.conversations) * scale))
     rate = wanted.tokens_per_second or (pilot.tokens_per_second if pilot is not None else None)
     result = {
         "cache": out,
-        "num_sequences": num_left,
-        "num_present": plan.report.num_present,
+        "num_sequences": lengths.num_sequences,
+        "num_present": round(plan.report.num_present * scale),
         "num_tokenized": len(plan.conversations),
         "num_tokens": round(lengths.total),
-        "response_tokens": response,
+        "response_tokens": response if settings.mode == "generate" else None,
         "bytes": bytes_by_codec(lengths, manifest, pilot),
         "codec": settings.codec,
-        "free_bytes": free,
+        "free_bytes": free_bytes(storage),
         "tokens_per_second": rate,
         "hours": None if rate is None else lengths.total / rate / SECONDS_PER_HOUR,
     }
     if as_json:
         emit(result, True, "")
     else:
-        print_estimate(result, settings.max_new_tokens, Console(highlight=False))
+        print_estimate(result, settings, make_console())
 
 
 def sample_records(prompts: PromptSet, number: int | None) -> PromptSet:
-    """That many of the records, evenly chosen."""
-    if number is None or number >= len(prompts.records):
-        return prompts
+    """That many of the records, evenly chosen; all if there are fewer."""
+    number = min(number or len(prompts.records), len(prompts.records))
     chosen = [i * len(prompts.records) // number for i in range(number)]
     return replace(prompts, records=tuple(prompts.records[i] for i in chosen))
 
 
-def bytes_by_codec(lengths: Lengths, manifest: Any, pilot: Pilot | None) -> dict[str, int]:
+def bytes_by_codec(lengths: Lengths, manifest: CacheManifest, pilot: Pilot | None) -> dict[str, int]:
     shares = {} if pilot is None else pilot.shares
     return {codec: cache_bytes(lengths, manifest, codec, shares.get(codec)) for codec in CODECS}
 
 
-def print_estimate(found: dict[str, Any], max_new_tokens: int, console: Console) -> None:
+def print_estimate(found: dict[str, Any], settings: ExtractConfig, console: Console) -> None:
     """The estimate as a table."""
     table = Table(title=f"extraction into {found['cache']}", show_header=False, title_justify="left")
     table.add_row("sequences", f"{found['num_sequences']} to come, {found['num_present']} there")
-    answers = found["response_tokens"]
-    length = f"answers of {answers:.0f} tokens" if answers else f"at most: answers of up to {max_new_tokens} tokens"
-    table.add_row("tokens", f"{found['num_tokens']} ({found['num_tokenized']} prompts tokenized; {length})")
+    length = f"at most: answers of up to {settings.max_new_tokens} tokens"
+    if found["response_tokens"] is not None:
+        length = f"answers of {found['response_tokens']:.0f} tokens"
+    if settings.mode == "given":
+        length = "answers as given"
+    table.add_row("tokens", f"{found['num_tokens']} ({found['num_tokenized']} records tokenized; {length})")
     for codec, size in found["bytes"].items():
-        fits = "" if found["free_bytes"] is None or size < found["free_bytes"] else "  more than is free"
+        fits = "" if found["free_bytes"] is None or size <= found["free_bytes"] else "  more than is free"
         chosen = "  <- chosen" if codec == found["codec"] else ""
-        table.add_row(f"as {codec}", f"{size / 2**30:9.3f} GiB{chosen}{fits}")
-    table.add_row("free", "unknown" if found["free_bytes"] is None else f"{found['free_bytes'] / 2**30:9.3f} GiB")
+        table.add_row(f"as {codec}", f"{format_bytes(size):>11}{chosen}{fits}")
+    table.add_row("free", "unknown" if found["free_bytes"] is None else f"{format_bytes(found['free_bytes']):>11}")
     rate = found["tokens_per_second"]
     if rate is None:
         table.add_row("hours", "unknown: give --tokens-per-second, or measure with --pilot")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import sys
 from collections.abc import Callable
@@ -29,6 +30,10 @@ from .options import collect_overrides, config_options
 Command = TypeVar("Command", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
 PLACE_HELP = "a folder, or s3://, gs://, az://"
+ALWAYS_VERIFIED = ["num_threads", "num_buffers", "local_parts", "local_gib"]
+"""Settings of `read` for the commands that verify whatever they read."""
+MACHINE_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENAMETOOLONG}
+"""What the machine refuses, through no fault of the program."""
 
 
 def bare_options(command: Command) -> Command:
@@ -70,6 +75,12 @@ def reporting_errors(command: Callable[..., Any]) -> Callable[..., Any]:
                 raise
             click.echo(f"vpd: error: {error}", err=True)
             sys.exit(2 if isinstance(error, ConfigError) else 1)
+        except OSError as error:
+            if debug or error.errno not in MACHINE_ERRORS:
+                raise
+            where = error.filename or "a file (--debug shows where)"
+            click.echo(f"vpd: error: {where}: {error.strerror}. Mend that, or choose another place.", err=True)
+            sys.exit(1)
         except KeyboardInterrupt:
             click.echo("vpd: interrupted; what was committed is kept, the same command continues.", err=True)
             sys.exit(130)
@@ -110,7 +121,7 @@ def extract(
 @click.option("--first-drafter", required=True, type=PATH, help="A DFlash drafter: a checkpoint or a run.")
 @common_options
 @config_options(DraftConfig, "draft")
-@config_options(ReadConfig, "read")
+@config_options(ReadConfig, "read", only=ALWAYS_VERIFIED)
 @reporting_errors
 def draft(
     cache: str, first_drafter: Path, source: str | None, assignments: tuple[str, ...], as_json: bool, **flags: Any
@@ -151,7 +162,7 @@ def train(
 @click.option("--out", type=PATH, help="Also write the result to this file, as JSON.")
 @common_options
 @config_options(EvalConfig, "eval")
-@config_options(ReadConfig, "read")
+@config_options(ReadConfig, "read", only=ALWAYS_VERIFIED)
 @reporting_errors
 def evaluate(
     cache: str,
@@ -189,13 +200,13 @@ def inspect(cache: str, as_json: bool) -> None:
 
 @main.command()
 @click.argument("cache")
-@click.argument("out")
-@click.option("--codec", required=True, type=click.Choice(CODECS), help="How the states of OUT are stored.")
+@click.option("--out", required=True, metavar="PLACE", help=f"The new cache, or one to be continued: {PLACE_HELP}.")
+@click.option("--codec", required=True, type=click.Choice(CODECS), help="How its states are stored.")
 @click.option("--part-mib", default=1024, show_default=True, type=click.IntRange(1), help="Size of a part, in MiB.")
 @bare_options
 @reporting_errors
 def recode(cache: str, out: str, codec: CodecName, part_mib: int, as_json: bool) -> None:
-    """Copy CACHE to OUT with another codec, first drafts included; without the target."""
+    """Copy CACHE with another codec, first drafts included, without the target."""
     cache_commands.recode(cache, out, codec, part_mib, as_json)
 
 

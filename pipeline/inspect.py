@@ -3,50 +3,64 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from ..data.cache.drafts import NOT_DRAFTED, FirstDrafts, list_drafts
+from ..data.cache.part import read_commit
 from ..data.cache.reader import CachedTokens
 from ..data.cache.store import Cache
-from ..stages.drafter.target_pieces import load_tokenizer
+from ..data.cache.target_files import target_folder
+from ..stages.drafter.target_pieces import PIECES, load_tokenizer
 
 MAX_BINS = 10
 BAR_WIDTH = 30
 SAMPLE_TOKENS = 400
+KIB = 1024
+CUT_CHARACTER = "\ufffd"
+"""What a tokenizer gives for bytes that are no whole character."""
 
 
 def accept_length_histogram(cache: Cache, drafts: FirstDrafts) -> dict[int, int]:
-    """Number of anchors by accept length of the first draft."""
-    counts: Counter[int] = Counter()
+    """Number of anchors by accept length of the first draft, in the parts that are drafted."""
+    counts = np.zeros(NOT_DRAFTED + 1, np.int64)
     for row in cache.rows:
-        accept_len_T = drafts.accept_lengths(row)
-        counts.update(accept_len_T[accept_len_T != NOT_DRAFTED].tolist())
-    return dict(sorted(counts.items()))
+        if row.part in drafts.parts:
+            counts += np.bincount(drafts.accept_lengths(row).numpy(), minlength=len(counts))
+    return {length: int(count) for length, count in enumerate(counts[:NOT_DRAFTED]) if count}
 
 
 def length_histogram(lengths: np.ndarray) -> list[dict[str, int]]:
     """Number of sequences by length in tokens, in at most MAX_BINS bins of a round width."""
-    longest = int(lengths.max())
-    width = next(w * 10**e for e in range(12) for w in (1, 2, 5) if longest < w * 10**e * MAX_BINS)
-    counts = np.bincount(lengths // width)
-    return [{"from": i * width, "to": (i + 1) * width - 1, "sequences": int(n)} for i, n in enumerate(counts)]
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    widths = (w * 10**e for e in range(12) for w in (1, 2, 5))
+    width = next(width for width in widths if longest // width - shortest // width < MAX_BINS)
+    first = shortest // width
+    counts = enumerate(np.bincount(lengths // width - first), start=first)
+    return [{"from": i * width, "to": (i + 1) * width - 1, "sequences": int(n)} for i, n in counts]
 
 
 def describe_drafts(cache: Cache, fingerprint: str) -> dict[str, Any]:
     """One first drafter's drafts."""
     drafts = FirstDrafts.open(cache, fingerprint)
-    facts = {"fingerprint": fingerprint, **drafts.facts, "num_parts_missing": len(drafts.missing_parts())}
-    if facts["num_parts_missing"]:
-        return facts
     histogram = accept_length_histogram(cache, drafts)
     num_anchors = sum(histogram.values())
     mean = sum(length * count for length, count in histogram.items()) / num_anchors if num_anchors else None
-    return facts | {"num_anchors": num_anchors, "mean_accept_length": mean, "accept_lengths": histogram}
+    commits = [read_commit(cache.storage, drafts.root, name) for name in sorted(drafts.parts.values())]
+    return {
+        "fingerprint": fingerprint,
+        **drafts.facts,
+        "num_parts_missing": len(drafts.missing_parts()),
+        "num_bytes": sum(file["bytes"] for record in commits for file in record["files"].values()),
+        "num_anchors": num_anchors,
+        "mean_accept_length": mean,
+        "accept_lengths": histogram,
+    }
 
 
 def bytes_by_array(cache: Cache) -> dict[str, int]:
@@ -61,34 +75,43 @@ def bytes_by_array(cache: Cache) -> dict[str, int]:
 
 
 def mark_sample(cache: Cache, tokens: CachedTokens) -> list[tuple[str, bool]]:
-    """A sequence's text as runs of (text, supervised)."""
-    tokenizer = load_tokenizer(cache.target_folder)
+    """The text of a sequence's first SAMPLE_TOKENS tokens as runs of (text, supervised)."""
+    tokenizer = load_tokenizer(target_folder(cache.storage, without=PIECES))
     ids, mask = tokens.token_ids_S[:SAMPLE_TOKENS].tolist(), tokens.loss_mask_S[:SAMPLE_TOKENS].tolist()
+
+    def decode(end: int) -> str:
+        return str(tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False))
+
+    # Each run is what its tokens add to the text before them: by themselves, some tokenizers would drop a space. A
+    # character that ends in the next run belongs there.
     starts = [i for i in range(len(ids)) if i == 0 or mask[i] != mask[i - 1]]
-    spans = zip(starts, [*starts[1:], len(ids)], strict=True)
-    return [(str(tokenizer.decode(ids[start:end])), mask[start]) for start, end in spans]
+    text = decode(len(ids))
+    cuts = [*(len(decode(start).rstrip(CUT_CHARACTER)) for start in starts), len(text)]
+    return [(text[begin:end], mask[i]) for i, (begin, end) in zip(starts, pairwise(cuts), strict=True)]
 
 
 def describe_cache(cache: Cache) -> dict[str, Any]:
     """Everything that `vpd inspect` says."""
-    manifest, lengths = cache.manifest, cache.rows.column("num_tokens")
-    sample = cache.read_tokens(cache.rows[0])
+    sizes, sample = bytes_by_array(cache), cache.read_tokens(cache.rows[0])
+    num_bytes = sum(sizes.values())
     return {
         "cache": cache.place,
-        **manifest.model_dump(mode="json", exclude={"rendered_sample"}),
+        **cache.manifest.model_dump(mode="json", exclude={"rendered_sample"}),
         "fingerprint": cache.fingerprint,
         "num_parts": len(cache.parts),
         "num_sequences": len(cache),
         "num_tokens": cache.num_tokens,
         "num_supervised": int(cache.rows.column("num_supervised").sum()),
-        "num_bytes": cache.num_bytes,
-        "bytes_per_token": cache.num_bytes / cache.num_tokens,
-        "bytes_by_array": bytes_by_array(cache),
+        "num_bytes": num_bytes,
+        "bytes_per_token": num_bytes / cache.num_tokens,
+        "bytes_by_array": sizes,
         "finish_reasons": dict(Counter(cache.rows.strings("finish_reason"))),
-        "lengths": length_histogram(lengths),
+        "lengths": length_histogram(cache.rows.column("num_tokens")),
         "first_drafters": [describe_drafts(cache, name) for name in list_drafts(cache.storage)],
         "sample": {
             "seq_id": sample.row.seq_id,
+            "num_tokens": len(sample.token_ids_S),
+            "num_shown": min(len(sample.token_ids_S), SAMPLE_TOKENS),
             "runs": [{"text": text, "supervised": supervised} for text, supervised in mark_sample(cache, sample)],
         },
     }
@@ -96,6 +119,19 @@ def describe_cache(cache: Cache) -> dict[str, Any]:
 
 def bar(count: int, total: int) -> str:
     return "#" * round(BAR_WIDTH * count / total) if total else ""
+
+
+def format_bytes(number: float) -> str:
+    """A size in a unit that leaves it few digits: `43.0 MiB`."""
+    units = ["bytes", "KiB", "MiB", "GiB", "TiB"]
+    while number >= KIB and len(units) > 1:
+        number, units = number / KIB, units[1:]
+    return f"{number:.0f} {units[0]}" if units[0] == "bytes" else f"{number:.1f} {units[0]}"
+
+
+def make_console() -> Console:
+    """Standard output, on which a path or a text is never taken for markup."""
+    return Console(highlight=False, markup=False, emoji=False)
 
 
 def print_cache(found: dict[str, Any], console: Console) -> None:
@@ -109,21 +145,18 @@ def print_cache(found: dict[str, Any], console: Console) -> None:
     table.add_row("fingerprint", found["fingerprint"])
     table.add_row("parts", str(found["num_parts"]))
     table.add_row("sequences", f"{found['num_sequences']} ({_counts(found['finish_reasons'])})")
-    table.add_row("tokens", f"{found['num_tokens']}, {found['num_supervised']} supervised")
-    table.add_row("bytes", f"{found['num_bytes'] / 2**20:.1f} MiB, {found['bytes_per_token']:.0f} a token")
+    table.add_row("tokens", f"{found['num_tokens']} with states; {found['num_supervised']} supervised")
+    table.add_row("bytes", f"{format_bytes(found['num_bytes'])}, {found['bytes_per_token']:.0f} bytes a token")
     for name, size in found["bytes_by_array"].items():
-        table.add_row(f"  {name}", f"{size / 2**20:.2f} MiB {bar(size, found['num_bytes'])}")
+        table.add_row(f"  {name}", f"{format_bytes(size):>11} {bar(size, found['num_bytes'])}")
     for entry in found["lengths"]:
-        label = f"length {entry['from']}-{entry['to']}"
-        table.add_row(label, f"{entry['sequences']:6d} {bar(entry['sequences'], found['num_sequences'])}")
+        first, last = entry["from"], entry["to"]
+        label = f"length {first}" if first == last else f"length {first}-{last}"
+        table.add_row(label, f"{entry['sequences']:7d} {bar(entry['sequences'], found['num_sequences'])}")
     console.print(table)
     for drafts in found["first_drafters"]:
         print_drafts(drafts, console)
-    console.print(f"sample {found['sample']['seq_id']}, supervised tokens in [green]\\[green][/green]:")
-    for run in found["sample"]["runs"]:
-        text = escape(run["text"])
-        console.print(f"[green]\\[{text}][/green]" if run["supervised"] else text, end="")
-    console.print()
+    print_sample(found["sample"], console)
 
 
 def print_drafts(drafts: dict[str, Any], console: Console) -> None:
@@ -132,12 +165,23 @@ def print_drafts(drafts: dict[str, Any], console: Console) -> None:
     table.add_row("block size", f"{drafts['block_size']}, stride {drafts['stride']}")
     if drafts["num_parts_missing"]:
         table.add_row("parts missing", f"{drafts['num_parts_missing']}: run vpd draft again")
-    else:
-        table.add_row("anchors", str(drafts["num_anchors"]))
-        for length, count in drafts["accept_lengths"].items():
-            share = count / drafts["num_anchors"]
-            table.add_row(f"accept length {length}", f"{count:7d} {share:6.1%} {bar(count, drafts['num_anchors'])}")
+    table.add_row("bytes", format_bytes(drafts["num_bytes"]))
+    table.add_row("anchors", str(drafts["num_anchors"]))
+    if drafts["num_anchors"]:
+        table.add_row("mean accept length", f"{drafts['mean_accept_length']:.3f}")
+    for length, count in drafts["accept_lengths"].items():
+        share = count / drafts["num_anchors"]
+        table.add_row(f"accept length {length}", f"{count:7d} {share:6.1%} {bar(count, drafts['num_anchors'])}")
     console.print(table)
+
+
+def print_sample(sample: dict[str, Any], console: Console) -> None:
+    """A sequence's text; what is supervised in brackets, and green where there are colours."""
+    shown = f"the first {sample['num_shown']} of " if sample["num_shown"] < sample["num_tokens"] else ""
+    console.print(f"sample {sample['seq_id']}, {shown}{sample['num_tokens']} tokens, supervised ones in [brackets]:")
+    for run in sample["runs"]:
+        console.print(Text(f"[{run['text']}]", "green") if run["supervised"] else run["text"], end="", soft_wrap=True)
+    console.print()
 
 
 def _counts(counts: dict[str, int]) -> str:

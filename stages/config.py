@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+from ..data.cache.codecs import CodecName
+
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 BlockSize = Annotated[int, Field(ge=2, le=255)]
@@ -69,10 +71,10 @@ class ExtractConfig(Section):
     """Leave out records that can't be used, and count them, in place of stopping at the first."""
     limit: Count | None = None
     """Number of records to read from the start of the prompt file; >= 1, none = all."""
-    codec: Literal["raw", "lossless", "round4", "round3", "fp8", "int4"] = "raw"
+    codec: CodecName = "raw"
     """How the hidden states are stored."""
     response_tokens: Count | None = None
-    """Mean length of an answer, in tokens, for the check of free space; >= 1, none = as long as may be."""
+    """Expected mean length of an answer, in tokens, to tell what will be written; >= 1, none = as long as may be."""
     fill_disk: bool = False
     """Start even if the disk may not hold what is going to be written."""
     part_mib: Count = 1024
@@ -94,7 +96,7 @@ class ReadConfig(Section):
     """`read`: how a cache is read."""
 
     verify: Literal["first-epoch", "always", "never"] = "first-epoch"
-    """When checksums are verified as sequences are read."""
+    """When checksums are verified as training reads; all else always verifies them."""
     num_threads: Count = 2
     """Threads that read ahead; >= 1."""
     num_buffers: Annotated[int, Field(ge=2)] = 4

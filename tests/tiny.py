@@ -5,7 +5,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,10 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from vpd.data.cache.codecs import Codec
+from vpd.data.cache.index import SequenceIndex, SequenceRow, rows_to_table
 from vpd.data.cache.manifest import CacheManifest
+from vpd.data.cache.reader import CachedSequence
 from vpd.data.cache.store import CHUNK_TOKENS, Cache
 from vpd.data.cache.writer import StateWriter
 from vpd.pipeline.cli import main
@@ -245,6 +248,11 @@ def make_sequence(seq_id: str, num_tokens: int, num_layers: int, width: int, **c
     return sequence | changes
 
 
+def chunk_bytes(num_layers: int, width: int) -> int:
+    """Bytes of a stored chunk of `raw` states, its checksum included."""
+    return CHUNK_TOKENS * num_layers * width * 2 + 4
+
+
 def fill_cache(
     folder: Path, sequences: Sequence[dict[str, Any]], part_bytes: int = 1 << 20, **changes: Any
 ) -> list[str]:
@@ -254,6 +262,47 @@ def fill_cache(
     parts.append(writer.commit())
     writer.finish()
     return [part for part in parts if part is not None]
+
+
+def make_row(seq_id: str, num_tokens: int, **changes: Any) -> SequenceRow:
+    """A row of the index that belongs to no cache."""
+    row = SequenceRow(
+        seq_id=seq_id,
+        source="prompts.jsonl",
+        source_row=0,
+        part="part-0",
+        first_row=0,
+        num_tokens=num_tokens,
+        prompt_len=0,
+        num_supervised=num_tokens,
+        final_token_id=None,
+        finish_reason="given",
+        hidden_offset=0,
+        hidden_length=0,
+        hidden_crc=0,
+        content_hash="0" * 16,
+    )
+    return replace(row, **changes)
+
+
+def make_index(rows: Iterable[SequenceRow]) -> SequenceIndex:
+    return SequenceIndex.concatenate([rows_to_table([asdict(row) for row in rows])])
+
+
+def make_cached(
+    row: SequenceRow, hidden_TKH: Tensor, token_ids: list[int], loss_mask: list[bool], target_argmax: list[int]
+) -> CachedSequence:
+    """A sequence as a reader gives it, without a cache."""
+    return CachedSequence(
+        row=row,
+        token_ids_S=torch.tensor(token_ids),
+        loss_mask_S=torch.tensor(loss_mask, dtype=torch.bool),
+        target_argmax_T=torch.tensor(target_argmax),
+        stored_TKW=hidden_TKH.view(torch.uint16),
+        codec=Codec("raw"),
+        hidden_size=hidden_TKH.shape[-1],
+        channel_scale_KH=None,
+    )
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:

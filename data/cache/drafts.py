@@ -3,6 +3,7 @@
 # T tokens, G block size, A alternatives kept per block position
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +61,8 @@ class FirstDrafts:
         self.block_size = int(facts["block_size"])
         self.specs = draft_specs(self.block_size, cache.manifest.chunk_tokens)
         self.root = drafts_root(fingerprint)
-        self.parts = set(committed_parts(cache.storage, self.root))
+        self.parts = {part_of(name): name for name in committed_parts(cache.storage, self.root)}
+        """Parts of the cache that are drafted, and the names of their parts of drafts."""
         self._open_parts: dict[str, OpenPart] = {}
 
     @property
@@ -97,7 +99,8 @@ class FirstDrafts:
         return [name for name in self.cache.parts if name not in self.parts]
 
     def writer(self, part: str) -> PartWriter:
-        return PartWriter(self.cache.storage, self.root, self.specs.values(), name=part)
+        """Writes a part's drafts, under a name of their own: two that draft at once write nothing over each other."""
+        return PartWriter(self.cache.storage, self.root, self.specs.values(), f"{part}.{uuid.uuid4().hex[:8]}")
 
     def read(self, row: SequenceRow) -> DraftedSequence:
         """Reads the first drafts of a sequence, every checksum verified.
@@ -130,7 +133,9 @@ class FirstDrafts:
             )
         if row.part not in self._open_parts:
             ranged = [self.specs[TOKENS], self.specs[PROBS]]
-            part = open_part(self.cache.storage, self.root, row.part, ranged, [self.specs[ACCEPT_LEN]], verify=True)
+            part = open_part(
+                self.cache.storage, self.root, self.parts[row.part], ranged, [self.specs[ACCEPT_LEN]], verify=True
+            )
             while len(self._open_parts) >= OPEN_PARTS:
                 del self._open_parts[next(iter(self._open_parts))]
             self._open_parts[row.part] = part
@@ -139,6 +144,11 @@ class FirstDrafts:
 
 def drafts_root(fingerprint: str) -> str:
     return f"{DRAFTS}/{fingerprint}/"
+
+
+def part_of(name: str) -> str:
+    """The part of states that a part of drafts belongs to."""
+    return name.partition(".")[0]
 
 
 def list_drafts(storage: Storage) -> list[str]:

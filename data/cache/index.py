@@ -29,6 +29,7 @@ SNAPSHOT = re.compile(r"all-(\d{8})-([0-9a-f]{16})\.parquet")
 REPEATED = ["source", "part", "finish_reason"]
 """Columns whose values recur; kept as a dictionary and a number a row."""
 BATCH_ROWS = 4096
+SNAPSHOT_TRIES = 5
 SNAPSHOT_LAG = 8
 """A snapshot is renewed once the parts that it lacks are more than one in this many."""
 
@@ -158,8 +159,10 @@ class SequenceIndex(Sequence[SequenceRow]):
         ids = self._table["seq_id"]
         if len(ids.unique()) == len(ids):
             return self
-        _, first = np.unique(np.asarray(ids.to_pylist()), return_index=True)
-        return self.take(np.sort(first))
+        first: dict[str, int] = {}
+        for i, seq_id in enumerate(ids.to_pylist()):
+            first.setdefault(seq_id, i)
+        return self.take(list(first.values()))
 
     def to_parquet(self) -> bytes:
         return write_rows(self._table)
@@ -225,7 +228,9 @@ def read_snapshot(storage: Storage) -> pa.Table | None:
     Raises:
         CacheCorruptError: it is not what was written.
     """
-    while (name := find_snapshot(storage)) is not None:
+    for _ in range(SNAPSHOT_TRIES):
+        if (name := find_snapshot(storage)) is None:
+            return None
         try:
             content = storage.read(f"{INDEX}/{name}")
         except FileNotFoundError:

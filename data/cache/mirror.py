@@ -6,17 +6,19 @@ import hashlib
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from ..errors import StorageError
-from .drafts import DRAFTS
 from .part import PARTS
-from .storage import FolderWriter, LocalFile, RandomAccessFile, Storage
+from .storage import REQUESTS_AT_ONCE, FolderWriter, LocalFile, RandomAccessFile, Storage
 from .target_files import download
 
+PLACES = (f"*/{PARTS}/*", f"*/*/*/{PARTS}/*")
+"""Where parts of states and of first drafts are, below the folder for all caches."""
 TRIES = 4
 Used = TypeVar("Used")
 
@@ -24,20 +26,22 @@ Used = TypeVar("Used")
 class MirroredStorage:
     """A storage whose parts are read from local copies, each file fetched once.
 
-    Several processes and several caches can share the folder. A copy's bytes are verified against the same checksums
-    as those that it was made from. Whoever has a file of a removed part open reads on; its space comes back when all
-    have closed it.
+    Several processes and several caches can share the folder; a file that other processes remove again and again is
+    read from the storage itself. A copy's bytes are verified against the same checksums as those that it was made
+    from. Whoever has a file of a removed part open reads on, and its space comes back when all have closed it.
     """
 
     def __init__(self, remote: Storage, folder: Path, max_bytes: int):
         """
         Args:
-            max_bytes: size of the folder beyond which parts are removed; the part in use stays, whatever its size.
+            max_bytes: size of the folder beyond which parts are removed; what is being fetched may exceed it.
         """
         self.place = remote.place
         self._remote, self._folder, self._max_bytes = remote, folder, max_bytes
         self._copies = folder / hashlib.sha256(remote.place.encode()).hexdigest()[:16]
         self._locks: dict[str, threading.Lock] = {}
+        self._in_use: Counter[Path] = Counter()
+        """Parts that a thread of this process is about to read."""
         self._lock = threading.Lock()
 
     def locate(self, name: str) -> str:
@@ -46,56 +50,60 @@ class MirroredStorage:
         return f"the local copy (remove it first: the next run fetches it anew) {self._copies / name}"
 
     def read(self, name: str) -> bytes:
-        return self._use_copy(name, Path.read_bytes) if is_part_file(name) else self._remote.read(name)
+        return self._use_copy(name, Path.read_bytes, self._remote.read)
+
+    def read_all(self, names: Sequence[str]) -> list[bytes]:
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+            return list(pool.map(self.read, names))
 
     def open(self, name: str) -> RandomAccessFile:
-        return self._use_copy(name, LocalFile) if is_part_file(name) else self._remote.open(name)
+        return self._use_copy(name, LocalFile, self._remote.open)
 
-    def _use_copy(self, name: str, use: Callable[[Path], Used]) -> Used:
-        """What `use` makes of the local copy of a file of a part, which is fetched if it is not there.
+    def _use_copy(self, name: str, use: Callable[[Path], Used], directly: Callable[[str], Used]) -> Used:
+        """What `use` makes of the local copy of a file, which is fetched if it is not there.
+
+        Args:
+            directly: used for what belongs to no part.
 
         Raises:
             FileNotFoundError: the storage has no such file.
-            StorageError: other processes need the space for their parts.
         """
-        path = self._copies / name
+        if not is_part_file(name):
+            return directly(name)
+        path, part = self._copies / name, self._part_of(name)
         with self._lock:
             lock = self._locks.setdefault(name, threading.Lock())
-        with lock:
-            for _ in range(TRIES):
-                try:
-                    used = use(path)
-                except FileNotFoundError:
-                    self._fetch(name, path)
-                    continue
-                with suppress(FileNotFoundError):
-                    os.utime(self._part_of(name))
-                return used
-        raise StorageError(
-            f"{self._folder} is too small for the parts that are read from it at once: other processes removed "
-            f"{path} {TRIES} times before it was read. Raise read.local_gib."
-        )
-
-    def _fetch(self, name: str, path: Path) -> None:
-        size = self._remote.size(name)
-        self._make_room(self._part_of(name), size)
-        with suppress(FileNotFoundError):  # removed by another process meanwhile
-            download(self._remote, name, path, size)
+            self._in_use[part] += 1
+        try:
+            with lock:
+                for _ in range(TRIES):
+                    with suppress(FileNotFoundError):
+                        used = use(path)
+                        os.utime(part)
+                        return used
+                    size = self._remote.size(name)
+                    self._make_room(size)
+                    with suppress(FileNotFoundError, FileExistsError):  # another process has just made room
+                        download(self._remote, name, path, size)
+        finally:
+            with self._lock:
+                self._in_use[part] -= 1
+        return directly(name)
 
     def _part_of(self, name: str) -> Path:
         names = name.split("/")
         return self._copies.joinpath(*names[: names.index(PARTS) + 2])
 
-    def _make_room(self, kept: Path, num_bytes: int) -> None:
-        """Removes the parts not used for longest, but never `kept`, until there is room for this many bytes."""
+    def _make_room(self, num_bytes: int) -> None:
+        """Removes the parts not used for longest, but none in use, until there is room for this many bytes."""
         with self._lock:
-            parts = [part for where in (PARTS, f"{DRAFTS}/*/{PARTS}") for part in self._folder.glob(f"*/{where}/*")]
+            parts = [part for where in PLACES for part in self._folder.glob(where)]
             measured = [(part, found) for part in parts if (found := _last_use_and_size(part)) is not None]
             total = num_bytes + sum(size for _, (_, size) in measured)
             for part, (_, size) in sorted(measured, key=lambda entry: entry[1]):
                 if total <= self._max_bytes:
                     return
-                if part != kept:
+                if not self._in_use[part]:
                     shutil.rmtree(part, ignore_errors=True)
                     total -= size
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from obstore.store import from_url
 
 from ..errors import StorageError
 from .locks import SECONDS_UNTIL_ABANDONED
+from .storage import REQUESTS_AT_ONCE
 
 RETRIES = 10
 RETRY_TIMEOUT = timedelta(minutes=3)
@@ -22,6 +24,8 @@ UPLOAD_BYTES = 10 << 20
 AZURE_ACCOUNT = "AZURE_STORAGE_ACCOUNT_NAME"
 PAST_END = ("416 Range Not Satisfiable", "non-partial response")
 """How stores refuse a range that begins at the end of an object or after it."""
+NO_BUCKET = "404 Not Found"
+"""How they refuse to list one that is not there."""
 Result = TypeVar("Result")
 
 
@@ -55,6 +59,10 @@ class ObjectStorage:
 
     def read(self, name: str) -> bytes:
         return bytes(self._call(name, lambda: obstore.get(self._store, name).bytes()))
+
+    def read_all(self, names: Sequence[str]) -> list[bytes]:
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+            return list(pool.map(self.read, names))
 
     def open(self, name: str) -> ObjectFile:
         return ObjectFile(self, name)
@@ -149,8 +157,7 @@ class ObjectStorage:
         self._call_bucket(name, request)
 
     def _entries(self, name: str) -> list[Any]:
-        # A prefix without a slash is one of whole names, too.
-        return self._call_bucket(name, lambda: obstore.list(self._store, f"{name}/").collect())
+        return [*self._call_bucket(name, lambda: obstore.list(self._store, f"{name}/").collect())]
 
     def _call(self, name: str, request: Callable[[], Result]) -> Result:
         """Sends a request.
@@ -175,7 +182,9 @@ class ObjectStorage:
         """Sends a request that needs no object to be there: only the bucket can be missing."""
         try:
             return self._call(name, request)
-        except FileNotFoundError:
+        except (FileNotFoundError, StorageError) as error:
+            if isinstance(error, StorageError) and NO_BUCKET not in str(error):
+                raise
             raise StorageError(
                 f"expected a bucket at {self.place}, found none. Create it, or correct its name."
             ) from None

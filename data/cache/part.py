@@ -103,9 +103,9 @@ class PartWriter:
             return self._append(first_row, arrays)
 
     def _append(self, first_row: int, arrays: Mapping[str, np.ndarray]) -> Appended:
-        offsets = {name: writer.num_bytes for name, writer in self._writers.items()}
+        offsets = {name: writer.digest.num_bytes for name, writer in self._writers.items()}
         crcs = {name: self._writers[name].append(rows) for name, rows in arrays.items()}
-        lengths = {name: writer.num_bytes - offsets[name] for name, writer in self._writers.items()}
+        lengths = {name: writer.digest.num_bytes - offsets[name] for name, writer in self._writers.items()}
         (self.num_rows,) = {writer.num_rows for writer in self._writers.values()}
         return Appended(first_row, offsets, lengths, crcs)
 
@@ -132,8 +132,7 @@ class PartWriter:
         files: dict[str, Any] = {}
         for writer in [*self._writers.values(), *self._constants]:
             writer.close()
-            shard = {"bytes": writer.num_bytes, "crc32c": f"{writer.crc:08x}"}
-            files[f"{self._path}/{writer.spec.shard_name}"] = shard
+            files[f"{self._path}/{writer.spec.shard_name}"] = writer.digest.describe()
             files[f"{self._path}/{writer.spec.metadata_name}"] = describe(writer.spec.metadata(writer.num_rows))
         group = json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {}}, indent=2).encode()
         self._folder.write(METADATA, group)
@@ -234,21 +233,20 @@ def open_part(
     described, path = record["files"], part_folder(root, name)
     part = OpenPart(storage.locate(path), int(record["num_rows"]), {}, {}, {})
     try:
-        for spec in resident:
-            file = f"{path}/{spec.shard_name}"
-            content = storage.read(file)
+        small = {f"{path}/{spec.shard_name}": spec for spec in resident}
+        wanted = [*small]
+        if verify:
+            wanted += sorted(described.keys() - small.keys() - {f"{path}/{spec.shard_name}" for spec in specs})
+        for file, content in zip(wanted, storage.read_all(wanted), strict=True):
             check_described(content, described.get(file), storage.locate(file), verify)
-            part.resident[spec.name] = decode_whole(content, spec, storage.locate(file))
+            if file in small:
+                part.resident[small[file].name] = decode_whole(content, small[file], storage.locate(file))
         for spec in specs:
             file = f"{path}/{spec.shard_name}"
             part.files[spec.name] = storage.open(file)
             size, footer = part.files[spec.name].tail(spec.footer_bytes(part.num_rows))
             check_size(size, described.get(file), storage.locate(file))
             part.chunks[spec.name] = parse_footer(footer, storage.locate(file))
-        if verify:
-            shards = {f"{path}/{spec.shard_name}" for spec in [*resident, *specs]}
-            for file in sorted(described.keys() - shards):
-                check_described(storage.read(file), described[file], storage.locate(file), True)
     except FileNotFoundError as error:
         raise CacheCorruptError(f"a file of the committed part {name} is gone: {error}. {WHAT_TO_DO}") from None
     return part

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .store import Cache
 
 GROWTH = 2 << 20
+"""Buffers are multiples of this: a huge page on most machines."""
 VERIFY_AT_ONCE = 1 << 20
 """Bytes that are read before their checksums are verified, so that they are still in the processor's cache."""
 
@@ -83,16 +84,20 @@ class Buffer:
             if torch.cuda.is_available():
                 self.tensor = torch.empty(size, dtype=torch.uint8, pin_memory=True)
             else:
-                self.tensor = torch.frombuffer(huge_pages(size), dtype=torch.uint8)
+                self.tensor = torch.frombuffer(allocate(size), dtype=torch.uint8)
             self.view = memoryview(self.tensor.numpy())  # pyright: ignore[reportArgumentType]
         return self.view[:num_bytes]
 
 
-def huge_pages(size: int) -> mmap.mmap:
-    """Memory of huge pages, where the system has them: the first read into small ones takes four times as long."""
+def allocate(size: int) -> mmap.mmap:
+    """Page-aligned memory; what is larger than a huge page is made of such pages, where the system has them.
+
+    The first read into small pages takes four times as long.
+    """
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(AttributeError, OSError):
-        memory.madvise(mmap.MADV_HUGEPAGE)
+    if size > GROWTH:
+        with suppress(AttributeError, OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
 
 

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from crc32c import crc32c
+from xxhash import xxh3_64
 
 from ..errors import CacheCorruptError
 
@@ -17,9 +18,31 @@ def checksum(content: bytes | memoryview, so_far: int = 0) -> int:
     return crc32c(content, so_far)
 
 
-def describe(content: bytes) -> dict[str, Any]:
-    """Size in bytes and CRC-32C (8 hex digits) of a file's content."""
-    return {"bytes": len(content), CHECKSUM: f"{checksum(content):08x}"}
+class FileDigest:
+    """Size and XXH3 (64 bits) of a file, as it is written or read.
+
+    Not CRC-32C: a shard's chunks are each followed by their own, and the CRC-32C of the whole is then the same
+    whatever they hold.
+    """
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self._hash = xxh3_64()
+
+    def update(self, content: bytes | memoryview) -> None:
+        self.num_bytes += len(content)
+        self._hash.update(content)
+
+    def describe(self) -> dict[str, Any]:
+        """What a record says of the file."""
+        return {"bytes": self.num_bytes, "xxh3": self._hash.hexdigest()}
+
+
+def describe(content: bytes | memoryview) -> dict[str, Any]:
+    """What a record says of a file with this content."""
+    digest = FileDigest()
+    digest.update(content)
+    return digest.describe()
 
 
 def dump_record(record: dict[str, Any]) -> bytes:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .codecs import CHANNEL_SCALE, HIDDEN
-from .drafts import drafts_root, list_drafts
+from .drafts import drafts_root, list_drafts, part_of
 from .index import INDEX, SNAPSHOT, SequenceIndex, part_index_file, read_part_index
 from .manifest import CacheManifest
 from .part import commit_file, committed_parts, part_folder, read_commit
@@ -113,7 +113,9 @@ def _put_aside(storage: Storage, name: str) -> None:
 def _remove_drafts(storage: Storage, found: VerifyReport, bad: list[str], report: RepairReport) -> None:
     """Removes damaged first drafts, and those of parts that are no more."""
     damaged = {(p.drafts, p.drafts_part) for p in found.problems if p.drafts is not None}
-    damaged |= {(fingerprint, name) for fingerprint in list_drafts(storage) for name in bad}
+    for fingerprint in list_drafts(storage):
+        names = committed_parts(storage, drafts_root(fingerprint))
+        damaged |= {(fingerprint, name) for name in names if part_of(name) in bad}
     for fingerprint, name in sorted(damaged, key=str):
         assert fingerprint is not None
         root = drafts_root(fingerprint)

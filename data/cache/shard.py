@@ -16,7 +16,7 @@ import numpy as np
 from numcodecs import Blosc
 
 from ..errors import CacheCorruptError
-from .records import checksum
+from .records import FileDigest, checksum
 from .storage import FolderWriter
 
 CRC_BYTES = 4
@@ -101,9 +101,7 @@ class ShardWriter:
     def __init__(self, folder: FolderWriter, spec: ArraySpec):
         self.spec = spec
         self.num_rows = 0
-        self.num_bytes = 0
-        self.crc = 0
-        """CRC-32C of the file so far."""
+        self.digest = FileDigest()
         self._folder = folder
         self._compressor = None if spec.compression is None else spec.compression.compressor()
         self._ends: list[int] = []
@@ -130,7 +128,7 @@ class ShardWriter:
             over_chunks = checksum(crc, over_chunks)
             self._write(content)
             self._write(crc)
-            self._ends.append(self.num_bytes)
+            self._ends.append(self.digest.num_bytes)
             self.num_rows += spec.chunk_tokens
         return over_chunks
 
@@ -153,8 +151,7 @@ class ShardWriter:
 
     def _write(self, content: memoryview | bytes) -> None:
         self._file.write(content)
-        self.crc = checksum(content, self.crc)
-        self.num_bytes += len(content)
+        self.digest.update(content)
 
 
 def parse_footer(footer: bytes, place: str) -> np.ndarray:
@@ -177,10 +174,10 @@ def decode_whole(content: bytes, spec: ArraySpec, place: str) -> np.ndarray:
         CacheCorruptError: it is too short or too long, or a checksum does not hold.
     """
     stride = spec.chunk_bytes + CRC_BYTES
-    num_chunks, rest = divmod(len(content) - CRC_BYTES, stride + INDEX_ENTRY_BYTES)
-    if rest:
-        raise CacheCorruptError(f"{place}: {len(content)} bytes are no whole number of chunks. {WHAT_TO_DO}")
-    parse_footer(content[num_chunks * stride :], place)
+    num_chunks = (len(content) - CRC_BYTES) // (stride + INDEX_ENTRY_BYTES)
+    index = parse_footer(content[max(0, num_chunks) * stride :], place)
+    if not np.array_equal(index, [(i * stride, stride) for i in range(num_chunks)]):
+        raise CacheCorruptError(f"{place}: its chunk index does not fit its {len(content)} bytes. {WHAT_TO_DO}")
     chunks = np.frombuffer(content, np.uint8, num_chunks * stride).reshape(num_chunks, stride)
     crcs = chunks[:, spec.chunk_bytes :].copy().view("<u4")[:, 0]
     values = chunks[:, : spec.chunk_bytes].copy()

@@ -17,6 +17,8 @@ from .files import fsync_folder, fsync_tree, require_folder, write_bytes_durably
 from .locks import LOCK, FolderLock, is_alive
 
 ASIDE = ".writing-"
+REQUESTS_AT_ONCE = 16
+"""Requests side by side, where a store answers many at once."""
 
 
 class RandomAccessFile(Protocol):
@@ -82,6 +84,10 @@ class Storage(Protocol):
         ...
 
     def read(self, name: str) -> bytes: ...
+
+    def read_all(self, names: Sequence[str]) -> list[bytes]:
+        """Several whole files, side by side where each is a request."""
+        ...
 
     def open(self, name: str) -> RandomAccessFile: ...
 
@@ -203,6 +209,9 @@ class LocalStorage:
 
     def read(self, name: str) -> bytes:
         return (self.root / name).read_bytes()
+
+    def read_all(self, names: Sequence[str]) -> list[bytes]:
+        return [self.read(name) for name in names]
 
     def open(self, name: str) -> LocalFile:
         return LocalFile(self.root / name)

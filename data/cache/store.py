@@ -29,12 +29,11 @@ from .manifest import CacheManifest
 from .part import PARTS, OpenPart, committed_parts, open_part, read_commit, remove_uncommitted
 from .reader import CachedSequence, CachedTokens, Slot, read_sequence, read_tokens
 from .shard import WHAT_TO_DO, ArraySpec
-from .storage import Storage, open_storage
+from .storage import REQUESTS_AT_ONCE, Storage, open_storage
 from .target_files import target_folder
 
 CHUNK_TOKENS = 64
-OPEN_PARTS = 64
-REQUESTS_AT_ONCE = 16
+OPEN_PARTS = 256
 TOKEN_ARRAYS = {"token_ids": "int32", "target_argmax": "int32", "loss_mask": "uint8"}
 
 
@@ -70,6 +69,7 @@ class Cache:
         self.rows = self.all_rows.without_repetitions()
         self._open_parts: OrderedDict[str, OpenPart] = OrderedDict()
         self._verified: set[str] = set()
+        self._opening: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
 
     @classmethod
@@ -168,21 +168,24 @@ class Cache:
     def open_part(self, name: str, verify: bool) -> OpenPart:
         """A part, opened once for many sequences; verified at the first time that `verify` asks for it."""
         with self._lock:
-            if name in self._open_parts and (not verify or name in self._verified):
-                self._open_parts.move_to_end(name)
-                return self._open_parts[name]
-            must_verify = verify and name not in self._verified
-        ranged = [self.specs[HIDDEN]]
-        resident = [spec for spec in self.specs.values() if spec.name != HIDDEN]
-        if self.codec.needs_channel_scale:
-            resident.append(channel_scale_spec(self.manifest))
-        part = open_part(self.storage, "", name, ranged, resident, must_verify)
-        with self._lock:
-            self._open_parts[name] = part
-            self._verified |= {name} if must_verify else set()
-            while len(self._open_parts) > OPEN_PARTS:
-                self._open_parts.popitem(last=False)
-        return part
+            opening = self._opening.setdefault(name, threading.Lock())
+        with opening:  # so that threads that need the same part open it once
+            with self._lock:
+                must_verify = verify and name not in self._verified
+                if name in self._open_parts and not must_verify:
+                    self._open_parts.move_to_end(name)
+                    return self._open_parts[name]
+            ranged = [self.specs[HIDDEN]]
+            resident = [spec for spec in self.specs.values() if spec.name != HIDDEN]
+            if self.codec.needs_channel_scale:
+                resident.append(channel_scale_spec(self.manifest))
+            part = open_part(self.storage, "", name, ranged, resident, must_verify)
+            with self._lock:
+                self._open_parts[name] = part
+                self._verified |= {name} if must_verify else set()
+                while len(self._open_parts) > OPEN_PARTS:
+                    self._open_parts.popitem(last=False)
+            return part
 
     def rows_of_part(self, name: str) -> SequenceIndex:
         """The sequences of a part in the order of its arrays."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import CacheCorruptError
 from .part import reporting_full_disk
-from .records import CHECKSUM, checksum, dump_record, parse_record
+from .records import FileDigest, dump_record, parse_record
 from .storage import LocalStorage, Storage
 
 TARGET, RECORD_NAME = "target", "target.json"
@@ -30,13 +30,13 @@ def store_target_files(storage: Storage, folder: Path) -> None:
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             name = path.relative_to(folder).as_posix()
             target = writer.open(name)
-            size, crc = 0, 0
+            digest = FileDigest()
             with open(path, "rb") as source:
                 while block := source.read(BLOCK_BYTES):
                     target.write(block)
-                    size, crc = size + len(block), checksum(block, crc)
+                    digest.update(block)
             target.close()
-            files[f"{TARGET}/{name}"] = {"bytes": size, CHECKSUM: f"{crc:08x}"}
+            files[f"{TARGET}/{name}"] = digest.describe()
         writer.publish()
     except BaseException:
         writer.abandon()
@@ -58,8 +58,11 @@ def read_target_record(storage: Storage) -> dict[str, Any]:
         raise CacheCorruptError(f"expected the target's pieces in {storage.place}, found none. {WHAT_TO_DO}") from None
 
 
-def target_folder(storage: Storage) -> Path:
+def target_folder(storage: Storage, without: str | None = None) -> Path:
     """A local folder with the target's pieces, every file verified; a bucket's are downloaded once.
+
+    Args:
+        without: name of a file that is not needed, such as a large one.
 
     Raises:
         CacheCorruptError: a file is missing, or not what was written.
@@ -73,7 +76,7 @@ def target_folder(storage: Storage) -> Path:
         local = user_cache / "vpd" / hashlib.sha256(dump_record(files)).hexdigest()[:16]
     for name, described in files.items():
         path = local / name
-        if describe_file(path) == described:
+        if name == f"{TARGET}/{without}" or describe_file(path) == described:
             continue
         if not isinstance(storage, LocalStorage):
             try:
@@ -86,14 +89,14 @@ def target_folder(storage: Storage) -> Path:
 
 
 def describe_file(path: Path) -> dict[str, Any] | None:
-    """Size in bytes and CRC-32C of a file; None if there is none."""
+    """What a record would say of a file; None if there is none."""
     if not path.is_file():
         return None
-    size, crc = 0, 0
+    digest = FileDigest()
     with open(path, "rb") as file:
         while block := file.read(BLOCK_BYTES):
-            size, crc = size + len(block), checksum(block, crc)
-    return {"bytes": size, CHECKSUM: f"{crc:08x}"}
+            digest.update(block)
+    return digest.describe()
 
 
 def download(storage: Storage, name: str, path: Path, size: int) -> None:

@@ -6,14 +6,17 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from ..errors import FingerprintMismatchError
 from .codecs import CHANNEL_SCALE, CodecName, whitened_cosine
-from .drafts import ACCEPT_LEN, NOT_DRAFTED, PROBS, TOKENS, FirstDrafts, list_drafts, read_facts
+from .drafts import ACCEPT_LEN, NOT_DRAFTED, PROBS, TOKENS, FirstDrafts, list_drafts
 from .index import SequenceIndex, SequenceRow
-from .part import PartWriter
+from .manifest import ORIGIN
+from .part import PartWriter, read_commit
 from .reader import CachedSequence, Request, read_ahead
 from .storage import Storage
 from .store import Cache
@@ -21,6 +24,10 @@ from .target_files import RECORD_NAME, store_target_files, target_folder
 from .writer import StatePartWriter, StateWriter, renew_snapshot
 
 WORST_SHARE = 0.001
+OF_THE_PART = ("part", "files", "num_rows", "num_sequences", "num_tokens", "copied_from", "kept_of")
+"""What a commit record says of the part itself; the rest is how the states were made."""
+SequenceKey = tuple[str, str]
+"""`seq_id` and `content_hash`: two machines can give one prompt different answers."""
 
 
 @dataclass(slots=True)
@@ -33,17 +40,19 @@ class TransferReport:
     num_same_content: int = 0
     """Sequences left out because others have the same tokens and mask."""
     num_drafts_parts: int = 0
-    cosines: list[float] = field(default_factory=list)
+    num_drafts_missing: int = 0
+    """Parts that still lack the first drafts of a drafter that the sources have drafts of."""
+    cosines: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
     """Whitened cosine between the states before and after, of every token and layer of some sequences."""
 
     @property
-    def cosine_mean(self) -> float:
-        return float(np.mean(self.cosines))
+    def cosine_mean(self) -> float | None:
+        return float(np.mean(self.cosines)) if len(self.cosines) else None
 
     @property
-    def cosine_worst(self) -> float:
+    def cosine_worst(self) -> float | None:
         """What all but one in a thousand exceed."""
-        return float(np.quantile(self.cosines, WORST_SHARE))
+        return float(np.quantile(self.cosines, WORST_SHARE)) if len(self.cosines) else None
 
 
 def recode(
@@ -58,31 +67,32 @@ def recode(
 
     Args:
         num_measured: sequences whose states are compared before and after.
+        on_sequence: called with the number of tokens copied: 0 for a sequence that is there.
 
     Raises:
         FingerprintMismatchError: the place holds a cache of another origin, or with another codec.
     """
     target = Cache.create_or_open(place, source.manifest.model_copy(update={"codec": codec}))
-    _copy_target(source.storage, target.storage)
+    copy_target(source.storage, target.storage)
     report = TransferReport()
     present = set(target.rows.strings("seq_id"))
     missing = [i for i, seq_id in enumerate(source.rows.strings("seq_id")) if seq_id not in present]
-    report.num_present = len(source.rows) - len(missing)
-    writer = StateWriter(target, part_bytes, {"recoded_from": source.manifest.codec})
+    for _ in range(len(source) - len(missing)):
+        report.num_present += 1
+        on_sequence(0)
+    facts = {"recoded_from": source.manifest.codec, "made_by": _distinct_facts(source)}
+    writer = StateWriter(target, part_bytes, facts)
     try:
         with closing(read_ahead(source, map(Request, source.rows.take(missing)))) as sequences:
             for sequence in sequences:
-                _append(writer, sequence)
+                append_sequence(writer, sequence)
                 report.num_copied += 1
                 on_sequence(sequence.row.num_tokens)
     finally:
         writer.finish()
     recoded = Cache.open(target.storage)
-    places = {seq_id: i for i, seq_id in enumerate(source.rows.strings("seq_id"))}
-    for row in recoded.rows[:num_measured]:
-        original = source.read(source.rows[places[row.seq_id]])
-        report.cosines += whitened_cosine(original.hidden_TKH, recoded.read(row).hidden_TKH).flatten().tolist()
-    report.num_drafts_parts = copy_drafts([source], recoded)
+    report.cosines = _compare(source, recoded, num_measured)
+    report.num_drafts_parts, report.num_drafts_missing = copy_drafts([source], recoded)
     return report
 
 
@@ -93,15 +103,19 @@ def merge(
 ) -> TransferReport:
     """Joins caches of one origin, made on several machines: part by part, the stored bytes as they are.
 
-    A sequence is taken from the first cache that has it; so is one of several with the same tokens and mask.
+    A sequence is taken from the first cache that has it; so is one of several with the same tokens and mask. What the
+    place holds already comes first.
+
+    Args:
+        on_sequence: called with the number of tokens copied: 0 for a sequence that is left out.
 
     Raises:
         FingerprintMismatchError: the caches, or what is at the place, are of different origins.
     """
     for source in sources[1:]:
-        sources[0].manifest.check_same_origin(source.manifest, source.place)
+        _check_same_origin(sources[0], source)
     target = Cache.create_or_open(place, sources[0].manifest)
-    _copy_target(sources[0].storage, target.storage)
+    copy_target(sources[0].storage, target.storage)
     report = TransferReport()
     seq_ids, contents = set(target.rows.strings("seq_id")), set(target.rows.strings("content_hash"))
     for source in sources:
@@ -116,12 +130,13 @@ def merge(
                     kept.append(row)
                     seq_ids.add(row.seq_id)
                     contents.add(row.content_hash)
+                    continue
+                on_sequence(0)
             if kept:
                 copy_part(source, name, kept, target, on_sequence)
                 report.num_copied += len(kept)
     renew_snapshot(target.storage, target.manifest, lag=0)
-    merged = Cache.open(target.storage)
-    report.num_drafts_parts = copy_drafts(sources, merged)
+    report.num_drafts_parts, report.num_drafts_missing = copy_drafts(sources, Cache.open(target.storage))
     return report
 
 
@@ -144,37 +159,50 @@ def copy_part(
     except BaseException:
         writer.abandon()
         raise
-    writer.commit({"copied_from": name})
+    writer.commit({**_facts(read_commit(source.storage, "", name)), "copied_from": name})
 
 
-def copy_drafts(sources: Sequence[Cache], target: Cache) -> int:
-    """Copies first drafts to the target's parts all of whose sequences have them; returns the number of parts."""
-    num_copied = 0
+def copy_drafts(sources: Sequence[Cache], target: Cache) -> tuple[int, int]:
+    """Copies first drafts to the target's parts all of whose sequences have them.
+
+    Returns:
+        The number of parts that got first drafts, and of those that still lack a drafter's.
+    """
+    num_copied = num_missing = 0
     for fingerprint in sorted({name for source in sources for name in list_drafts(source.storage)}):
         drafted = [
             FirstDrafts.open(source, fingerprint) for source in sources if fingerprint in list_drafts(source.storage)
         ]
-        facts = read_facts(drafted[0].cache.storage, fingerprint)
-        where = {
-            row.seq_id: (drafts, row) for drafts in drafted for row in drafts.cache.rows if row.part in drafts.parts
-        }
-        copies = FirstDrafts.create_or_open(target, fingerprint, facts)
+        copies = FirstDrafts.create_or_open(target, fingerprint, drafted[0].facts)
+        where: dict[SequenceKey, tuple[FirstDrafts, int]] = {}
+        for drafts in reversed(drafted):  # so that the first counts
+            if _how_drafted(drafts) == _how_drafted(copies):
+                where |= _drafted_sequences(drafts)
         for name in copies.missing_parts():
             rows = target.rows_of_part(name)
-            if all(row.seq_id in where for row in rows):
+            if all(key in where for key in _keys(rows)):
                 _copy_drafts_part(copies.writer(name), rows, where)
                 num_copied += 1
-    return num_copied
+            else:
+                num_missing += 1
+    return num_copied, num_missing
+
+
+def _drafted_sequences(drafts: FirstDrafts) -> dict[SequenceKey, tuple[FirstDrafts, int]]:
+    """The sequences that have first drafts, by their number among the cache's rows."""
+    rows = drafts.cache.rows
+    parts = rows.strings("part")
+    return {key: (drafts, i) for i, key in enumerate(_keys(rows)) if parts[i] in drafts.parts}
 
 
 def _copy_drafts_part(
-    writer: PartWriter, rows: SequenceIndex, where: dict[str, tuple[FirstDrafts, SequenceRow]]
+    writer: PartWriter, rows: SequenceIndex, where: dict[SequenceKey, tuple[FirstDrafts, int]]
 ) -> None:
     num_anchors = 0
     try:
-        for row in rows:
-            drafts, original = where[row.seq_id]
-            found = drafts.read(original)
+        for key in _keys(rows):
+            drafts, i = where[key]
+            found = drafts.read(drafts.cache.rows[i])
             arrays = {ACCEPT_LEN: found.accept_len_T, TOKENS: found.tokens_TGA, PROBS: found.probs_TGA}
             writer.append({name: values.numpy() for name, values in arrays.items()})
             num_anchors += int((found.accept_len_T != NOT_DRAFTED).sum())
@@ -184,7 +212,55 @@ def _copy_drafts_part(
     writer.commit({"num_anchors": num_anchors})
 
 
-def _append(writer: StateWriter, sequence: CachedSequence) -> None:
+def _how_drafted(drafts: FirstDrafts) -> dict[str, Any]:
+    """What must agree for first drafts of one drafter to be mixed: all but the name of its folder."""
+    return {name: value for name, value in drafts.facts.items() if name != "name"}
+
+
+def _keys(rows: SequenceIndex) -> list[SequenceKey]:
+    return list(zip(rows.strings("seq_id"), rows.strings("content_hash"), strict=True))
+
+
+def _check_same_origin(first: Cache, other: Cache) -> None:
+    """
+    Raises:
+        FingerprintMismatchError: names each field that differs.
+    """
+    one, two = first.manifest.model_dump(), other.manifest.model_dump()
+    different = [f"{name}: {one[name]} and {two[name]}" for name in ORIGIN if one[name] != two[name]]
+    if different:
+        raise FingerprintMismatchError(
+            f"expected caches of one origin, found that {first.place} and {other.place} differ in "
+            f"{'; '.join(different)}. Leave one out; if the codec alone differs, vpd recode makes them alike."
+        )
+
+
+def _facts(commit: dict[str, Any]) -> dict[str, Any]:
+    """How the states of a part were made."""
+    return {name: value for name, value in commit.items() if name not in OF_THE_PART}
+
+
+def _distinct_facts(cache: Cache) -> list[dict[str, Any]]:
+    """How the states of a cache's parts were made, each way once."""
+    distinct: list[dict[str, Any]] = []
+    for commit in cache.commits().values():
+        if _facts(commit) not in distinct:
+            distinct.append(_facts(commit))
+    return distinct
+
+
+def _compare(source: Cache, recoded: Cache, num_measured: int) -> np.ndarray:
+    """Whitened cosines, flat, between the states of some sequences that both caches have."""
+    places = {key: i for i, key in enumerate(_keys(source.rows))}
+    common = [(i, places[key]) for i, key in enumerate(_keys(recoded.rows)) if key in places]
+    cosines = [np.empty(0, np.float32)]
+    for i, original in common[:num_measured]:
+        before, after = source.read(source.rows[original]), recoded.read(recoded.rows[i])
+        cosines.append(whitened_cosine(before.hidden_TKH, after.hidden_TKH).flatten().numpy())
+    return np.concatenate(cosines)
+
+
+def append_sequence(writer: StateWriter, sequence: CachedSequence) -> None:
     row = sequence.row
     token_ids, argmax, mask = (array.tolist() for array in _token_arrays(sequence))
     writer.append(
@@ -208,7 +284,7 @@ def _token_arrays(sequence: CachedSequence) -> tuple[np.ndarray, np.ndarray, np.
     return tuple(array.to(torch.int32).numpy() for array in arrays)  # pyright: ignore[reportReturnType]
 
 
-def _copy_target(source: Storage, target: Storage) -> None:
+def copy_target(source: Storage, target: Storage) -> None:
     """Copies the target's pieces, unless they are there."""
     if not target.exists(RECORD_NAME):
         store_target_files(target, target_folder(source))

@@ -12,7 +12,7 @@ import torch
 
 from ..errors import CacheCorruptError, CacheNotFoundError, VpdError
 from .codecs import CHANNEL_SCALE, HIDDEN, Codec
-from .drafts import draft_specs, drafts_root, list_drafts, read_facts
+from .drafts import draft_specs, drafts_root, list_drafts, part_of, read_facts
 from .index import (
     SequenceIndex,
     SequenceRow,
@@ -335,7 +335,7 @@ def verify_drafts(
         names, pool.map(lambda name: _verify_drafts_part(storage, root, name, list(specs.values())), names), strict=True
     ):
         problems += [Problem(what, drafts=fingerprint, drafts_part=name) for what in found]
-        if name not in parts:
+        if part_of(name) not in parts:
             what = f"{storage.place}/{root}: first drafts of {name}, which is no part of the cache"
             problems.append(Problem(what, drafts=fingerprint, drafts_part=name))
         on_part(num_bytes)

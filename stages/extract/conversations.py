@@ -14,6 +14,9 @@ from ...data.errors import PromptError
 from ...data.prompts import Message, PromptRecord
 from .engine import Completion, EngineRequest
 
+STAND_IN = "."
+"""In place of an answer that is not there yet; some templates refuse an empty one."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinishedSequence:
@@ -45,7 +48,7 @@ class Conversation(Protocol):
     def first_request(self) -> EngineRequest: ...
 
     def expected_len(self, first: EngineRequest, response_tokens: float | None) -> float:
-        """Tokens of the sequence, given its first request and the mean length of an answer; None = the longest."""
+        """Tokens T of the sequence, given its first request and the length of an answer; None = the longest."""
         ...
 
     def advance(self, completion: Completion) -> EngineRequest | FinishedSequence: ...
@@ -118,9 +121,17 @@ class GeneratedConversation:
 
     def expected_len(self, first: EngineRequest, response_tokens: float | None) -> float:
         answer = self._max_new_tokens if response_tokens is None else min(response_tokens, self._max_new_tokens)
-        later = "\n".join(message.content for turn in self._turns for message in turn)
-        num_later = len(self._tokenizer(later, add_special_tokens=False)["input_ids"]) if later else 0
-        return min(len(first.prompt_ids) + num_later + answer * (1 + len(self._turns)), self._max_len)
+        # From the record, as `advance` uses up the turns.
+        turns = split_turns(self.record)
+        num_given = len(first.prompt_ids)
+        if len(turns) > 1:
+            messages = [message for turn in turns for message in (Message("assistant", STAND_IN), *turn)][1:]
+            try:
+                num_given = len(self._chat.prompt_ids(messages))
+            except PromptError:  # whether real answers fare better, the extraction will tell
+                return self._max_len
+        num_answers = max(1, len(turns))
+        return min(num_given + num_answers * answer - 1, self._max_len)
 
     def advance(self, completion: Completion) -> EngineRequest | FinishedSequence:
         if self._turns:

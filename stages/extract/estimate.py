@@ -13,19 +13,19 @@ from typing import get_args
 
 import numpy as np
 
-from ...data.cache.codecs import HIDDEN, Codec, CodecName, measure_channels
+from ...data.cache.codecs import Codec, CodecName
 from ...data.cache.manifest import CacheManifest
-from ...data.cache.shard import CRC_BYTES, INDEX_ENTRY_BYTES, ArraySpec
+from ...data.cache.shard import CRC_BYTES, INDEX_ENTRY_BYTES
 from ...data.cache.storage import LocalStorage, Storage
-from ...data.cache.store import TOKEN_ARRAYS, Cache
-from ...data.errors import StorageError
+from ...data.cache.store import Cache, state_specs
+from ...data.errors import ExtractionError, StorageError
 from ..config import ExtractConfig
 from .conversations import Conversation
 from .engine import Engine, EngineRequest
 from .run import ExtractPlan, ExtractReport, extract
 
-USUAL_SHARES: dict[str, float] = {"raw": 1.0, "lossless": 0.72, "round4": 0.53, "round3": 0.47, "fp8": 1.0, "int4": 1.0}
-"""Bytes after compression, as a share of those before; what real models' states compress to."""
+USUAL_SHARES: dict[str, float] = {"lossless": 0.72, "round4": 0.53, "round3": 0.47}
+"""Bytes after compression, as a share of those before, of the codecs that compress: what real models' states give."""
 INDEX_BYTES = 150
 """Bytes of a sequence in the index."""
 CODECS: tuple[CodecName, ...] = get_args(CodecName)
@@ -56,17 +56,20 @@ def cache_bytes(lengths: Lengths, manifest: CacheManifest, codec: CodecName, sha
     """Bytes of a cache with sequences of these lengths: chunks padded and checksummed, tokens and index included.
 
     Args:
-        share: bytes after compression as a share of those before; None = the usual.
+        share: bytes of the states after compression, as a share of those before; None = the usual.
     """
-    chunk_tokens = manifest.chunk_tokens
-    hidden = Codec(codec).spec(len(manifest.layer_ids), manifest.hidden_size, chunk_tokens)
-    arrays = [hidden, *(ArraySpec(name, (), dtype, chunk_tokens) for name, dtype in TOKEN_ARRAYS.items())]
-    shares = {HIDDEN: USUAL_SHARES[codec] if share is None else share}
-    overhead = CRC_BYTES + INDEX_ENTRY_BYTES
-    chunk_bytes = sum(spec.chunk_bytes * shares.get(spec.name, 1.0) + overhead for spec in arrays)
-    num_chunks = np.ceil(np.asarray(lengths.num_tokens) / chunk_tokens)
-    mean_chunks = float(num_chunks.mean()) if len(num_chunks) else 0.0
-    return round(lengths.num_sequences * (mean_chunks * chunk_bytes + INDEX_BYTES))
+    if not len(lengths.num_tokens):
+        return 0
+    num_chunks = np.asarray(lengths.num_tokens) / manifest.chunk_tokens
+    mean_filled, mean_chunks = float(num_chunks.mean()), float(np.ceil(num_chunks).mean())
+    mean_bytes: float = INDEX_BYTES
+    for spec in state_specs(manifest.model_copy(update={"codec": codec})).values():
+        if spec.compression is None:
+            mean_bytes += mean_chunks * spec.chunk_bytes
+        else:  # padding takes next to nothing
+            mean_bytes += mean_filled * spec.chunk_bytes * (USUAL_SHARES[codec] if share is None else share)
+        mean_bytes += mean_chunks * (CRC_BYTES + INDEX_ENTRY_BYTES)
+    return round(lengths.num_sequences * mean_bytes)
 
 
 def free_bytes(storage: Storage) -> int | None:
@@ -91,11 +94,12 @@ def check_space(storage: Storage, plan: ExtractPlan, manifest: CacheManifest, co
     needed = cache_bytes(lengths, manifest, config.codec)
     if needed > free:
         longest = config.mode == "generate" and config.response_tokens is None
-        how = f"if every answer takes all {config.max_new_tokens} tokens" if longest else "as expected"
+        how = f", if every answer takes all {config.max_new_tokens} tokens" if longest else ""
+        shorter = "give the mean length of an answer with --response-tokens, " if longest else ""
         raise StorageError(
-            f"expected {needed / 2**30:.2f} GiB of free space at {storage.place} for {len(plan.conversations)} "
-            f"sequences ({how}), found {free / 2**30:.2f} GiB. Make room, choose a smaller codec with --codec, "
-            "give the mean length of an answer with --response-tokens, or start all the same with --fill-disk."
+            f"expected {needed / 2**30:.3f} GiB of free space at {storage.place} for {len(plan.conversations)} "
+            f"sequences{how}, found {free / 2**30:.3f} GiB. Make room, choose a smaller codec with --codec, {shorter}"
+            "or start all the same with --fill-disk."
         )
 
 
@@ -122,7 +126,10 @@ def run_pilot(
     """Extracts the plan's sequences into a folder that is removed afterwards.
 
     Args:
-        near: folder beside which the temporary one is made.
+        near: folder in which the temporary one is made, or in the nearest one above that exists.
+
+    Raises:
+        ExtractionError: no record gave a sequence.
     """
     started: list[float] = []
 
@@ -135,13 +142,17 @@ def run_pilot(
         near = near.parent
     with tempfile.TemporaryDirectory(dir=near, prefix=".pilot-") as folder:
         cache = Cache.create_or_open(folder, manifest.model_copy(update={"codec": "raw"}))
-        extract(start_engine, cache, plan, config)
+        report = extract(start_engine, cache, plan, config)
         seconds = time.monotonic() - started[0]
-        cache = Cache.open(folder)
-        rows = list(cache.rows)
-        responses = [row.num_tokens + (row.final_token_id is not None) - row.prompt_len for row in rows]
+        cache = Cache.open(folder, allow_empty=True)
+        if not len(cache):
+            raise ExtractionError(
+                f"expected sequences of {len(plan.conversations)} records in a pilot, found none: "
+                f"{dict(report.skipped)}. Pilot more records with --pilot, or see what is wrong with these."
+            )
+        responses = [row.num_tokens + (row.final_token_id is not None) - row.prompt_len for row in cache.rows]
         return Pilot(
-            num_sequences=len(rows),
+            num_sequences=len(cache),
             num_tokens=cache.num_tokens,
             seconds=seconds,
             response_tokens=float(np.mean(responses)),
@@ -157,8 +168,7 @@ def measure_share(cache: Cache, codec: CodecName, num_sequences: int = 16) -> fl
     compressor = spec.compression.compressor()
     before = after = 0
     for row in cache.rows[:num_sequences]:
-        hidden_TKH = cache.read(row).hidden_TKH
-        stored = Codec(codec).encode(hidden_TKH, measure_channels(hidden_TKH))
+        stored = Codec(codec).encode(cache.read(row).hidden_TKH)
         for start in range(0, len(stored), spec.chunk_tokens):
             chunk = np.ascontiguousarray(stored[start : start + spec.chunk_tokens])
             before += chunk.nbytes
@@ -166,9 +176,8 @@ def measure_share(cache: Cache, codec: CodecName, num_sequences: int = 16) -> fl
     return after / before
 
 
-def choose_evenly(plan: ExtractPlan, number: int | None) -> ExtractPlan:
-    """A plan with that many of the conversations, evenly chosen."""
-    if number is None or number >= len(plan.conversations):
-        return plan
+def choose_evenly(plan: ExtractPlan, number: int) -> ExtractPlan:
+    """A plan with that many of the conversations, or all, evenly chosen."""
+    number = min(number, len(plan.conversations))
     chosen = np.linspace(0, len(plan.conversations) - 1, number).round().astype(int)
     return ExtractPlan([plan.conversations[i] for i in chosen], ExtractReport(), plan.prompt_set)

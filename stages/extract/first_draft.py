@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -83,10 +83,8 @@ def draft_cache(
         except BaseException:
             writer.abandon()
             raise
-        # What another process drafted meanwhile is as good.
-        with suppress(FileExistsError):
-            writer.commit({"num_anchors": num_anchors})
-        drafts.parts.add(part)
+        writer.commit({"num_anchors": num_anchors})
+        drafts.parts[part] = writer.name
     return drafts
 
 

@@ -7,6 +7,7 @@ import json
 import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,8 @@ def copy_pieces(target: Target, storage: Storage) -> None:
         if (target.folder / "generation_config.json").is_file():
             shutil.copy(target.folder / "generation_config.json", folder)
         save_file(read_pieces(target), folder / PIECES)
-        store_target_files(storage, folder)
+        with suppress(FileExistsError):  # another run has stored the same meanwhile
+            store_target_files(storage, folder)
 
 
 def read_pieces(target: Target) -> dict[str, torch.Tensor]:

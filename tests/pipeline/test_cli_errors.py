@@ -24,6 +24,9 @@ from tiny import (
     vpd,
     write_jsonl,
 )
+from vpd.data.cache.storage import LocalStorage
+from vpd.data.cache.store import Cache
+from vpd.data.cache.target_files import store_target_files
 
 ONE_STEP: dict[str, Any] = {**DRAFTER, **TRAIN, "max_steps": 1}
 ANSWERED = {"prompt": "name a dog", "response": "the lazy dog"}
@@ -93,7 +96,13 @@ class Wrong(NamedTuple):
 
 def empty_cache(place: Place) -> Path:
     """A cache whose run has not committed anything yet."""
-    folder = shutil.copytree(place.cache, place.folder / "empty")
+    Cache.create_or_open(place.folder / "empty", Cache.open(place.cache).manifest)
+    return place.folder / "empty"
+
+
+def without_commits(place: Place) -> Path:
+    """A cache that lost its commit records; its index knows that there were some."""
+    folder = shutil.copytree(place.cache, place.folder / "lost")
     shutil.rmtree(folder / "commits")
     return folder
 
@@ -171,9 +180,9 @@ WRONG = [
         ["target_fingerprint: the cache has", "this run has", "nothing was added", "another output folder"],
     ),
     Wrong(
-        "cache-of-other-prompts",
-        lambda place: place.extract(place.write(PROMPTS[0]), "cache"),
-        ["prompt_set: the cache has", "another output folder"],
+        "cache-of-another-codec",
+        lambda place: place.extract(place.prompts, "cache", codec="fp8"),
+        ["codec: the cache has raw, this run has fp8", "another output folder"],
     ),
     Wrong(
         "cache-of-other-settings",
@@ -251,12 +260,17 @@ WRONG = [
     Wrong(
         "broken-manifest",
         lambda place: place.train(broken_manifest(place), objective="dflash"),
-        ["dataset.json is not a manifest of schema version 1", "Restore the file"],
+        ["dataset.json is not a manifest of schema version 2", "checksum", "vpd verify"],
     ),
     Wrong(
         "nothing-committed",
         lambda place: place.train(empty_cache(place), objective="dflash"),
         ["expected committed sequences in", "found none", "vpd extract"],
+    ),
+    Wrong(
+        "commit-records-gone",
+        lambda place: place.train(without_commits(place), objective="dflash"),
+        ["the commit record of 1 committed part is gone", "vpd verify --repair"],
     ),
     Wrong(
         "everything-held-out",
@@ -339,11 +353,19 @@ def test_a_cache_without_the_target_s_pieces_is_named(place: Place):
     check_message(outcome, 1, [str(place.cache / "target"), "vpd extract"])
 
 
-def test_a_target_config_that_lacks_a_key_is_named(place: Place):
+def test_a_piece_of_the_target_that_was_changed_is_named(place: Place):
     path = place.cache / "target" / "config.json"
-    config = json.loads(path.read_text())
+    path.write_text(path.read_text().replace("128", "256"))
+    outcome = run_vpd(*place.train(place.cache, objective="dflash"))
+    check_message(outcome, 1, [str(path), "not what was written", "vpd extract"])
+
+
+def test_a_target_config_that_lacks_a_key_is_named(place: Place):
+    pieces = shutil.copytree(place.cache / "target", place.folder / "pieces")
+    config = json.loads((pieces / "config.json").read_text())
     del config["intermediate_size"]
-    path.write_text(json.dumps(config))
+    (pieces / "config.json").write_text(json.dumps(config))
+    store_target_files(LocalStorage(place.cache), pieces)
     outcome = run_vpd(*place.train(place.cache, objective="dflash"))
     check_message(outcome, 1, ["intermediate_size", "drafter.intermediate_size"])
     assert vpd(*place.train(place.cache, objective="dflash", intermediate_size=64, max_steps=1))["step"] == 1

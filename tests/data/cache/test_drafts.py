@@ -3,6 +3,7 @@
 # T tokens, G block size, A alternatives
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from tiny import Damage, fill_cache, make_manifest, make_sequence, same_bits, snapshot
+from tiny import Damage, chunk_bytes, fill_cache, make_manifest, make_sequence, same_bits, snapshot
 from vpd.data.cache.drafts import (
     NOT_DRAFTED,
     NUM_ALTERNATIVES,
@@ -19,6 +20,7 @@ from vpd.data.cache.drafts import (
     empty_drafts,
     list_drafts,
 )
+from vpd.data.cache.shard import ArraySpec
 from vpd.data.cache.store import CHUNK_TOKENS, Cache
 from vpd.data.errors import CacheCorruptError, CacheNotFoundError
 
@@ -31,7 +33,7 @@ ONE, OTHER = "abcd0001", "abff0002"
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("original") / "cache"
     sequences = [make_sequence(name, length, 2, 8) for name, length in LENGTHS.items()]
-    assert len(fill_cache(folder, sequences, 3 * (CHUNK_TOKENS * 2 * 8 * 2 + 4))) == 2
+    assert len(fill_cache(folder, sequences, 3 * chunk_bytes(2, 8))) == 2
     return folder
 
 
@@ -41,10 +43,19 @@ def cache(original: Path, tmp_path: Path) -> Cache:
     return Cache.open(shutil.copytree(original, tmp_path / "cache"))
 
 
-def random_drafts(num_tokens: int, block_size: int, seed: int) -> dict[str, np.ndarray]:
+def folder_of(cache: Cache) -> Path:
+    return Path(cache.place)
+
+
+def drafts_folder(drafts: FirstDrafts, part: str) -> Path:
+    """The part of drafts that belongs to a part of states."""
+    return Path(drafts.place) / "parts" / f"{drafts.parts[part]}.zarr"
+
+
+def random_drafts(num_tokens: int, specs: Mapping[str, ArraySpec], seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
-    arrays = empty_drafts(num_tokens, block_size)
-    arrays["accept_len"][:] = rng.integers(block_size, size=num_tokens)
+    arrays = empty_drafts(num_tokens, specs)
+    arrays["accept_len"][:] = rng.integers(specs["tokens"].row_shape[0] + 1, size=num_tokens)
     arrays["tokens"][:] = rng.integers(50, size=arrays["tokens"].shape)
     arrays["probs"][:] = rng.random(arrays["probs"].shape)
     return arrays
@@ -57,8 +68,8 @@ def write_drafts(cache: Cache, fingerprint: str, block_size: int = 4, num_parts:
     for part in drafts.missing_parts()[:num_parts]:
         writer = drafts.writer(part)
         for row in cache.rows_of_part(part):
-            written[row.seq_id] = random_drafts(row.num_tokens, block_size, len(written) + block_size)
-            assert writer.append(written[row.seq_id]) == row.first_row
+            written[row.seq_id] = random_drafts(row.num_tokens, drafts.specs, len(written) + block_size)
+            assert writer.append(written[row.seq_id]).first_row == row.first_row
         writer.commit({})
     return written
 
@@ -68,6 +79,7 @@ def check_equal(drafts: FirstDrafts, written: dict[str, Any]) -> None:
     for seq_id, arrays in written.items():
         read = drafts.read(rows[seq_id])
         assert same_bits(read.accept_len_T, torch.from_numpy(arrays["accept_len"]))
+        assert same_bits(drafts.accept_lengths(rows[seq_id]), read.accept_len_T)
         assert same_bits(read.tokens_TGA, torch.from_numpy(arrays["tokens"]))
         assert same_bits(read.probs_TGA, torch.from_numpy(arrays["probs"]))
 
@@ -88,7 +100,7 @@ def test_zarr_reads_the_same_drafts(cache: Cache):
     write_drafts(cache, ONE)
     drafts = FirstDrafts.open(cache)
     for row in cache.rows:
-        group = zarr.open_group(drafts.root / "parts" / f"{row.part}.zarr", mode="r")
+        group = zarr.open_group(drafts_folder(drafts, row.part), mode="r")
         rows = slice(row.first_row, row.first_row + row.num_tokens)
         arrays = {name: torch.from_numpy(np.asarray(array[rows])) for name, array in group.arrays()}
         read = drafts.read(row)
@@ -98,25 +110,26 @@ def test_zarr_reads_the_same_drafts(cache: Cache):
 
 
 def test_drafts_leave_the_states_and_their_fingerprint_alone(cache: Cache):
-    before, fingerprint = snapshot(cache.folder), cache.fingerprint
+    before, fingerprint = snapshot(folder_of(cache)), cache.fingerprint
     write_drafts(cache, ONE)
-    after = snapshot(cache.folder)
+    after = snapshot(folder_of(cache))
     assert before.items() <= after.items()
     assert all(path.startswith(f"drafts/{ONE}/") for path in after.keys() - before.keys())
-    assert Cache.open(cache.folder).fingerprint == fingerprint
+    assert Cache.open(cache.place).fingerprint == fingerprint
 
 
 def test_drafters_lie_side_by_side(cache: Cache):
     written = {ONE: write_drafts(cache, ONE, 4), OTHER: write_drafts(cache, OTHER, 8)}
-    assert list_drafts(cache.folder) == [ONE, OTHER]
+    assert list_drafts(cache.storage) == [ONE, OTHER]
     for fingerprint, arrays in written.items():
         check_equal(FirstDrafts.open(cache, fingerprint), arrays)
 
 
 def test_nothing_is_drafted_until_it_is_written():
-    arrays = empty_drafts(3, 4)
+    specs = draft_specs(4, CHUNK_TOKENS)
+    arrays = empty_drafts(3, specs)
     assert {name: (array.shape, array.dtype) for name, array in arrays.items()} == {
-        name: ((3, *spec.row_shape), np.dtype(spec.dtype)) for name, spec in draft_specs(4).items()
+        name: ((3, *spec.row_shape), np.dtype(spec.dtype)) for name, spec in specs.items()
     }
     assert arrays["accept_len"].tolist() == [NOT_DRAFTED] * 3
 
@@ -143,7 +156,7 @@ def test_a_choice_that_is_not_one_is_refused(present: list[str], asked: str | No
         write_drafts(cache, fingerprint)
     with pytest.raises(CacheNotFoundError) as caught:
         FirstDrafts.open(cache, asked)
-    for word in (*words, str(cache.folder)):
+    for word in (*words, cache.place):
         assert word in str(caught.value)
 
 
@@ -159,15 +172,30 @@ def test_a_part_that_was_not_drafted_is_an_error_and_is_listed_as_missing(cache:
     check_equal(FirstDrafts.open(cache), written)
 
 
+def test_two_that_draft_a_part_at_once_leave_one_whole_draft(cache: Cache):
+    drafts = FirstDrafts.create_or_open(cache, ONE, FACTS)
+    part, *_ = drafts.missing_parts()
+    rows, written = list(cache.rows_of_part(part)), {}
+    writers = [drafts.writer(part) for _ in range(2)]
+    for seed, writer in enumerate(writers):
+        written[writer.name] = {row.seq_id: random_drafts(row.num_tokens, drafts.specs, seed) for row in rows}
+        for row in rows:
+            writer.append(written[writer.name][row.seq_id])
+    for writer in writers:
+        writer.commit({})
+        found = FirstDrafts.open(cache)
+        assert part not in found.missing_parts()
+        check_equal(found, written[found.parts[part]])
+
+
 def test_a_part_without_commit_record_is_not_drafted_and_removed(cache: Cache):
     write_drafts(cache, ONE)
-    root = cache.folder / "drafts" / ONE
-    part = cache.rows[0].part
-    (root / "commits" / f"{part}.json").unlink()
+    part, drafts = cache.rows[0].part, FirstDrafts.open(cache)
+    (Path(drafts.place) / "commits" / f"{drafts.parts[part]}.json").unlink()
     assert FirstDrafts.open(cache).missing_parts() == [part]
-    assert (root / "parts" / f"{part}.zarr").exists()
+    assert drafts_folder(drafts, part).exists()
     assert FirstDrafts.create_or_open(cache, ONE, FACTS).missing_parts() == [part]
-    assert not (root / "parts" / f"{part}.zarr").exists()
+    assert not drafts_folder(drafts, part).exists()
 
 
 def test_the_facts_of_the_first_run_stay(cache: Cache):
@@ -175,7 +203,7 @@ def test_the_facts_of_the_first_run_stay(cache: Cache):
     assert FirstDrafts.create_or_open(cache, ONE, FACTS).facts["stride"] == 3
 
 
-@pytest.mark.parametrize("name", list(draft_specs(4)))
+@pytest.mark.parametrize("name", list(draft_specs(4, CHUNK_TOKENS)))
 @pytest.mark.parametrize(
     "damage",
     [Damage("bits-flipped", 0.0), Damage("cut-short", 0.2, cut=True), Damage("missing", None)],
@@ -185,15 +213,50 @@ def test_damage_is_an_error_that_names_the_file(damage: Damage, name: str, cache
     write_drafts(cache, ONE)
     drafts = FirstDrafts.open(cache)
     row = cache.rows[0]
-    path = drafts.specs[name].shard_path(drafts.root / "parts" / f"{row.part}.zarr")
+    path = drafts_folder(drafts, row.part) / drafts.specs[name].shard_name
     damage.apply(path)
     with pytest.raises(CacheCorruptError, match=re.escape(str(path))):
         drafts.read(row)
     cache.read(row)
 
 
+RECORD_DAMAGE = [
+    Damage("first-bits-flipped", 0.0),
+    Damage("middle-bits-flipped", 0.5),
+    Damage("last-bits-flipped", 0.999),
+    Damage("cut-short", 0.5, cut=True),
+    Damage("missing", None),
+]
+
+
+@pytest.mark.parametrize("damage", RECORD_DAMAGE, ids=lambda damage: damage.id)
+def test_a_damaged_record_of_a_drafter_is_an_error_that_names_it(damage: Damage, cache: Cache):
+    write_drafts(cache, ONE)
+    path = folder_of(cache) / "drafts" / ONE / "drafter.json"
+    damage.apply(path)
+    with pytest.raises(CacheCorruptError, match=re.escape(str(path))):
+        FirstDrafts.open(cache)
+
+
+@pytest.mark.parametrize("damage", RECORD_DAMAGE, ids=lambda damage: damage.id)
+def test_a_damaged_commit_record_of_drafts_is_an_error_that_names_it(damage: Damage, cache: Cache):
+    write_drafts(cache, ONE)
+    row, drafts = cache.rows[0], FirstDrafts.open(cache)
+    path = Path(drafts.place) / "commits" / f"{drafts.parts[row.part]}.json"
+    damage.apply(path)
+    with pytest.raises(CacheCorruptError, match=re.escape(str(path))):
+        drafts.read(row)
+    cache.read(row)
+
+
+def test_the_facts_come_back_as_they_were(cache: Cache):
+    facts = FACTS | {"name": "runs/ü", "mask_token_id": 7}
+    assert FirstDrafts.create_or_open(cache, ONE, facts).facts == facts
+    assert FirstDrafts.open(cache).facts == facts
+
+
 def test_drafts_of_a_cache_that_grew_miss_the_new_part(cache: Cache):
     write_drafts(cache, ONE)
-    (part,) = fill_cache(cache.folder, [make_sequence("d", 5, 2, 8)])
+    (part,) = fill_cache(folder_of(cache), [make_sequence("d", 5, 2, 8)])
     assert make_manifest() == cache.manifest
-    assert FirstDrafts.open(Cache.open(cache.folder)).missing_parts() == [part]
+    assert FirstDrafts.open(Cache.open(cache.place)).missing_parts() == [part]

@@ -246,7 +246,6 @@ def make_manifest(**changes: Any) -> CacheManifest:
             "tokenizer_hash": "k",
             "template_hash": "c",
             "layer_ids": layer_ids,
-            "prompt_set": "p",
             "generation": {},
             "vllm_layer_ids": tuple(i + 1 for i in layer_ids),
             "target": "target",

@@ -29,7 +29,7 @@ def check_replay_equals_decoding(
     target = load_target(str(target_folder))
     decoder = LiveDecoder(
         target=AutoModelForCausalLM.from_pretrained(target_folder, dtype=torch.float32).eval(),
-        pieces=TargetPieces.load(cache_folder),
+        pieces=TargetPieces.load(cache.target_folder),
         first=load_drafter(find_drafter(first)),
         second=load_drafter(find_drafter(vp)),
         layer_ids=cache.manifest.layer_ids,

@@ -14,9 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from tiny import make_cached, make_manifest, make_row
 from torch import Tensor
-from vpd.data.cache.manifest import CacheManifest
-from vpd.data.cache.store import Cache, CachedSequence, SequenceRow, StateWriter
+from vpd.data.cache.index import SequenceRow
+from vpd.data.cache.reader import CachedSequence
+from vpd.data.cache.store import Cache
+from vpd.data.cache.target_files import store_target_files
+from vpd.data.cache.writer import StateWriter
 from vpd.data.errors import CacheNotFoundError, DrafterError
 from vpd.stages.config import EvalConfig
 from vpd.stages.drafter.checkpoint import load_drafter, save_drafter
@@ -50,23 +54,8 @@ def one_thread() -> Iterator[None]:
 
 def make_sequence(mask: list[bool], token_ids: list[int], argmax: list[int]) -> CachedSequence:
     """A sequence of which replay's bookkeeping reads tokens alone."""
-    row = SequenceRow(
-        seq_id="s",
-        source="",
-        source_row=0,
-        part="",
-        first_row=0,
-        num_tokens=len(argmax),
-        prompt_len=0,
-        num_supervised=sum(mask),
-        final_token_id=None,
-        finish_reason="stop",
-        hidden_offset=0,
-        hidden_length=0,
-    )
-    return CachedSequence(
-        row, torch.empty(0), torch.tensor(token_ids), torch.tensor(mask, dtype=torch.bool), torch.tensor(argmax)
-    )
+    row = make_row("s", len(argmax), num_supervised=sum(mask), finish_reason="stop")
+    return make_cached(row, torch.empty(0, K, H, dtype=torch.bfloat16), token_ids, mask, argmax)
 
 
 @settings(deadline=None, max_examples=100)
@@ -294,25 +283,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         "lm_head.weight": torch.randn(V, H, generator=generator),
         "norm.weight": torch.ones(H),
     }
-    manifest = CacheManifest(
-        target_fingerprint="t",
-        tokenizer_hash="k",
-        template_hash="c",
-        layer_ids=(0, 2),
-        prompt_set="p",
-        generation={},
-        vllm_layer_ids=(1, 3),
-        target="target",
-        num_target_layers=4,
-        hidden_size=H,
-        vocab_size=V,
-        chunk_tokens=64,
-        versions={},
-        rendered_sample="",
-    )
+    manifest = make_manifest(layer_ids=(0, 2), vllm_layer_ids=(1, 3), num_target_layers=4, hidden_size=H, vocab_size=V)
     empty = Cache.create_or_open(folder / "cache", manifest)
-    (folder / "cache/target").mkdir()
-    save_file(pieces, folder / "cache/target/pieces.safetensors")
+    (folder / "pieces").mkdir()
+    save_file(pieces, folder / "pieces/pieces.safetensors")
+    store_target_files(empty.storage, folder / "pieces")
     writer = StateWriter(empty, part_bytes=1 << 20, facts={})
 
     def add(seq_id: str, lengths: list[int], unseen_end: bool, greedy: Callable[[int], bool]) -> None:

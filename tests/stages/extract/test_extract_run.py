@@ -12,7 +12,8 @@ import torch
 from tiny import CHATML, END, EXTRACT, MULTI_TURN_ROW, NUM_LAYERS, PROMPTS, TEXT_ROW, render, snapshot, vpd, write_jsonl
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-from vpd.data.cache.store import Cache, CachedSequence
+from vpd.data.cache.reader import CachedSequence
+from vpd.data.cache.store import Cache
 from vpd.data.errors import ExtractionError, PromptError
 from vpd.data.prompts import read_prompts
 from vpd.stages.config import ExtractConfig
@@ -212,13 +213,13 @@ def test_the_manifest_says_what_the_cache_was_made_from(extracted: Extracted, ti
     assert manifest.vllm_layer_ids == tuple(range(1, NUM_LAYERS + 1))
     assert manifest.generation["mode"] == "generate"
     assert manifest.rendered_sample == render(tiny_tokenizer, {"role": "user", "content": PROMPTS[0]["prompt"]})
-    for record in Cache.open(extracted.folder).commits.values():
+    for record in Cache.open(extracted.folder).commits().values():
         assert (record["engine"]["name"], record["engine"]["dtype"]) == ("transformers", "float32")
 
 
 def test_bfloat16_is_what_the_target_computes_in_when_asked(tiny_llama: Path, four_prompts: Path, tmp_path: Path):
     run(tiny_llama, four_prompts, tmp_path / "cache", dtype="bfloat16")
-    (record,) = Cache.open(tmp_path / "cache").commits.values()
+    (record,) = Cache.open(tmp_path / "cache").commits().values()
     assert record["engine"]["dtype"] == "bfloat16"
 
 
@@ -458,6 +459,19 @@ def test_the_order_of_the_records_does_not_matter_to_a_run_that_goes_on(tiny_lla
     run(tiny_llama, write_jsonl(tmp_path / "one.jsonl", PROMPTS[:4]), tmp_path / "cache", max_new_tokens=4)
     other = write_jsonl(tmp_path / "other.jsonl", PROMPTS[3::-1])
     assert run(tiny_llama, other, tmp_path / "cache", wrap=no_engine, max_new_tokens=4).num_present == 4
+
+
+def test_other_prompts_are_added_to_what_is_there(tiny_llama: Path, tmp_path: Path):
+    files = [write_jsonl(tmp_path / f"{i}.jsonl", PROMPTS[2 * i : 2 * i + 3]) for i in range(2)]  # one is in both
+    run(tiny_llama, files[0], tmp_path / "cache", max_new_tokens=4)
+    before, fingerprint = tokens(tmp_path / "cache"), Cache.open(tmp_path / "cache").fingerprint
+    report = run(tiny_llama, files[1], tmp_path / "cache", max_new_tokens=4)
+    assert (report.num_present, report.num_written) == (1, 2)
+    after = tokens(tmp_path / "cache")
+    assert before.items() <= after.items()
+    assert len(after) == 5
+    assert Cache.open(tmp_path / "cache").fingerprint != fingerprint
+    assert run(tiny_llama, files[0], tmp_path / "cache", wrap=no_engine, max_new_tokens=4).num_present == 3
 
 
 SHORT: dict[str, Any] = {"max_new_tokens": 6, "max_in_flight": 1}

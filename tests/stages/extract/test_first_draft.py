@@ -7,7 +7,8 @@ import pytest
 import torch
 from tiny import EXTRACT, vpd
 from vpd.data.cache.drafts import NOT_DRAFTED, DraftedSequence, FirstDrafts
-from vpd.data.cache.store import Cache, CachedSequence
+from vpd.data.cache.reader import CachedSequence
+from vpd.data.cache.store import Cache
 from vpd.data.errors import DrafterError
 from vpd.stages.config import DraftConfig
 from vpd.stages.drafter.checkpoint import load_drafter
@@ -53,7 +54,7 @@ def check_drafts(sequence: CachedSequence, drafts: DraftedSequence, drafter: Dra
 def test_every_anchor_is_drafted_from_the_states_before_it(drafted_cache: Path, first_run: Path):
     cache = Cache.open(drafted_cache)
     drafts = FirstDrafts.open(cache)
-    drafter, pieces = load_drafter(find_drafter(first_run)), TargetPieces.load(drafted_cache)
+    drafter, pieces = load_drafter(find_drafter(first_run)), TargetPieces.load(cache.target_folder)
     count = sum(check_drafts(cache.read(row), drafts.read(row), drafter, pieces) for row in cache.rows)
     assert count > 100
 

@@ -1,6 +1,7 @@
 """The target's folder: its context layers, its pieces as transformers loads them, its fingerprint."""
 
 import json
+import re
 import shutil
 from fractions import Fraction
 from pathlib import Path
@@ -10,9 +11,11 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from tiny import END, HIDDEN, NUM_LAYERS, VOCAB, save_target
+from tiny import END, HIDDEN, NUM_LAYERS, VOCAB, Damage, save_target, snapshot
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-from vpd.data.errors import TargetError
+from vpd.data.cache.storage import LocalStorage
+from vpd.data.cache.target_files import target_folder
+from vpd.data.errors import CacheCorruptError, TargetError
 from vpd.stages.drafter.target_pieces import TargetPieces, load_tokenizer
 from vpd.stages.extract.target import check_layers, context_layers, copy_pieces, load_target, read_pieces
 
@@ -168,19 +171,56 @@ def test_weights_of_another_naming_are_refused(tiny_llama: Path, tmp_path: Path)
 
 
 def test_the_cache_holds_pieces_and_tokenizer(folder: Path, tmp_path: Path):
-    target, cache = load_target(str(folder)), tmp_path / "cache"
-    copy_pieces(target, cache)
+    target, storage = load_target(str(folder)), LocalStorage(tmp_path / "cache")
+    storage.root.mkdir()
+    copy_pieces(target, storage)
     expected = expected_pieces(folder)
     shutil.rmtree(folder)
-    pieces = TargetPieces.load(cache)
+    stored = target_folder(storage)
+    assert stored == storage.root / "target"
+    pieces = TargetPieces.load(stored)
     assert torch.equal(pieces.embed_VH, expected["embed_tokens.weight"])
-    assert torch.equal(load_file(cache / "target" / "pieces.safetensors")["norm.weight"], expected["norm.weight"])
+    assert torch.equal(load_file(stored / "pieces.safetensors")["norm.weight"], expected["norm.weight"])
     assert torch.equal(pieces.head_VH, expected.get("lm_head.weight", pieces.embed_VH))
     assert (pieces.head_VH is pieces.embed_VH) == ("lm_head.weight" not in expected)
     text = "the quick brown fox 你好<|im_end|>"
-    assert load_tokenizer(cache)(text)["input_ids"] == target.tokenizer(text)["input_ids"]
-    copy_pieces(target, cache)  # there already: the target's weights are not needed again
-    assert [path.name for path in cache.iterdir()] == ["target"]
+    assert load_tokenizer(stored)(text)["input_ids"] == target.tokenizer(text)["input_ids"]
+    before = snapshot(storage.root)
+    copy_pieces(target, storage)  # there already: the target's weights are not needed again
+    assert snapshot(storage.root) == before
+    assert {path.name for path in storage.root.iterdir()} == {"target", "target.json"}
+
+
+PIECE_FILES = ["pieces.safetensors", "config.json", "tokenizer.json", "generation_config.json"]
+
+
+@pytest.mark.parametrize("name", PIECE_FILES)
+@pytest.mark.parametrize(
+    "damage",
+    [Damage("bit-flipped", 0.5), Damage("cut-short", 0.9, cut=True), Damage("missing", None)],
+    ids=lambda damage: damage.id,
+)
+def test_a_damaged_piece_is_named_and_copied_anew(damage: Damage, name: str, tiny_llama: Path, tmp_path: Path):
+    target, storage = load_target(str(tiny_llama)), LocalStorage(tmp_path)
+    copy_pieces(target, storage)
+    before = snapshot(tmp_path)
+    damage.apply(tmp_path / "target" / name)
+    with pytest.raises(CacheCorruptError, match=rf"target/{re.escape(name)} is not what was written.*vpd extract"):
+        target_folder(storage)
+    copy_pieces(target, storage)
+    assert snapshot(tmp_path) == before
+
+
+def test_without_their_record_there_are_no_pieces(tiny_llama: Path, tmp_path: Path):
+    """As after a crash before the record was written."""
+    target, storage = load_target(str(tiny_llama)), LocalStorage(tmp_path)
+    copy_pieces(target, storage)
+    before = snapshot(tmp_path)
+    (tmp_path / "target.json").unlink()
+    with pytest.raises(CacheCorruptError, match=r"expected the target's pieces in .*found none.*vpd extract"):
+        target_folder(storage)
+    copy_pieces(target, storage)
+    assert snapshot(tmp_path) == before
 
 
 # Fingerprint

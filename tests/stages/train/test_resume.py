@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +11,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tiny import DRAFTER, TRAIN, Damage, run_vpd, snapshot, vpd
-from vpd.data.cache.store import Cache, StateWriter
+from vpd.data.cache.reader import CachedSequence
+from vpd.data.cache.store import Cache
+from vpd.data.cache.writer import StateWriter
 from vpd.data.errors import DrafterError
 from vpd.pipeline.config import load_config
 from vpd.stages.drafter.checkpoint import load_drafter
@@ -100,10 +103,10 @@ def test_an_interrupted_run_ends_as_an_unbroken_one(
     train(drafted_cache, tmp_path / "unbroken", **case.flags)
     original = Trainer.train_step
 
-    def interrupted(trainer: Trainer) -> StepResult | None:
+    def interrupted(trainer: Trainer, sequences: Iterator[CachedSequence]) -> StepResult | None:
         if trainer.step + 1 == stop_before:
             raise KeyboardInterrupt
-        return original(trainer)
+        return original(trainer, sequences)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", interrupted)
@@ -142,6 +145,14 @@ def test_what_computes_nothing_may_change(name: str, finished: Path, half: Path,
     assert [logged[step] for step in logged] == [metrics(finished)[step - 1] for step in logged]
     steps = [int(path.name[-7:]) for path in list_checkpoints(half)]
     assert steps == {"log_every": [3, 6], "save_every": [5, 6], "keep": [6]}[name]
+
+
+@pytest.mark.parametrize("verify", ["always", "never"])
+def test_how_the_cache_is_read_may_change(verify: str, finished: Path, half: Path, tiny_cache: Path):
+    settings = {"read.verify": verify, "read.num_threads": 3, "read.num_buffers": 2}
+    flags = [flag for name, value in settings.items() for flag in ("--set", f"{name}={value}")]
+    vpd("train", tiny_cache, "--out", half, *flags, **SETTINGS, **DFLASH)
+    check_same_run(finished, half)
 
 
 @pytest.mark.parametrize(

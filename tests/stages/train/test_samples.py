@@ -4,7 +4,6 @@
 import math
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple, cast
 
@@ -12,8 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vpd.data.cache.drafts import DraftedSequence, FirstDrafts
-from vpd.data.cache.store import Cache, CachedSequence, SequenceRow
+from tiny import make_cached, make_index, make_row
+from vpd.data.cache.drafts import FirstDrafts
+from vpd.data.cache.index import SequenceRow
+from vpd.data.cache.reader import CachedSequence
+from vpd.data.cache.store import Cache
 from vpd.data.errors import CacheNotFoundError
 from vpd.stages.config import TrainConfig
 from vpd.stages.train.samples import (
@@ -40,33 +42,34 @@ def make_sequence(turns: str, *, final_token: bool = False, seq_id: str = "s", s
     """A sequence; with `final_token` its last token is one that the target never saw."""
     mask = parse_mask(turns)
     T = len(mask) - final_token
-    row = SequenceRow(
-        seq_id=seq_id,
-        source="prompts.jsonl",
-        source_row=0,
-        part="part-0",
-        first_row=0,
-        num_tokens=T,
+    row = make_row(
+        seq_id,
+        T,
         prompt_len=turns.index("a") if "a" in turns else len(turns),
         num_supervised=sum(mask),
         final_token_id=TOKEN + T if final_token else None,
         finish_reason="stop" if final_token else "given",
-        hidden_offset=0,
-        hidden_length=0,
     )
-    return CachedSequence(
-        row=row,
-        hidden_TKH=torch.randn(T, 2, 3, generator=torch.Generator().manual_seed(seed)).bfloat16(),
-        token_ids_S=TOKEN + torch.arange(len(mask)),
-        loss_mask_S=torch.tensor(mask),
-        target_argmax_T=ARGMAX + 1 + torch.arange(T),
-    )
+    hidden_TKH = torch.randn(T, 2, 3, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    token_ids, argmax = ([base + p for p in range(count)] for base, count in ((TOKEN, len(mask)), (ARGMAX + 1, T)))
+    return make_cached(row, hidden_TKH, token_ids, mask, argmax)
 
 
 def make_drafts(accept_len_T: list[int]) -> FirstDrafts:
     """First drafts of which only the accept lengths are there."""
-    drafted = DraftedSequence(torch.tensor(accept_len_T, dtype=torch.uint8), torch.empty(0), torch.empty(0))
-    return cast(FirstDrafts, SimpleNamespace(read=lambda row: drafted))
+    found = torch.tensor(accept_len_T, dtype=torch.uint8)
+    return cast(FirstDrafts, SimpleNamespace(accept_lengths=lambda row: found))
+
+
+def make_cache(sequences: list[CachedSequence]) -> Cache:
+    """A cache that has these sequences in memory."""
+    by_id = {sequence.row.seq_id: sequence for sequence in sequences}
+    rows = make_index(sequence.row for sequence in sequences)
+
+    def read(row: SequenceRow) -> CachedSequence:
+        return by_id[row.seq_id]
+
+    return cast(Cache, SimpleNamespace(rows=rows, place="cache", read=read, read_tokens=read))
 
 
 def make_config(**settings: Any) -> TrainConfig:
@@ -106,16 +109,14 @@ def test_the_split_never_changes():
 def test_rows_are_split_without_overlap_and_need_two_supervised_tokens():
     sequences = [make_sequence(turns, seq_id=f"{turns}{i}") for i in range(60) for turns in ("..aa", "...a", "....")]
     rows = [sequence.row for sequence in sequences]
-    cache = cast(Cache, SimpleNamespace(rows=rows, folder=Path("cache")))
-    training, held_out = split_rows(cache, 0.3)
-    assert held_out == [row for row in rows if is_held_out(row.seq_id, 0.3)]
-    assert training == [row for row in rows if not is_held_out(row.seq_id, 0.3) and row.seq_id.startswith("..aa")]
+    training, held_out = split_rows(make_cache(sequences), 0.3)
+    assert list(held_out) == [row for row in rows if is_held_out(row.seq_id, 0.3)]
+    assert list(training) == [row for row in rows if not is_held_out(row.seq_id, 0.3) and row.seq_id.startswith("..aa")]
     assert 0 < len(held_out) < 180
 
 
 def test_a_cache_with_nothing_to_train_on_is_refused():
-    rows = [make_sequence("...a").row]
-    cache = cast(Cache, SimpleNamespace(rows=rows, folder=Path("cache")))
+    cache = make_cache([make_sequence("...a")])
     with pytest.raises(CacheNotFoundError, match="sequences to train on in cache, found none: 1 sequences"):
         split_rows(cache, 0.0)
 
@@ -311,23 +312,22 @@ def test_a_sequence_without_anchor_gives_nothing(turns: str, final_token: bool, 
 
 @pytest.mark.parametrize("labels", ["recorded", "argmax"])
 def test_label_tokens_hold_every_label(labels: str):
-    sequences = {
-        f"s{i}": make_sequence(turns, final_token=True, seq_id=f"s{i}")
+    sequences = [
+        make_sequence(turns, final_token=True, seq_id=f"s{i}")
         for i, turns in enumerate(["..aaaaa", "...aa.aaaaaaa", "aaa"])
-    }
-    cache = cast(Cache, SimpleNamespace(read=lambda row: sequences[row.seq_id]))
-    tokens = label_tokens(cache, [sequence.row for sequence in sequences.values()]).tolist()
+    ]
+    cache = make_cache(sequences)
+    tokens = label_tokens(cache, cache.rows).tolist()
     assert tokens == sorted(set(tokens))
-    for sequence in sequences.values():
+    for sequence in sequences:
         blocks = draw(sequence, make_config(labels=labels))
         assert blocks is not None
         assert set(blocks.labels_NG[blocks.weights_NG > 0].tolist()) <= set(tokens)
 
 
 def test_feature_sizes_are_those_of_the_first_sequences():
-    sequences = {f"s{i}": make_sequence("." * (i + 1), seq_id=f"s{i}", seed=i) for i in range(5)}
-    cache = cast(Cache, SimpleNamespace(read=lambda row: sequences[row.seq_id]))
-    rows = [sequence.row for sequence in sequences.values()]
-    tokens = [token for i in range(3) for token in sequences[f"s{i}"].hidden_TKH.reshape(-1, 6).tolist()]
+    sequences = [make_sequence("." * (i + 1), seq_id=f"s{i}", seed=i) for i in range(5)]
+    cache = make_cache(sequences)
+    tokens = [token for sequence in sequences[:3] for token in sequence.hidden_TKH.reshape(-1, 6).tolist()]
     expected = [math.sqrt(sum(token[d] ** 2 for token in tokens) / len(tokens)) for d in range(6)]
-    assert feature_rms(cache, rows, num_sequences=3).tolist() == pytest.approx(expected, rel=1e-5)
+    assert feature_rms(cache, cache.rows, num_sequences=3).tolist() == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,76 @@
+"""What is special about a folder of this machine: many buffers at once, and locks that tell who is alive."""
+
+import os
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from vpd.data.cache.locks import LOCK, SECONDS_UNTIL_ABANDONED, FolderLock, is_alive
+from vpd.data.cache.storage import LocalFile
+
+CONTENT = bytes(range(256)) * 40
+
+
+@pytest.mark.parametrize("num_missing", [0, 1, 5000])
+@pytest.mark.parametrize("longest", [None, 1000, 7])
+def test_more_buffers_than_one_call_takes_are_filled_in_order(
+    longest: int | None, num_missing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Also if a call reads less than it was asked for."""
+    preadv = os.preadv
+
+    def read_some(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        room, some = longest or len(CONTENT), list[memoryview]()
+        for buffer in buffers:
+            some.append(buffer[:room])
+            room -= len(some[-1])
+        return preadv(descriptor, some, offset)
+
+    monkeypatch.setattr(os, "preadv", read_some)
+    (tmp_path / "file").write_bytes(CONTENT[: len(CONTENT) - num_missing])
+    memory = bytearray(len(CONTENT) - 3)
+    starts = [0, *range(2, len(memory), 3), len(memory)]
+    assert len(starts) > 2 * os.sysconf("SC_IOV_MAX")
+    buffers = [memoryview(memory)[start:end] for start, end in pairwise(starts)]
+    found = LocalFile(tmp_path / "file").read_into(buffers, 3)
+    assert found == len(memory) - num_missing
+    assert memory == CONTENT[3 : len(CONTENT) - num_missing] + bytes(num_missing)
+
+
+def test_a_closed_file_gives_its_descriptor_back(tmp_path: Path):
+    (tmp_path / "file").write_bytes(b"x")
+    before = os.listdir("/proc/self/fd")
+    for _ in range(50):
+        LocalFile(tmp_path / "file").tail(1)
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_a_folder_is_alive_as_long_as_its_lock_is_held(tmp_path: Path):
+    assert not is_alive(tmp_path)
+    lock = FolderLock(tmp_path)
+    assert is_alive(tmp_path)
+    assert is_alive(tmp_path)  # a look does not take the lock
+    lock.release()
+    assert not is_alive(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("age_s", "alive"),
+    [(0, True), (SECONDS_UNTIL_ABANDONED - 60, True), (SECONDS_UNTIL_ABANDONED + 60, False)],
+)
+@pytest.mark.parametrize("changed", ["lock", "data"])
+def test_a_writer_on_another_host_is_alive_until_nothing_changes_for_a_day(
+    changed: str, age_s: int, alive: bool, tmp_path: Path
+):
+    """Its lock can't be seen on every shared file system."""
+    (tmp_path / LOCK).write_text("elsewhere")
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden/0").write_bytes(b"x")
+    long_ago, then = time.time() - 2 * SECONDS_UNTIL_ABANDONED, time.time() - age_s
+    for path in (tmp_path / LOCK, tmp_path / "hidden/0", tmp_path / "hidden"):
+        os.utime(path, (long_ago, long_ago))
+    assert not is_alive(tmp_path)
+    os.utime(tmp_path / (LOCK if changed == "lock" else "hidden/0"), (then, then))
+    assert is_alive(tmp_path) == alive

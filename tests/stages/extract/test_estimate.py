@@ -1,0 +1,299 @@
+"""What an extraction will take, against what real ones took; and the check of free space before one."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import EXTRACT, MULTI_TURN_ROW, PROMPTS, TEXT_ROW, as_flags, run_vpd, snapshot, vpd, write_jsonl
+from vpd.data.cache.codecs import Codec, CodecName
+from vpd.data.cache.storage import open_storage
+from vpd.data.cache.store import Cache
+from vpd.data.cache.transfer import recode
+from vpd.data.errors import ExtractionError
+from vpd.data.prompts import read_prompts
+from vpd.pipeline.cache_commands import sample_records
+from vpd.stages.config import ExtractConfig
+from vpd.stages.extract.estimate import (
+    CODECS,
+    USUAL_SHARES,
+    Lengths,
+    cache_bytes,
+    choose_evenly,
+    expected_lengths,
+    free_bytes,
+    measure_share,
+    run_pilot,
+)
+from vpd.stages.extract.run import (
+    ExtractPlan,
+    make_chat,
+    make_engine,
+    plan_extraction,
+    plan_layers,
+    plan_manifest,
+)
+from vpd.stages.extract.target import load_target
+
+ANSWERED = [
+    {"prompt": "name a dog", "response": "the lazy dog"},
+    {"prompt": "name a fox", "response": "the quick brown fox jumps over the lazy dog. " * 8},
+    {"text": "the quick brown fox"},
+    {"messages": [{"role": role, "content": "fox"} for role in ("user", "assistant", "user", "assistant")]},
+]
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "new" / "cache"
+
+
+def make_plan(llama: Path, prompts: Path, out: Path, **changes: Any) -> tuple[ExtractPlan, Any, Any]:
+    """The plan, the manifest, and what starts the engine."""
+    config = ExtractConfig(**EXTRACT | changes)
+    target, records = load_target(str(llama)), read_prompts([prompts])
+    layers, chat = plan_layers(target, config), make_chat(target, config)
+    manifest = plan_manifest(target, layers, chat, records, config)
+    plan = plan_extraction(out, manifest, records, chat, target, config)
+    return plan, manifest, lambda: make_engine(target, layers, config)
+
+
+# Tokens
+
+
+def test_given_answers_are_counted_exactly(tiny_llama: Path, tmp_path: Path, out: Path):
+    prompts = write_jsonl(tmp_path / "answered.jsonl", ANSWERED)
+    settings = EXTRACT | {"mode": "given"}
+    estimated = vpd("estimate", tiny_llama, prompts, "--out", out, **settings)
+    assert not out.parent.exists()
+    extracted = vpd("extract", tiny_llama, prompts, "--out", out, **settings)
+    for name in ("num_sequences", "num_tokens"):
+        assert estimated[name] == extracted[name]
+    lengths = {row.source_row: row.num_tokens for row in Cache.open(out).rows}
+    assert lengths[2] == EXTRACT["max_len"]
+    plan, _, _ = make_plan(tiny_llama, prompts, out.with_name("other"), mode="given")
+    assert [conversation.expected_len(first, None) for conversation, first in plan.conversations] == [
+        lengths[conversation.record.row] for conversation, _ in plan.conversations
+    ]
+    assert (estimated["response_tokens"], estimated["num_present"], estimated["hours"]) == (None, 0, None)
+
+
+def test_generated_answers_stay_below_the_bound(tiny_llama: Path, tiny_prompts: Path, tiny_cache: Path, out: Path):
+    plan, _, _ = make_plan(tiny_llama, tiny_prompts, out)
+    rows = {row.seq_id: row for row in Cache.open(tiny_cache).rows}
+    assert len(rows) == len(plan.conversations)
+    for conversation, first in plan.conversations:
+        row, bound = rows[conversation.record.seq_id], conversation.expected_len(first, None)
+        assert row.num_tokens <= bound <= EXTRACT["max_len"]
+        if row.finish_reason == "length" and row.source_row != MULTI_TURN_ROW:
+            assert row.num_tokens == bound
+        answer = row.num_tokens + 1 - row.prompt_len
+        if row.source_row != MULTI_TURN_ROW:
+            assert conversation.expected_len(first, answer) == row.num_tokens
+    assert {row.finish_reason for row in rows.values()} == {"length", "stop"}
+    assert TEXT_ROW in {row.source_row for row in rows.values()}
+    estimated = vpd("estimate", tiny_llama, tiny_prompts, "--out", out, **EXTRACT)
+    assert estimated["num_tokens"] == round(expected_lengths(plan.conversations, None, len(rows)).total)
+    assert estimated["response_tokens"] is None
+
+
+def test_later_turns_count_with_all_that_the_template_adds(tiny_llama: Path, tmp_path: Path, out: Path):
+    one, three = {"prompt": "which fox"}, {"turns": ["which fox", "name a dog", "and another one"]}
+    system = {"messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "which fox"}]}
+    prompts = write_jsonl(tmp_path / "turns.jsonl", [one, three, system])
+    plan, _, _ = make_plan(tiny_llama, prompts, out, max_len=400)
+    short, long, third = (conversation.expected_len(first, 24) for conversation, first in plan.conversations)
+    assert (short, third) == tuple(len(plan.conversations[i][1].prompt_ids) + 23 for i in (0, 2))
+    tokenizer = load_target(str(tiny_llama)).tokenizer
+    later = "".join(
+        f".<|im_end|>\n<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+        for text in ("name a dog", "and another one")
+    )
+    assert long == short + len(tokenizer(later, add_special_tokens=False)["input_ids"]) + 2 * 24
+    plan, _, _ = make_plan(tiny_llama, prompts, out, max_len=100)
+    assert [conversation.expected_len(first, None) for conversation, first in plan.conversations][1] == 100
+
+
+def test_response_tokens_lower_the_estimate(tiny_llama: Path, tiny_prompts: Path, out: Path):
+    def tokens(**settings: Any) -> int:
+        return vpd("estimate", tiny_llama, tiny_prompts, "--out", out, **EXTRACT, **settings)["num_tokens"]
+
+    longest, half, one = tokens(), tokens(response_tokens=12), tokens(response_tokens=1)
+    num_answers = len(PROMPTS) + 1
+    assert longest - half == 12 * num_answers
+    assert half - one == 11 * num_answers
+    assert tokens(response_tokens=1000) == longest
+
+
+def test_a_sample_stands_for_all(tiny_llama: Path, tiny_prompts: Path, tiny_cache: Path, tmp_path: Path, out: Path):
+    prompts = write_jsonl(tmp_path / "alike.jsonl", [{"prompt": f"the sum of {i} and two"} for i in range(10, 40)])
+    whole, sample = (
+        vpd("estimate", tiny_llama, prompts, "--out", out, **EXTRACT, **more) for more in ({}, {"sample": 10})
+    )
+    assert (whole.pop("num_tokenized"), sample.pop("num_tokenized")) == (30, 10)
+    assert whole.pop("free_bytes") > 0 < sample.pop("free_bytes")
+    assert sample == whole
+    present = vpd("estimate", tiny_llama, tiny_prompts, "--out", tiny_cache, **EXTRACT, sample=6)
+    assert (present["num_present"], present["num_sequences"], present["num_tokens"]) == (len(PROMPTS), 0, 0)
+    assert set(present["bytes"].values()) == {0}
+
+
+@pytest.mark.parametrize(("number", "rows"), [(1, [1]), (3, [1, 5, 9]), (12, range(1, 13)), (99, range(1, 13))])
+def test_samples_are_spread_over_the_records(number: int, rows: list[int], tiny_prompts: Path):
+    prompts = read_prompts([tiny_prompts])
+    assert [record.row for record in sample_records(prompts, number).records] == list(rows)
+    assert sample_records(prompts, None) == prompts
+
+
+# Bytes
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_bytes_are_those_of_a_real_cache(codec: CodecName, tiny_cache: Path, tmp_path: Path):
+    """Eleven in twelve of these sequences fill three quarters of their one chunk, so that padding counts."""
+    cache = Cache.open(tiny_cache)
+    recode(cache, tmp_path / "out", codec, 1 << 30)
+    real = Cache.open(tmp_path / "out").num_bytes
+    share = measure_share(cache, codec)
+    assert (share == 1) == (Codec(codec).spec(1, 1, 1).compression is None)
+    lengths = cache.rows.column("num_tokens").tolist()
+    assert cache_bytes(Lengths(lengths, len(lengths)), cache.manifest, codec, share) == pytest.approx(real, rel=0.05)
+    tenfold = cache_bytes(Lengths(lengths, 10 * len(lengths)), cache.manifest, codec, share)
+    assert tenfold == pytest.approx(10 * real, rel=0.05)
+    usual = cache_bytes(Lengths(lengths, len(lengths)), cache.manifest, codec)
+    assert usual == cache_bytes(Lengths(lengths, len(lengths)), cache.manifest, codec, USUAL_SHARES.get(codec))
+    assert cache_bytes(Lengths([], 0), cache.manifest, codec) == 0
+
+
+# The pilot
+
+
+def test_a_pilot_measures(tiny_llama: Path, tiny_prompts: Path, tiny_cache: Path, tmp_path: Path):
+    before = snapshot(tmp_path)
+    found = vpd("estimate", tiny_llama, tiny_prompts, "--out", tmp_path / "new", **EXTRACT, pilot=3)
+    assert snapshot(tmp_path) == before
+    assert list(tmp_path.iterdir()) == []
+    rows = {row.source_row: row for row in Cache.open(tiny_cache).rows}
+    answers = [rows[row].num_tokens + 1 - rows[row].prompt_len for row in (1, 7, 12)]
+    assert found["response_tokens"] == pytest.approx(np.mean(answers))
+    assert found["tokens_per_second"] > 0
+    assert found["hours"] == pytest.approx(found["num_tokens"] / found["tokens_per_second"] / 3600, rel=0.01)
+    assert found["bytes"]["raw"] == pytest.approx(Cache.open(tiny_cache).num_bytes, rel=0.05)
+
+
+def test_a_pilot_of_all_leaves_the_expected_lengths_as_they_are(
+    tiny_llama: Path, tiny_prompts: Path, tiny_cache: Path, out: Path
+):
+    """The conversations of several turns are used up by the pilot."""
+    plan, manifest, start_engine = make_plan(tiny_llama, tiny_prompts, out)
+    expected = expected_lengths(plan.conversations, 20.0, 99)
+    config = ExtractConfig(**EXTRACT)
+    pilot = run_pilot(start_engine, choose_evenly(plan, 99), manifest, config, out)
+    assert expected_lengths(plan.conversations, 20.0, 99) == expected
+    cache = Cache.open(tiny_cache)
+    assert (pilot.num_sequences, pilot.num_tokens) == (len(cache), cache.num_tokens)
+    assert pilot.shares == {codec: measure_share(cache, codec) for codec in CODECS}
+    assert plan.report.num_written == 0
+    assert not out.parent.exists()
+
+
+def test_what_is_known_needs_no_measuring(tiny_llama: Path, tiny_prompts: Path, out: Path):
+    known = {"response_tokens": 7, "tokens_per_second": 100.0}
+    found = vpd("estimate", tiny_llama, tiny_prompts, "--out", out, **EXTRACT, **known, pilot=1)
+    assert {name: found[name] for name in known} == known
+    assert found["hours"] == pytest.approx(found["num_tokens"] / 100 / 3600)
+
+
+def test_a_pilot_without_a_sequence_is_an_error(
+    tiny_llama: Path, tiny_prompts: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+):
+    plan, manifest, start_engine = make_plan(tiny_llama, tiny_prompts, out)
+    monkeypatch.setattr("vpd.stages.extract.run.write", lambda *args: False)
+    with pytest.raises(ExtractionError, match="expected sequences of 2 records in a pilot, found none"):
+        run_pilot(start_engine, choose_evenly(plan, 2), manifest, ExtractConfig(**EXTRACT), out)
+    assert not out.parent.exists()
+
+
+# Free space
+
+
+def set_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(total=1 << 40, used=0, free=free))
+
+
+def test_a_disk_that_is_too_small_is_refused(
+    tiny_llama: Path, tiny_prompts: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+):
+    arguments = [tiny_llama, tiny_prompts, "--out", out, "--limit", 2]
+    needed = vpd("estimate", *arguments, **EXTRACT)["bytes"]
+    set_free(monkeypatch, needed["raw"] - 1)
+    outcome = run_vpd("extract", *arguments, **EXTRACT)
+    assert outcome.code == 1
+    for word in ("expected 0.000 GiB", str(out), "2 sequences", "all 24 tokens", "--response-tokens", "--fill-disk"):
+        assert word in outcome.message
+    assert not out.parent.exists()
+    refused = run_vpd("extract", *arguments, **EXTRACT, response_tokens=24)
+    assert refused.code == 1
+    assert "--response-tokens" not in refused.message
+    assert run_vpd("extract", *arguments, **EXTRACT | {"max_new_tokens": 500}).code == 1
+    assert not out.parent.exists()
+    assert vpd("extract", *arguments, **EXTRACT, fill_disk=True)["num_written"] == 2
+    set_free(monkeypatch, 0)
+    assert vpd("extract", *arguments, **EXTRACT)["num_present"] == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "more"),
+    [({}, 0), ({"codec": "fp8"}, -1), ({"limit": 1}, -1), ({"response_tokens": 1}, -1)],
+    ids=str,
+)
+def test_a_disk_that_is_large_enough_is_not(
+    settings: dict[str, Any],
+    more: int,
+    tiny_llama: Path,
+    tmp_path: Path,
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Chunks are whole, so that shorter answers count once they save one."""
+    prompts = write_jsonl(tmp_path / "some.jsonl", [{"prompt": "the quick brown fox jumps over the dog"}] * 2)
+    changed = EXTRACT | {"max_new_tokens": 60} | settings
+    needed = vpd("estimate", tiny_llama, prompts, "--out", out, **EXTRACT | {"max_new_tokens": 60})["bytes"]["raw"]
+    set_free(monkeypatch, needed + more)
+    plan, _, _ = make_plan(tiny_llama, prompts, out, **changed)
+    estimated = vpd("estimate", tiny_llama, prompts, "--out", out, **changed)
+    assert estimated["free_bytes"] == needed + more >= estimated["bytes"][changed.get("codec", "raw")]
+    monkeypatch.setattr("vpd.pipeline.commands.run_extraction", lambda *args: plan.report)
+    assert run_vpd("extract", tiny_llama, prompts, "--out", out, **changed).code == 0
+
+
+def test_free_space_is_looked_at_where_the_cache_will_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=len(str(folder))))
+    assert free_bytes(open_storage(tmp_path / "not" / "yet")) == len(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert free_bytes(open_storage("not/yet")) == len(str(tmp_path))
+    assert free_bytes(open_storage("s3://bucket/cache")) is None
+
+
+def test_people_see_the_same(
+    tiny_llama: Path, tiny_prompts: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    set_free(monkeypatch, 400 << 10)
+    arguments = ["estimate", tiny_llama, tiny_prompts, "--out", out, *as_flags(EXTRACT)]
+    found, outcome = vpd(*arguments, codec="fp8"), run_vpd(*arguments, codec="fp8")
+    lines = {line.split("│")[1].strip(): line for line in outcome.out.splitlines() if line.startswith("│")}
+    assert f"{len(PROMPTS)} to come, 0 there" in lines["sequences"]
+    assert f"{found['num_tokens']} ({len(PROMPTS)} records tokenized; at most" in lines["tokens"]
+    assert ["<- chosen" in lines[f"as {codec}"] for codec in CODECS] == [codec == "fp8" for codec in CODECS]
+    too_large = [found["bytes"][codec] > 400 << 10 for codec in CODECS]
+    assert ["more than is free" in lines[f"as {codec}"] for codec in CODECS] == too_large
+    assert {True, False} == set(too_large)
+    assert "400.0 KiB" in lines["free"]
+    assert "--tokens-per-second" in lines["hours"]
+    assert "answers of 5 tokens" in run_vpd(*arguments, response_tokens=5).out
+    prompts = write_jsonl(tmp_path / "answered.jsonl", ANSWERED)
+    given = run_vpd("estimate", tiny_llama, prompts, *as_flags({**EXTRACT, "mode": "given", "tokens_per_second": 10}))
+    assert "answers as given" in given.out
+    assert " at 10 tokens/s" in given.out
