@@ -200,13 +200,13 @@ def inspect(cache: str, as_json: bool) -> None:
 
 @main.command()
 @click.argument("cache")
-@click.option("--out", required=True, metavar="PLACE", help=f"The new cache, or one to be continued: {PLACE_HELP}.")
-@click.option("--codec", required=True, type=click.Choice(CODECS), help="How its states are stored.")
+@click.argument("out")
+@click.option("--codec", required=True, type=click.Choice(CODECS), help="How the states of OUT are stored.")
 @click.option("--part-mib", default=1024, show_default=True, type=click.IntRange(1), help="Size of a part, in MiB.")
 @bare_options
 @reporting_errors
 def recode(cache: str, out: str, codec: CodecName, part_mib: int, as_json: bool) -> None:
-    """Copy CACHE with another codec, first drafts included, without the target."""
+    """Copy CACHE to OUT, new or to be continued, with another codec; first drafts included, without the target."""
     cache_commands.recode(cache, out, codec, part_mib, as_json)
 
 

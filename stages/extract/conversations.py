@@ -121,7 +121,8 @@ class GeneratedConversation:
 
     def expected_len(self, first: EngineRequest, response_tokens: float | None) -> float:
         answer = self._max_new_tokens if response_tokens is None else min(response_tokens, self._max_new_tokens)
-        # From the record, as `advance` uses up the turns.
+        # From the record, as `advance` uses up the turns. Later prompts hold the answers' texts, which rarely take more
+        # tokens than the answers.
         turns = split_turns(self.record)
         num_given = len(first.prompt_ids)
         if len(turns) > 1:

@@ -17,6 +17,7 @@ from vpd.data.cache.store import Cache
 from vpd.data.cache.target_files import store_target_files
 from vpd.data.cache.writer import StateWriter
 from vpd.pipeline.inspect import MAX_BINS, SAMPLE_TOKENS, format_bytes, length_histogram, mark_sample
+from vpd.stages.drafter.target_pieces import PIECES
 
 NUM_LAYERS = EXTRACT["num_draft_layers"]
 KEYS = {
@@ -166,6 +167,13 @@ def test_a_cut_sample_says_so(tiny_cache: Path, tmp_path: Path):
     add_sequences(cache, long=SAMPLE_TOKENS + 50)
     shown = run_vpd("inspect", tmp_path / "cache").out
     assert f"sample long, the first {SAMPLE_TOKENS} of {SAMPLE_TOKENS + 51} tokens" in shown
+
+
+def test_the_weights_of_the_target_are_not_needed(tiny_cache: Path, tmp_path: Path):
+    """Of a bucket they would be downloaded."""
+    cache = shutil.copytree(tiny_cache, tmp_path / "cache")
+    (cache / "target" / PIECES).unlink()
+    assert vpd("inspect", cache)["num_sequences"] == len(PROMPTS)
 
 
 @pytest.mark.parametrize(

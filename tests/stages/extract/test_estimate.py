@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny import EXTRACT, MULTI_TURN_ROW, PROMPTS, TEXT_ROW, as_flags, run_vpd, snapshot, vpd, write_jsonl
 from vpd.data.cache.codecs import Codec, CodecName
 from vpd.data.cache.storage import open_storage
@@ -15,6 +16,7 @@ from vpd.data.errors import ExtractionError
 from vpd.data.prompts import read_prompts
 from vpd.pipeline.cache_commands import sample_records
 from vpd.stages.config import ExtractConfig
+from vpd.stages.extract.engine import Completion, EngineRequest
 from vpd.stages.extract.estimate import (
     CODECS,
     USUAL_SHARES,
@@ -85,12 +87,12 @@ def test_generated_answers_stay_below_the_bound(tiny_llama: Path, tiny_prompts: 
     assert len(rows) == len(plan.conversations)
     for conversation, first in plan.conversations:
         row, bound = rows[conversation.record.seq_id], conversation.expected_len(first, None)
+        if row.source_row == MULTI_TURN_ROW:
+            continue
         assert row.num_tokens <= bound <= EXTRACT["max_len"]
-        if row.finish_reason == "length" and row.source_row != MULTI_TURN_ROW:
-            assert row.num_tokens == bound
+        assert (row.num_tokens == bound) == (row.finish_reason == "length")
         answer = row.num_tokens + 1 - row.prompt_len
-        if row.source_row != MULTI_TURN_ROW:
-            assert conversation.expected_len(first, answer) == row.num_tokens
+        assert conversation.expected_len(first, answer) == row.num_tokens
     assert {row.finish_reason for row in rows.values()} == {"length", "stop"}
     assert TEXT_ROW in {row.source_row for row in rows.values()}
     estimated = vpd("estimate", tiny_llama, tiny_prompts, "--out", out, **EXTRACT)
@@ -113,6 +115,29 @@ def test_later_turns_count_with_all_that_the_template_adds(tiny_llama: Path, tmp
     assert long == short + len(tokenizer(later, add_special_tokens=False)["input_ids"]) + 2 * 24
     plan, _, _ = make_plan(tiny_llama, prompts, out, max_len=100)
     assert [conversation.expected_len(first, None) for conversation, first in plan.conversations][1] == 100
+
+
+def test_several_turns_stay_below_the_bound(tiny_llama: Path, tmp_path: Path, out: Path):
+    """Of answers of the greatest length whose text takes no more tokens than they have."""
+    turns = ["which fox", "name a dog", "and another one"]
+    prompts = write_jsonl(tmp_path / "turns.jsonl", [{"turns": turns[:count]} for count in (1, 2, 3)])
+    tokenizer = load_target(str(tiny_llama)).tokenizer
+    text = tokenizer("the quick brown fox jumps over the lazy dog, which is what the fox jumps over")["input_ids"]
+    plan, _, _ = make_plan(tiny_llama, prompts, out, max_len=400)
+    for conversation, first in plan.conversations:
+        bound, step = conversation.expected_len(first, None), first
+        while isinstance(step, EngineRequest):
+            completion = Completion(
+                key=step.key,
+                prompt_ids=step.prompt_ids,
+                output_ids=text[: step.max_new_tokens],
+                finish_reason="length",
+                hidden_TKH=torch.zeros(1),
+                argmax_T=torch.zeros(len(step.prompt_ids) + step.max_new_tokens - 1),
+            )
+            step = conversation.advance(completion)
+        assert len(text) > EXTRACT["max_new_tokens"]
+        assert bound - 4 <= len(step.token_ids) <= bound
 
 
 def test_response_tokens_lower_the_estimate(tiny_llama: Path, tiny_prompts: Path, out: Path):
