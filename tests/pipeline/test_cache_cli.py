@@ -267,7 +267,7 @@ def test_errors_say_what_to_do(case: Wrong, place: Place):
         (["recode", "cache", "--codec", "fp8"], ["Missing argument 'OUT'"]),
         (["recode", "cache", "new", "--codec", "fp8", "--part-mib", "0"], ["--part-mib", "x>=1"]),
         (["merge", "--out", "new"], ["Missing argument 'CACHES...'"]),
-        (["merge", "cache"], ["Missing argument 'OUT'"]),
+        (["merge", "cache"], ["Missing option '--out'"]),
         (["inspect"], ["Missing argument 'CACHE'"]),
         (["estimate", "target"], ["Missing argument 'PROMPTS...'"]),
     ],
