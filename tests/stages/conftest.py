@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import PROMPTS as EXTRACT_PROMPTS
+from tiny import write_jsonl
 from vpd.pipeline import commands
 from vpd.pipeline.config import load_config
 from vpd.pipeline.demo import PROMPTS, make_target
@@ -25,6 +27,11 @@ TRAINING = {
     "train.lr": 3e-3,
     "train.prefix.sampler": "boundary",
 }
+
+
+@pytest.fixture
+def four_prompts(tmp_path: Path) -> Path:
+    return write_jsonl(tmp_path / "four.jsonl", EXTRACT_PROMPTS[:4])
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import same_bits
 from torch import Tensor
+from vpd.data.cache import codecs
 from vpd.data.cache.codecs import (
     E4M3_MAX,
     GROUP,
@@ -75,9 +76,12 @@ def slow_round(word: int, bits: int) -> int:
 
 @pytest.mark.parametrize("bits", [3, 4])
 def test_rounding_gives_the_nearest_value_for_every_bfloat16(bits: int):
-    words = list(range(1 << 16))
-    found = round_mantissa(to_states(words), bits).view(torch.uint16).flatten().tolist()
-    assert found == [slow_round(word, bits) for word in words]
+    largest = 0x7F80 - (1 << (7 - bits))
+    usual = [word for word in range(1 << 16) if word & 0x7FFF <= largest]
+    at_the_end = [[word] for word in (*range(0x7F60, 0x8000), *range(0xFF60, 1 << 16))]
+    for words in (range(1 << 16), usual, *at_the_end):  # with and without what would become infinity, and it alone
+        found = round_mantissa(to_states([*words]), bits).view(torch.uint16).flatten().tolist()
+        assert found == [slow_round(word, bits) for word in words]
 
 
 @pytest.mark.parametrize("bits", [3, 4])
@@ -246,6 +250,25 @@ def test_stored_rows_fit_the_array_and_exact_codecs_keep_every_bit(
     if codec.is_exact:
         assert same_bits(decoded, states)
         assert decoded.data_ptr() == states.data_ptr()  # nothing was copied
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("num_tokens", [1, 6, 7, 23])
+def test_a_long_sequence_is_encoded_and_decoded_as_if_at_once(
+    num_tokens: int, name: CodecName, monkeypatch: pytest.MonkeyPatch
+):
+    states = massive_states(num_tokens, 3, 40)
+    codec, scale_KH = Codec(name), measure_channels(states)
+    found = []
+    for block in (1 << 20, 6 * 3 * 40, 1):
+        monkeypatch.setattr(codecs, "BLOCK_ELEMENTS", block)
+        before = states.clone()
+        rows = codec.encode(states, scale_KH)
+        found.append((rows.tobytes(), codec.decode(torch.from_numpy(rows), 40, scale_KH)))
+        assert same_bits(states, before)
+    for rows, decoded in found[1:]:
+        assert rows == found[0][0]
+        assert same_bits(decoded, found[0][1])
 
 
 def test_states_that_do_not_lie_in_a_row_are_encoded_too():

@@ -1,0 +1,58 @@
+"""Extraction as the command does it, with an engine that tests can wrap."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tiny import EXTRACT, NUM_LAYERS
+from vpd.data.cache.reader import CachedSequence
+from vpd.data.cache.store import Cache
+from vpd.data.prompts import read_prompts
+from vpd.stages.config import ExtractConfig
+from vpd.stages.extract.engine import Engine
+from vpd.stages.extract.run import (
+    ExtractReport,
+    extract,
+    make_chat,
+    make_engine,
+    open_cache,
+    plan_extraction,
+    plan_layers,
+    plan_manifest,
+)
+from vpd.stages.extract.target import load_target
+
+Wrap = Callable[[Engine], Engine]
+
+
+def make_config(**changes: Any) -> ExtractConfig:
+    return ExtractConfig(**{"layer_ids": list(range(NUM_LAYERS)), **EXTRACT, **changes})
+
+
+def run(
+    target_folder: Path, prompt_file: Path, out: Path, wrap: Wrap = lambda engine: engine, **changes: Any
+) -> ExtractReport:
+    """What `vpd extract` does, with the engine wrapped."""
+    config = make_config(**changes)
+    target = load_target(str(target_folder))
+    layer_ids, chat = plan_layers(target, config), make_chat(target, config)
+    prompts = read_prompts([prompt_file], skip_bad=config.skip_bad, limit=config.limit)
+    manifest = plan_manifest(target, layer_ids, chat, prompts, config)
+    plan = plan_extraction(out, manifest, prompts, chat, target, config)
+    cache = open_cache(out, manifest, target)
+    return extract(lambda: wrap(make_engine(target, layer_ids, config)), cache, plan, config)
+
+
+def by_row(folder: Path) -> dict[int, CachedSequence]:
+    """Sequences by the line number of their record."""
+    cache = Cache.open(folder, allow_empty=True)
+    return {row.source_row: cache.read(row) for row in cache.rows}
+
+
+def tokens(folder: Path) -> dict[str, list[int]]:
+    cache = Cache.open(folder, allow_empty=True)
+    return {row.seq_id: cache.read(row).token_ids_S.tolist() for row in cache.rows}
+
+
+def no_engine(engine: Engine) -> Engine:
+    raise AssertionError("the engine was started")
