@@ -21,7 +21,7 @@ from vpd.data.cache.store import Cache
 from workload import MIB, Workload, write_cache
 
 NAME = "read"
-ROUNDS = 5
+ROUNDS = 6
 EPOCHS = 4
 """Times that every sequence is read in one run, but for the libraries, which read it once."""
 ZARRS_PIPELINE = "zarrs.ZarrsCodecPipeline"
