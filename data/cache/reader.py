@@ -62,7 +62,7 @@ class CachedSequence(CachedTokens):
 
         With `raw`, `lossless` and the rounding codecs this copies nothing on a CPU.
         """
-        stored = self.stored_TKW.to(device, non_blocking=True)
+        stored = self.stored_TKW.to(device)  # waits, as the buffer is filled again soon
         return self.codec.decode(stored, self.hidden_size, self.channel_scale_KH)
 
     @property
@@ -90,11 +90,12 @@ class Buffer:
 
 
 def allocate(size: int) -> mmap.mmap:
-    """Page-aligned memory; what is larger than a huge page is made of such pages, where the system has them.
+    """Page-aligned memory of twice the size, as what is never touched costs nothing.
 
-    The first read into small pages takes four times as long.
+    What is larger than a huge page is made of such pages, where the system has them: the first read into small ones
+    takes four times as long.
     """
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(-1, 2 * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if size > GROWTH:
         with suppress(AttributeError, OSError):
             memory.madvise(mmap.MADV_HUGEPAGE)

@@ -51,7 +51,7 @@ def interleave(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str
 
 
 def median_ratio(one: list[float], other: list[float]) -> float:
-    """Median over the rounds of how many times as long `one` took."""
+    """Median over the rounds of how many times as much `one` is."""
     return median(a / b for a, b in zip(one, other, strict=True))
 
 
