@@ -59,7 +59,10 @@ def verify(place: str, mend: bool, num_threads: int, as_json: bool) -> None:
             f"{len(mended.lost)} lost{': ' if mended.lost else ''}{', '.join(mended.lost)}; {mended.num_drafts_parts} "
             "parts of first drafts removed."
         )
-        lines.append(_what_next(bool(mended.lost or mended.target_removed), bool(mended.num_drafts_parts)))
+        if mended.num_untold:
+            lines.append(f"which sequences {mended.num_untold} of them held can't be told any more.")
+        lacks = bool(mended.lost or mended.num_untold or mended.target_removed)
+        lines.append(_what_next(lacks, bool(mended.num_drafts_parts)))
     lines.append(summary(place, found, mend))
     emit(result, as_json, "\n".join(line for line in lines if line))
     if found.problems:

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,10 @@ def remove_uncommitted(storage: Storage, root: str = "") -> int:
 
 
 class PartWriter:
-    """Writes arrays of the same rows, then publishes them: the folder as a whole, then its commit record."""
+    """Writes arrays of the same rows, then publishes them: the folder as a whole, then its commit record.
+
+    As a context manager it drops what was written if an exception leaves the context.
+    """
 
     def __init__(
         self,
@@ -82,6 +86,8 @@ class PartWriter:
         self._path = part_folder(root, self.name)
         self._folder = storage.write_folder(self._path)
         self._is_published = False
+        self._is_over = False
+        """Committed or abandoned."""
         self._writers: dict[str, ShardWriter] = {}
         self._constants: list[ShardWriter] = []
         try:
@@ -93,6 +99,15 @@ class PartWriter:
         except BaseException:
             self.abandon()
             raise
+
+    def __enter__(self) -> PartWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and not self._is_over:
+            self.abandon()
 
     def append(self, arrays: Mapping[str, np.ndarray]) -> Appended:
         """Appends the same number of rows to every array."""
@@ -122,10 +137,12 @@ class PartWriter:
         except BaseException:
             # Once its record is there the part is whole, though an interruption came right after.
             if self._is_published and self._storage.exists(commit_file(self._root, self.name)):
+                self._is_over = True
                 self._folder.release()
             else:
                 self.abandon()
             raise
+        self._is_over = True
         self._folder.release()
 
     def _commit(self, facts: Mapping[str, Any], extra_files: Mapping[str, bytes]) -> None:
@@ -147,6 +164,7 @@ class PartWriter:
 
     def abandon(self) -> None:
         """Drops what was written."""
+        self._is_over = True
         for writer in [*self._writers.values(), *self._constants]:
             writer.abandon()
         self._folder.abandon()

@@ -14,6 +14,8 @@ QUARANTINED_PARTS = "quarantine"
 
 
 def list_quarantined(storage: Storage, entries: list[dict[str, Any]]) -> None:
-    """Adds sequences to the list."""
+    """Adds sequences to the list; with none, it is not begun."""
+    if not entries:
+        return
     listed = storage.read(QUARANTINE) if storage.exists(QUARANTINE) else b""
     storage.write(QUARANTINE, listed + "".join(json.dumps(entry) + "\n" for entry in entries).encode())

@@ -85,7 +85,7 @@ class Buffer:
                 self.tensor = torch.empty(size, dtype=torch.uint8, pin_memory=True)
             else:
                 self.tensor = torch.frombuffer(allocate(size), dtype=torch.uint8)
-            self.view = memoryview(self.tensor.numpy())  # pyright: ignore[reportArgumentType]
+            self.view = self.tensor.numpy().data
         return self.view[:num_bytes]
 
 

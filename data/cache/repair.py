@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from .codecs import CHANNEL_SCALE, HIDDEN
 from .drafts import drafts_root, list_drafts, part_of
 from .index import INDEX, SNAPSHOT, SequenceIndex, part_index_file, read_part_index
@@ -14,7 +12,7 @@ from .part import commit_file, committed_parts, part_folder, read_commit
 from .quarantine import QUARANTINED_PARTS, list_quarantined
 from .reader import Slot
 from .storage import Storage
-from .store import Cache, state_specs
+from .store import TOKEN_ARRAYS, Cache, state_specs
 from .target_files import RECORD_NAME, TARGET
 from .verify import PartState, VerifyReport, read_part, verify_snapshot, verify_target
 from .writer import StatePartWriter
@@ -30,6 +28,8 @@ class RepairReport:
     """Whole sequences of those, written into new parts."""
     lost: list[str] = field(default_factory=list)
     """`seq_id`s that the cache lacks now."""
+    num_untold: int = 0
+    """Of the parts, those whose sequences no index tells any more: the cache lacks these, too."""
     num_drafts_parts: int = 0
     """Parts of first drafts that were removed."""
     target_removed: bool = False
@@ -54,6 +54,7 @@ def repair(storage: Storage, found: VerifyReport) -> RepairReport:
         _keep_whole(storage, manifest, name, state, whole, report)
         _put_aside(storage, name)
         report.parts.append(name)
+        report.num_untold += not len(state.rows)
     _remove_drafts(storage, found, bad, report)
     if any(True for _ in verify_target(storage)):
         storage.remove(RECORD_NAME)
@@ -81,15 +82,13 @@ def _keep_whole(
     kept = [row for row in state.rows if row.seq_id not in reasons and row.seq_id not in whole]
     if kept:
         scale = state.part.resident.get(CHANNEL_SCALE)
-        writer = StatePartWriter(storage, manifest, scale)
         spec, slot = state_specs(manifest)[HIDDEN], Slot()
-        for row in kept:
-            stored_TKW = slot.fill(state.part, spec, row, verify=True).numpy()
-            tokens = slice(row.first_row, row.first_row + row.num_tokens)
-            arrays = {array: np.array(values[tokens]) for array, values in state.part.resident.items()}
-            arrays.pop(CHANNEL_SCALE, None)
-            writer.append(row, stored_TKW, **arrays)
-        writer.commit({"kept_of": name})
+        with StatePartWriter(storage, manifest, scale) as writer:
+            for row in kept:
+                stored_TKW = slot.fill(state.part, spec, row, verify=True).numpy()
+                tokens = slice(row.first_row, row.first_row + row.num_tokens)
+                writer.append(row, stored_TKW, **{name: state.part.resident[name][tokens] for name in TOKEN_ARRAYS})
+            writer.commit({"kept_of": name})
     lost = [row for row in state.rows if row.seq_id in reasons and row.seq_id not in whole]
     list_quarantined(
         storage,

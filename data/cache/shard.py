@@ -121,7 +121,7 @@ class ShardWriter:
                 padding = np.zeros((spec.chunk_tokens - len(chunk), *spec.row_shape), spec.dtype)
                 chunk = np.concatenate([chunk, padding])
             # One dimension, as a memoryview of several is not a buffer of bytes to everybody.
-            content = memoryview(chunk.reshape(-1).view(np.uint8))  # pyright: ignore[reportArgumentType]
+            content = chunk.reshape(-1).view(np.uint8).data
             if self._compressor is not None:
                 content = memoryview(self._compressor.encode(chunk))
             crc = checksum(content).to_bytes(CRC_BYTES, "little")

@@ -139,7 +139,7 @@ class Cache:
             records = pool.map(lambda name: read_commit(self.storage, "", name), self.parts)
             return dict(zip(self.parts, records, strict=True))
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         """Bytes of all committed parts of states."""
         return sum(file["bytes"] for record in self.commits().values() for file in record["files"].values())

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..errors import FingerprintMismatchError
 from .codecs import CHANNEL_SCALE, CodecName, whitened_cosine
@@ -148,18 +147,16 @@ def copy_part(
     on_sequence: Callable[[int], None] = lambda num_tokens: None,
 ) -> None:
     """Writes these sequences of a part into a new part of another cache with the same codec, without decoding them."""
-    writer = StatePartWriter(
-        target.storage, target.manifest, source.open_part(name, verify=True).resident.get(CHANNEL_SCALE)
-    )
-    try:
-        with closing(read_ahead(source, map(Request, rows))) as sequences:
-            for sequence in sequences:
-                writer.append(sequence.row, sequence.stored_TKW.numpy(), *_token_arrays(sequence))
-                on_sequence(sequence.row.num_tokens)
-    except BaseException:
-        writer.abandon()
-        raise
-    writer.commit({**_facts(read_commit(source.storage, "", name)), "copied_from": name})
+    facts = {**_facts(read_commit(source.storage, "", name)), "copied_from": name}
+    scale = source.open_part(name, verify=True).resident.get(CHANNEL_SCALE)
+    with (
+        StatePartWriter(target.storage, target.manifest, scale) as writer,
+        closing(read_ahead(source, map(Request, rows))) as sequences,
+    ):
+        for sequence in sequences:
+            writer.append(sequence.row, sequence.stored_TKW.numpy(), *_token_arrays(sequence))
+            on_sequence(sequence.row.num_tokens)
+        writer.commit(facts)
 
 
 def copy_drafts(sources: Sequence[Cache], target: Cache) -> tuple[int, int]:
@@ -199,17 +196,14 @@ def _copy_drafts_part(
     writer: PartWriter, rows: SequenceIndex, where: dict[SequenceKey, tuple[FirstDrafts, int]]
 ) -> None:
     num_anchors = 0
-    try:
+    with writer:
         for key in _keys(rows):
             drafts, i = where[key]
             found = drafts.read(drafts.cache.rows[i])
             arrays = {ACCEPT_LEN: found.accept_len_T, TOKENS: found.tokens_TGA, PROBS: found.probs_TGA}
             writer.append({name: values.numpy() for name, values in arrays.items()})
             num_anchors += int((found.accept_len_T != NOT_DRAFTED).sum())
-    except BaseException:
-        writer.abandon()
-        raise
-    writer.commit({"num_anchors": num_anchors})
+        writer.commit({"num_anchors": num_anchors})
 
 
 def _how_drafted(drafts: FirstDrafts) -> dict[str, Any]:
@@ -280,8 +274,8 @@ def append_sequence(writer: StateWriter, sequence: CachedSequence) -> None:
 def _token_arrays(sequence: CachedSequence) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Token ids, argmax and mask of the tokens that have a state."""
     num_tokens = sequence.row.num_tokens
-    arrays = (sequence.token_ids_S[:num_tokens], sequence.target_argmax_T, sequence.loss_mask_S[:num_tokens])
-    return tuple(array.to(torch.int32).numpy() for array in arrays)  # pyright: ignore[reportReturnType]
+    token_ids, mask = sequence.token_ids_S[:num_tokens].numpy(), sequence.loss_mask_S[:num_tokens].numpy()
+    return token_ids, sequence.target_argmax_T.numpy(), mask.astype(np.uint8)
 
 
 def copy_target(source: Storage, target: Storage) -> None:

@@ -25,7 +25,7 @@ from .index import (
 from .manifest import CacheManifest
 from .part import PARTS, OpenPart, committed_parts, part_folder, read_commit
 from .reader import CachedTokens, Slot, read_tokens
-from .records import describe
+from .records import FileDigest, describe
 from .salvage import locate_chunks, whole_chunks
 from .shard import WHAT_TO_DO, ArraySpec, parse_footer
 from .storage import Storage
@@ -244,7 +244,7 @@ def _read_whole(
     num_chunks = spec.num_chunks(spec.chunk_tokens if spec.name == CHANNEL_SCALE else part.num_rows)
     part.resident[spec.name], bad = whole_chunks(content, spec, num_chunks)
     if files.get(file) not in (None, describe(content)) and not bad:
-        problems.append(Problem(f"{storage.place}/{file}: its chunk index is not what was written", name))
+        problems.append(Problem(f"{storage.place}/{file}: it is not what was written, though its rows are whole", name))
     return bad
 
 
@@ -365,9 +365,16 @@ def said(error: VpdError) -> str:
 def check_file(storage: Storage, name: str, described: dict[str, Any]) -> str | None:
     """What is wrong with a file; None if it is what its record says."""
     place = f"{storage.place}/{name}"
+    digest = FileDigest()
     try:
-        content = storage.read(name)
+        file, size = storage.open(name), storage.size(name)
     except FileNotFoundError:
         return f"{place} is missing"
-    found = describe(content)
+    block = memoryview(bytearray(min(size, BLOCK_BYTES)))
+    while digest.num_bytes < size:
+        count = file.read_into([block[: size - digest.num_bytes]], digest.num_bytes)
+        if not count:
+            break
+        digest.update(block[:count])
+    found = digest.describe()
     return None if found == described else f"{place} is not what was written: expected {described}, found {found}"

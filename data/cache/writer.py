@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from .store import TOKEN_ARRAYS, Cache, channel_scale_spec, state_specs
 
 
 class StatePartWriter:
-    """Writes one part of states and its index."""
+    """Writes one part of states and its index; as a context manager it drops the part if an exception leaves it."""
 
     def __init__(self, storage: Storage, manifest: CacheManifest, channel_scale_KH: np.ndarray | None):
         """
@@ -37,6 +38,14 @@ class StatePartWriter:
         constants = {} if channel_scale_KH is None else {channel_scale_spec(manifest): channel_scale_KH}
         self._part = PartWriter(storage, "", state_specs(manifest).values(), constants=constants)
         self._rows: list[SequenceRow] = []
+
+    def __enter__(self) -> StatePartWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._part.__exit__(kind, error, trace)
 
     @property
     def name(self) -> str:
@@ -53,15 +62,11 @@ class StatePartWriter:
         """Writes a sequence; returns its row with the place that it was given.
 
         Raises:
-            StorageError: no more can be written; the part is then dropped.
+            StorageError: no more can be written.
         """
         arrays = {"token_ids": token_ids, "target_argmax": target_argmax, "loss_mask": loss_mask}
         tokens = {name: np.asarray(arrays[name], dtype) for name, dtype in TOKEN_ARRAYS.items()}
-        try:
-            where = self._part.append({HIDDEN: stored_TKW, **tokens})
-        except BaseException:
-            self._part.abandon()  # its arrays are no longer of one length
-            raise
+        where = self._part.append({HIDDEN: stored_TKW, **tokens})
         placed = replace(
             row,
             part=self.name,
@@ -143,6 +148,7 @@ class StateWriter:
         try:
             placed = part.append(row, stored_TKW, np.array(token_ids), np.array(target_argmax), np.array(loss_mask))
         except BaseException:
+            part.abandon()  # its arrays are no longer of one length
             self._part = None
             raise
         return self.commit() if placed.hidden_offset + placed.hidden_length >= self._part_bytes else None
@@ -155,12 +161,6 @@ class StateWriter:
         name = part.commit(self._facts)
         renew_snapshot(self.cache.storage, self.cache.manifest)
         return name
-
-    def abandon(self) -> None:
-        """Drops what was appended since the last commit."""
-        if self._part is not None:
-            self._part.abandon()
-            self._part = None
 
     def finish(self) -> None:
         """Commits, and puts all that the cache holds into one snapshot."""

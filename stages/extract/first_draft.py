@@ -52,7 +52,7 @@ def draft_cache(
     cache: Cache,
     folder: Path,
     config: DraftConfig,
-    read: ReadConfig = ReadConfig(),  # noqa: B008 - frozen
+    read: ReadConfig | None = None,
     on_sequence: Callable[[int], None] = lambda num_anchors: None,
 ) -> FirstDrafts:
     """Drafts whatever part of the cache this drafter has not drafted yet; part by part, each committed as a whole.
@@ -64,26 +64,25 @@ def draft_cache(
     missing = drafts.missing_parts()
     if not missing:
         return drafts
+    read = read or ReadConfig()
     device = choose_device(config.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     drafter = load_drafter(folder, device=device, dtype=dtype)
     pieces = TargetPieces.load(cache.target_folder, device=device, dtype=dtype)
     for part in missing:
-        writer = drafts.writer(part)
         num_anchors = 0
-        try:
-            requests = map(Request, cache.rows_of_part(part))
-            with closing(read_ahead(cache, requests, read.num_threads, read.num_buffers)) as sequences:
-                for sequence in sequences:
-                    arrays = draft_sequence(sequence, drafter, pieces, config)
-                    writer.append(arrays)
-                    count = int((arrays[ACCEPT_LEN] != NOT_DRAFTED).sum())
-                    num_anchors += count
-                    on_sequence(count)
-        except BaseException:
-            writer.abandon()
-            raise
-        writer.commit({"num_anchors": num_anchors})
+        requests = map(Request, cache.rows_of_part(part))
+        with (
+            drafts.writer(part) as writer,
+            closing(read_ahead(cache, requests, read.num_threads, read.num_buffers)) as sequences,
+        ):
+            for sequence in sequences:
+                arrays = draft_sequence(sequence, drafter, pieces, config)
+                writer.append(arrays)
+                count = int((arrays[ACCEPT_LEN] != NOT_DRAFTED).sum())
+                num_anchors += count
+                on_sequence(count)
+            writer.commit({"num_anchors": num_anchors})
         drafts.parts[part] = writer.name
     return drafts
 

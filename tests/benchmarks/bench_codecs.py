@@ -115,7 +115,7 @@ def compress(spec: ArraySpec, rows: np.ndarray) -> list[memoryview]:
 
 def expand(spec: ArraySpec, chunks: list[memoryview], memory: Tensor) -> Tensor:
     """The rows of compressed chunks, in memory that is reused, as the reader's is."""
-    decompress(chunks, memoryview(memory.numpy()), spec.chunk_bytes, NAME)  # pyright: ignore[reportArgumentType]
+    decompress(chunks, memory.numpy().data, spec.chunk_bytes, NAME)
     return memory.view(getattr(torch, spec.dtype)).view(-1, *spec.row_shape)
 
 

@@ -38,11 +38,12 @@ class Recorded(NamedTuple):
 
 def read_slowly(folder: Path) -> Iterator[Recorded]:
     for path in sorted((folder / "index").glob("part-*.parquet")):
-        group = zarr.open_group(folder / "parts" / f"{path.stem}.zarr", mode="r")
+        part = folder / "parts" / f"{path.stem}.zarr"
+        stored = [zarr.open_array(part / name, mode="r") for name in ("token_ids", "loss_mask")]
         for row in pq.read_table(path).to_pylist():
             tokens = slice(row["first_row"], row["first_row"] + row["num_tokens"])
             final = [row["final_token_id"]] if row["final_token_id"] is not None else []
-            arrays = [np.asarray(group[name][tokens]).tolist() for name in ("token_ids", "loss_mask")]  # pyright: ignore
+            arrays = [np.asarray(array[tokens]).tolist() for array in stored]
             yield Recorded(row, arrays[0] + final, arrays[1] + [1] * len(final))
 
 

@@ -1,13 +1,14 @@
 """Writers that are killed, run out of disk, or work side by side: nothing is lost, doubled, or torn."""
 
 import random
+import resource
 import time
 from contextlib import closing
 from pathlib import Path
 
 import crash
 import pytest
-from tiny import fill_cache, run_vpd
+from tiny import EXTRACT, as_flags, fill_cache, run_vpd
 from vpd.data.cache.reader import Request, read_ahead
 from vpd.data.cache.storage import LocalStorage
 from vpd.data.cache.store import Cache
@@ -113,10 +114,6 @@ def test_two_writers_and_a_reader_at_once(tmp_path: Path):
 
 
 def test_the_command_reports_a_full_disk(tiny_llama: Path, tiny_prompts: Path, tmp_path: Path):
-    import resource
-
-    from tiny import EXTRACT, as_flags
-
     arguments = ["extract", tiny_llama, tiny_prompts, "--out", tmp_path / "cache", *as_flags(EXTRACT)]
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))

@@ -102,3 +102,26 @@ def test_a_damaged_manifest_can_not_be_mended(drafted_cache: Path, tmp_path: Pat
     assert outcome.code == 1
     assert "dataset.json" in outcome.message
     assert len(list((folder / "parts").iterdir())) == len(list((drafted_cache / "parts").iterdir()))
+
+
+def test_a_part_whose_sequences_nobody_can_tell_is_made_again_as_a_whole(
+    drafted_cache: Path, tiny_llama: Path, tiny_prompts: Path, tmp_path: Path
+):
+    folder = shutil.copytree(drafted_cache, tmp_path / "cache")
+    before = contents(folder)
+    for path in (folder / "index").iterdir():
+        flip(path, 0.5)
+    outcome = run_vpd("verify", folder, "--repair")
+    assert outcome.code == 1
+    for words in ("1 parts put into quarantine", "which sequences 1 of them held can't be told", "vpd extract"):
+        assert words in outcome.out
+    assert not (folder / "quarantine.jsonl").exists()
+    assert vpd("extract", tiny_llama, tiny_prompts, "--out", folder, **EXTRACT)["num_written"] == len(before)
+    assert contents(folder) == before
+
+
+def test_nothing_lost_leaves_no_list_of_what_is_lost(drafted_cache: Path, tmp_path: Path):
+    folder = shutil.copytree(drafted_cache, tmp_path / "cache")
+    part_file(folder, 0, "hidden/zarr.json").unlink()
+    assert run_vpd("verify", folder, "--repair", "--json").result["repair"]["lost"] == []
+    assert not (folder / "quarantine.jsonl").exists()

@@ -6,7 +6,8 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from tiny import Damage, run_vpd, vpd
+import torch
+from tiny import Damage, fill_cache, make_sequence, run_vpd, vpd
 from vpd.data.cache.drafts import FirstDrafts
 from vpd.data.cache.reader import Request, read_ahead
 from vpd.data.cache.storage import LocalStorage
@@ -121,9 +122,6 @@ def test_the_bad_sequence_is_named_and_no_other(whole: Path, tmp_path: Path):
 
 
 def test_states_that_are_not_finite_are_reported(tmp_path: Path):
-    import torch
-    from tiny import fill_cache, make_sequence
-
     sequences = [make_sequence(name, 70, 2, 8) for name in "abc"]
     sequences[1]["hidden_TKH"][66, 1, 3] = torch.nan
     (part,) = fill_cache(tmp_path / "cache", sequences)

@@ -7,7 +7,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -131,11 +131,11 @@ def test_the_commit_record_comes_last(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [path[:10] for path in after.keys() - before[1].keys()] == ["index/all-"]
 
 
-def test_a_part_that_is_abandoned_leaves_nothing(tmp_path: Path):
+def test_a_part_that_an_exception_ends_leaves_nothing(tmp_path: Path):
     Cache.create_or_open(tmp_path, make_manifest())
-    writer = PartWriter(LocalStorage(tmp_path), "", SPECS.values())
-    writer.append({name: np.zeros((10, *spec.row_shape), spec.dtype) for name, spec in SPECS.items()})
-    writer.abandon()
+    with suppress(KeyboardInterrupt), PartWriter(LocalStorage(tmp_path), "", SPECS.values()) as writer:
+        writer.append({name: np.zeros((10, *spec.row_shape), spec.dtype) for name, spec in SPECS.items()})
+        raise KeyboardInterrupt
     assert snapshot(tmp_path).keys() == {"dataset.json"}
 
 
