@@ -115,7 +115,10 @@ class EstimateConfig(Section):
     tokens_per_second: PositiveFloat | None = None
     """Rate of the extraction; > 0, none = as piloted, else unknown."""
     pilot: NonNegative = 0
-    """Number of records to extract for real, for the rate, the length of answers and the size of each codec; >= 0."""
+    """Number of records to extract for real, for the rate, the length of answers and the size of each codec; >= 0.
+
+    With fewer than the engine runs at once, the rate comes out too low.
+    """
 
 
 class DraftConfig(Section):

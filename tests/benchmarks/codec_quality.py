@@ -45,7 +45,7 @@ def train_and_replay(source: Cache, cache: Cache, run: Path, recipe: str, steps:
     seq_ids = source.rows.strings("seq_id")
     held_out = [i for i, seq_id in enumerate(seq_ids) if is_held_out(seq_id, config.train.holdout)]
     result = Replay(source, find_drafter(run), None, config.eval).run(source.rows.take(held_out)).to_json()
-    loss = float(np.mean(losses[-LAST_STEPS:]))
+    loss = float(np.mean(losses[-LAST_STEPS:] or [np.nan]))  # a run that is there already is replayed alone
     return {"loss": loss, "alpha": result["alpha"]["first"], "num_tokens": result["num_tokens"]}
 
 

@@ -6,85 +6,21 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
+from place import ANSWERED, Place, check_message
 from tiny import (
-    DRAFTER,
-    EXTRACT,
     HIDDEN,
     PROMPTS,
-    TRAIN,
     VOCAB,
-    Outcome,
-    as_flags,
     run_vpd,
-    save_random_drafter,
     snapshot,
     vpd,
-    write_jsonl,
 )
 from vpd.data.cache.storage import LocalStorage
 from vpd.data.cache.store import Cache
 from vpd.data.cache.target_files import store_target_files
-
-ONE_STEP: dict[str, Any] = {**DRAFTER, **TRAIN, "max_steps": 1}
-ANSWERED = {"prompt": "name a dog", "response": "the lazy dog"}
-
-
-class Place(NamedTuple):
-    """What a case may use; `cache` and `drafted` are copies of its own."""
-
-    folder: Path
-    llama: Path
-    qwen3: Path
-    prompts: Path
-    cache: Path
-    drafted: Path
-    first_run: Path
-
-    def write(self, *lines: object) -> Path:
-        """A prompt file; strings go in as they are."""
-        path = self.folder / "some.jsonl"
-        path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
-        return path
-
-    def drafter(self, **changes: Any) -> Path:
-        """A first drafter whose shape differs."""
-        checkpoint = sorted((self.first_run / "checkpoints").iterdir())[-1]
-        return save_random_drafter(self.folder / "drafter", checkpoint, **changes)
-
-    def extract(self, prompts: Path, out: str = "new", target: object = None, **changes: Any) -> list[object]:
-        target = self.llama if target is None else target
-        return ["extract", target, prompts, "--out", self.folder / out, *as_flags({**EXTRACT, **changes})]
-
-    def train(self, cache: Path, *more: object, **changes: Any) -> list[object]:
-        return ["train", cache, "--out", self.folder / "run", *as_flags({**ONE_STEP, **changes}), *more]
-
-    def evaluate(self, *more: object) -> list[object]:
-        return ["eval", self.cache, "--first-drafter", self.first_run, *more]
-
-    def without(self, folder: Path, name: str) -> Path:
-        """A copy of a folder without some of its files."""
-        copy = shutil.copytree(folder, self.folder / "without")
-        for path in copy.glob(name):
-            path.unlink()
-        return copy
-
-
-@pytest.fixture
-def place(
-    tmp_path: Path,
-    tiny_llama: Path,
-    tiny_qwen3: Path,
-    tiny_prompts: Path,
-    tiny_cache: Path,
-    drafted_cache: Path,
-    first_run: Path,
-) -> Place:
-    cache = shutil.copytree(tiny_cache, tmp_path / "cache")
-    drafted = shutil.copytree(drafted_cache, tmp_path / "drafted")
-    return Place(tmp_path, tiny_llama, tiny_qwen3, tiny_prompts, cache, drafted, first_run)
 
 
 class Wrong(NamedTuple):
@@ -310,16 +246,6 @@ WRONG = [
 ]
 
 
-def check_message(outcome: Outcome, code: int, words: list[str]) -> None:
-    message = outcome.message
-    for word in words:
-        assert word in message
-    assert "\n\n" not in message  # one paragraph
-    assert message[-1] not in ":,"
-    assert outcome.code == code
-    assert outcome.out == ""
-
-
 @pytest.mark.parametrize("case", WRONG, ids=lambda case: case.id)
 def test_an_error_says_what_is_wrong_and_leaves_caches_alone(case: Wrong, place: Place):
     arguments = case.arguments(place)
@@ -392,49 +318,6 @@ def test_damage_found_while_reading_is_named(place: Place):
     outcome = run_vpd("draft", place.cache, "--first-drafter", place.first_run)
     check_message(outcome, 1, [str(path), "checksum"])
     assert not list((place.cache / "drafts").glob("*/commits/*"))
-
-
-def test_skip_bad_counts_what_it_leaves_out(place: Place):
-    records = [PROMPTS[0], "{broken", {"question": "why?"}, {"prompt": "fox " * 100}, PROMPTS[1]]
-    prompts = place.write(*records)
-    result = vpd(*place.extract(prompts), skip_bad=True)
-    assert result["skipped"] == {"unreadable record": 2, "too long": 1}
-    assert (result["num_written"], result["num_sequences"]) == (2, 2)
-    again = vpd(*place.extract(prompts), skip_bad=True)
-    assert (again["num_written"], again["num_present"]) == (0, 2)
-    assert again["skipped"] == result["skipped"]
-
-
-def test_skip_bad_counts_records_without_an_answer(place: Place):
-    prompts = write_jsonl(place.folder / "given.jsonl", [ANSWERED, {"prompt": "why?"}])
-    result = vpd(*place.extract(prompts, mode="given"), skip_bad=True)
-    assert (result["num_written"], result["skipped"]) == (1, {"no assistant token": 1})
-
-
-def test_the_result_for_people_says_what_was_skipped(place: Place):
-    outcome = run_vpd(*place.extract(place.write(PROMPTS[0], "{broken")), skip_bad=True)
-    assert outcome.code == 0
-    assert "1 sequences" in outcome.out
-    assert "{'unreadable record': 1}" in outcome.out
-
-
-MIXED = [ANSWERED, {"text": "a fox"}]
-CORRECTED = [
-    pytest.param(lambda place: place.extract(place.write(*MIXED), mode="given", max_len=128), 2, id="raise-max-len"),
-    pytest.param(
-        lambda place: place.extract(place.write(*MIXED), mode="given", max_len=8, skip_bad=True), 1, id="skip-bad"
-    ),
-    pytest.param(lambda place: place.extract(place.write(MIXED[1]), mode="given", max_len=8), 1, id="change-the-file"),
-]
-
-
-@pytest.mark.parametrize(("corrected", "num_written"), CORRECTED)
-def test_after_a_refused_extraction_the_corrected_command_runs(
-    corrected: Callable[[Place], list[object]], num_written: int, place: Place
-):
-    refused = run_vpd(*place.extract(place.write(*MIXED), mode="given", max_len=8))
-    check_message(refused, 1, ["some.jsonl, row 1:", "Raise extract.max_len", "--skip-bad"])
-    assert vpd(*corrected(place))["num_written"] == num_written
 
 
 @pytest.mark.parametrize("command", ["extract", "train"])
