@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .model import Drafter, LayerContext
+from .model import Context, Drafter
 from .target_pieces import TargetPieces
 
 POSITIONS_PER_CHUNK = 1024
@@ -16,7 +16,7 @@ POSITIONS_PER_CHUNK = 1024
 def fill_blocks(
     drafter: Drafter,
     pieces: TargetPieces,
-    context: list[LayerContext],
+    context: Context,
     block_ids_NG: Tensor,
     anchors_N: Tensor,
     wanted_NG: Tensor,

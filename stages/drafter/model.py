@@ -8,6 +8,8 @@ tokens of a block are visible.
 # h query heads, k key-value heads, r = h / k, d head width
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import NamedTuple, cast
 
 import torch
@@ -24,6 +26,23 @@ class LayerContext(NamedTuple):
 
     key_kTd: Tensor
     value_kTd: Tensor
+
+
+class Context(NamedTuple):
+    """The context of one sequence, or of several packed one after another."""
+
+    layers: list[LayerContext]
+    num_tokens: tuple[int, ...]
+    """Tokens of each sequence; T in all."""
+
+
+class Group(NamedTuple):
+    """Blocks of one sequence, and the rows of the packed context that belong to it."""
+
+    blocks: slice
+    rows: slice
+    bias_NT: Tensor
+    """0 where a block sees a token of its sequence, -inf elsewhere."""
 
 
 class Drafter(nn.Module):
@@ -46,29 +65,38 @@ class Drafter(nn.Module):
             elif isinstance(module, nn.RMSNorm):
                 nn.init.ones_(module.weight)
 
-    def context(self, features_TD: Tensor) -> list[LayerContext]:
-        """Keys and values of every layer for the context features [T, D] at positions 0..T-1."""
-        states_TH = self.hidden_norm(self.fc(features_TD))
-        rope = rotary(torch.arange(len(states_TH), device=states_TH.device), self.shape, states_TH.dtype)
-        return [cast(DrafterLayer, layer).self_attn.context(states_TH, rope) for layer in self.layers]
+    def context(self, features_TD: Tensor, num_tokens: Sequence[int] | None = None) -> Context:
+        """Keys and values of every layer for the context features [T, D].
 
-    def forward(self, blocks_NGH: Tensor, anchors_N: Tensor, context: list[LayerContext]) -> Tensor:
+        Args:
+            num_tokens: tokens of each of the sequences that are packed in T, each at positions 0 and on; None: one.
+        """
+        num_tokens = (len(features_TD),) if num_tokens is None else tuple(num_tokens)
+        states_TH = self.hidden_norm(self.fc(features_TD))
+        positions_T = torch.cat([torch.arange(count, device=states_TH.device) for count in num_tokens])
+        rope = rotary(positions_T, self.shape, states_TH.dtype)
+        layers = [cast(DrafterLayer, layer).self_attn.context(states_TH, rope) for layer in self.layers]
+        return Context(layers, num_tokens)
+
+    def forward(
+        self, blocks_NGH: Tensor, anchors_N: Tensor, context: Context, num_blocks: Sequence[int] | None = None
+    ) -> Tensor:
         """Hidden states [N, G, H] of the blocks, ready for the target's LM head.
 
         Args:
             blocks_NGH: embedded tokens of the blocks, the mask token's embedding where the drafter shall predict.
-            anchors_N: int64, the anchors' positions; block n sees the context strictly before anchors_N[n].
-            context: what `context` returned for the blocks' sequence.
+            anchors_N: int64, the anchors' positions in their sequences; block n sees the context of its sequence
+                strictly before anchors_N[n].
+            context: what `context` returned for the blocks' sequences.
+            num_blocks: blocks of each sequence, which come one sequence after another; None: all are of the one.
         """
-        block_size = blocks_NGH.shape[1]
-        num_context = context[0].key_kTd.shape[1]
-        offsets_G = torch.arange(block_size, device=blocks_NGH.device)
+        num_blocks = (len(blocks_NGH),) if num_blocks is None else tuple(num_blocks)
+        offsets_G = torch.arange(blocks_NGH.shape[1], device=blocks_NGH.device)
         rope = rotary(anchors_N[:, None] + offsets_G, self.shape, blocks_NGH.dtype)
-        hidden_NT = torch.arange(num_context, device=blocks_NGH.device) >= anchors_N[:, None]
-        bias_NT = torch.zeros_like(hidden_NT, dtype=blocks_NGH.dtype).masked_fill_(hidden_NT, float("-inf"))
+        groups = group_blocks(anchors_N, context.num_tokens, num_blocks, blocks_NGH.dtype)
         states_NGH = blocks_NGH
-        for layer, layer_context in zip(self.layers, context, strict=True):
-            states_NGH = layer(states_NGH, rope, layer_context, bias_NT)
+        for layer, layer_context in zip(self.layers, context.layers, strict=True):
+            states_NGH = layer(states_NGH, rope, layer_context, groups)
         return self.norm(states_NGH)
 
 
@@ -81,9 +109,9 @@ class DrafterLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(shape.hidden_size, eps=shape.rms_norm_eps)
 
     def forward(
-        self, states_NGH: Tensor, rope: tuple[Tensor, Tensor], context: LayerContext, bias_NT: Tensor
+        self, states_NGH: Tensor, rope: tuple[Tensor, Tensor], context: LayerContext, groups: list[Group]
     ) -> Tensor:
-        states_NGH = states_NGH + self.self_attn(self.input_layernorm(states_NGH), rope, context, bias_NT)
+        states_NGH = states_NGH + self.self_attn(self.input_layernorm(states_NGH), rope, context, groups)
         return states_NGH + self.mlp(self.post_attention_layernorm(states_NGH))
 
 
@@ -101,7 +129,8 @@ class SwiGLU(nn.Module):
 class BlockAttention(nn.Module):
     """Each block attends to the context before its anchor and, in both directions, to itself.
 
-    The scores are [N, G, T + G]: blocks never meet, so no mask over all blocks' positions exists.
+    The scores of a sequence's N blocks and T tokens are [N, G, T + G]: blocks never meet, nor do sequences, so no
+    mask over all positions exists.
     """
 
     def __init__(self, shape: DrafterShape):
@@ -121,7 +150,7 @@ class BlockAttention(nn.Module):
         return LayerContext(key_Tkd.transpose(0, 1), value_Tkd.transpose(0, 1))
 
     def forward(
-        self, states_NGH: Tensor, rope: tuple[Tensor, Tensor], context: LayerContext, bias_NT: Tensor
+        self, states_NGH: Tensor, rope: tuple[Tensor, Tensor], context: LayerContext, groups: list[Group]
     ) -> Tensor:
         N, G, _ = states_NGH.shape
         k, r, d = self.num_kv_heads, self.num_heads // self.num_kv_heads, self.head_dim
@@ -130,19 +159,49 @@ class BlockAttention(nn.Module):
         query_kNRd = query_NGhd.view(N, G, k, r, d).permute(2, 0, 1, 3, 4).reshape(k, N, G * r, d) * d**-0.5
         key_NGkd, value_NGkd = self._keys_values(states_NGH, rope)
         key_kNGd, value_kNGd = (x.permute(2, 0, 1, 3) for x in (key_NGkd, value_NGkd))
-
-        context_scores = (query_kNRd.flatten(1, 2) @ context.key_kTd.transpose(1, 2)).view(k, N, G * r, -1)
-        context_scores = context_scores + bias_NT[:, None, :]
-        own_scores = query_kNRd @ key_kNGd.transpose(2, 3)
-        weights = torch.cat([context_scores, own_scores], dim=-1).softmax(dim=-1, dtype=torch.float32)
-        to_context, to_own = weights.to(states_NGH.dtype).split([context_scores.shape[-1], G], dim=-1)
-        mixed_kNRd = (to_context.flatten(1, 2) @ context.value_kTd).view(k, N, G * r, d) + to_own @ value_kNGd
+        mixed = [
+            attend(
+                query_kNRd[:, group.blocks],
+                key_kNGd[:, group.blocks],
+                value_kNGd[:, group.blocks],
+                LayerContext(context.key_kTd[:, group.rows], context.value_kTd[:, group.rows]),
+                group.bias_NT,
+            )
+            for group in groups
+        ]
+        mixed_kNRd = mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=1)
         mixed_NGH = mixed_kNRd.view(k, N, G, r, d).permute(1, 2, 0, 3, 4).reshape(N, G, -1)
         return self.o_proj(mixed_NGH)
 
     def _keys_values(self, states: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         split = (*states.shape[:-1], self.num_kv_heads, self.head_dim)
         return rotate(self.k_norm(self.k_proj(states).view(split)), rope), self.v_proj(states).view(split)
+
+
+def attend(query_kNRd: Tensor, key_kNGd: Tensor, value_kNGd: Tensor, context: LayerContext, bias_NT: Tensor) -> Tensor:
+    """Attention [k, N, R, d] of a sequence's blocks to its context and to themselves, R = G * r rows a block."""
+    k, N, R, d = query_kNRd.shape
+    context_scores = (query_kNRd.flatten(1, 2) @ context.key_kTd.transpose(1, 2)).view(k, N, R, -1)
+    context_scores = context_scores + bias_NT[:, None, :]
+    own_scores = query_kNRd @ key_kNGd.transpose(2, 3)
+    weights = torch.cat([context_scores, own_scores], dim=-1).softmax(dim=-1, dtype=torch.float32)
+    to_context, to_own = weights.to(value_kNGd.dtype).split([bias_NT.shape[1], key_kNGd.shape[2]], dim=-1)
+    return (to_context.flatten(1, 2) @ context.value_kTd).view(k, N, R, d) + to_own @ value_kNGd
+
+
+def group_blocks(
+    anchors_N: Tensor, num_tokens: Sequence[int], num_blocks: Sequence[int], dtype: torch.dtype
+) -> list[Group]:
+    """The blocks of each packed sequence that has any."""
+    groups = []
+    block_ends, row_ends = [0, *accumulate(num_blocks)], [0, *accumulate(num_tokens)]
+    for blocks, rows in zip(pairwise(block_ends), pairwise(row_ends), strict=True):
+        if blocks[0] < blocks[1]:
+            rows_T = torch.arange(rows[1] - rows[0], device=anchors_N.device)
+            hidden_NT = rows_T >= anchors_N[slice(*blocks), None]
+            bias_NT = torch.zeros_like(hidden_NT, dtype=dtype).masked_fill_(hidden_NT, float("-inf"))
+            groups.append(Group(slice(*blocks), slice(*rows), bias_NT))
+    return groups
 
 
 def rotary(positions: Tensor, shape: DrafterShape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
-"""The reference engine: plain transformers, one request at a time."""
+"""The reference engine: plain transformers, a batch of requests at a time."""
 
-# T tokens, K captured layers, H hidden width
+# B requests, W tokens of the longest, T tokens of one, K captured layers, H hidden width, V vocabulary
 from __future__ import annotations
 
 from collections import deque
@@ -12,13 +12,16 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from ...data.errors import TargetError
+from ...data.errors import ConfigError, TargetError
 from .engine import Completion, EngineRequest, Sampling, engine_facts
 from .target import Target
 
 
 class TransformersEngine:
-    """Generates with transformers and captures layer outputs with forward hooks."""
+    """Generates with transformers and captures layer outputs with forward hooks.
+
+    The engine argument `batch_size` (default 1) says how many requests run together; sampled answers depend on it.
+    """
 
     def __init__(
         self,
@@ -30,10 +33,14 @@ class TransformersEngine:
         engine_args: dict[str, Any] | None = None,
     ):
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model = AutoModelForCausalLM.from_pretrained(target.folder, dtype=dtype, **(engine_args or {}))
+        model_args = dict(engine_args or {})
+        self._batch_size = int(model_args.pop("batch_size", 1))
+        if self._batch_size < 1:
+            raise ConfigError(f"expected a batch_size of at least 1, got {self._batch_size}.")
+        self._model = AutoModelForCausalLM.from_pretrained(target.folder, dtype=dtype, **model_args)
         cast(nn.Module, self._model).to(self._device).eval()
         self._sampling = sampling
-        self._eos_token_ids = target.eos_token_ids
+        self._ends = [[token_id] for token_id in target.eos_token_ids]
         self._captured: dict[int, Tensor] = {}
         layers = decoder_layers(self._model, target.num_layers)
         for layer_id in layer_ids:
@@ -51,35 +58,50 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def poll(self) -> list[Completion]:
-        if not self._waiting:
+        batch = [self._waiting.popleft() for _ in range(min(self._batch_size, len(self._waiting)))]
+        if not batch:
             return []
-        request = self._waiting.popleft()
         generator = torch.Generator(self._device).manual_seed(self._sampling.seed)
-        token_ids = torch.tensor([request.prompt_ids], device=self._device)
+        token_ids_BW, real_BW = pad_left([request.prompt_ids for request in batch], self._device)
         past: Any = None
-        output_ids: list[int] = []
+        outputs: list[list[int]] = [[] for _ in batch]
         states: list[Tensor] = []
         argmax: list[Tensor] = []
-        while len(output_ids) < request.max_new_tokens:
-            out = self._model(token_ids, past_key_values=past, use_cache=True)
-            past = out.past_key_values
-            if request.capture:
-                states.append(torch.stack([self._captured[i][0] for i in self._layer_ids], dim=1).bfloat16().cpu())
-                argmax.append(out.logits[0].argmax(dim=-1).cpu())
-            token_ids = sample(out.logits[0, -1], self._sampling, generator).view(1, 1)
-            output_ids.append(int(token_ids))
-            if output_ids[-1] in self._eos_token_ids:
-                break
-        return [
-            Completion(
-                key=request.key,
-                prompt_ids=request.prompt_ids,
-                output_ids=output_ids,
-                finish_reason="stop" if output_ids[-1] in self._eos_token_ids else "length",
-                hidden_TKH=torch.cat(states) if states else None,
-                argmax_T=torch.cat(argmax) if argmax else None,
+        while not all(map(self._is_complete, batch, outputs)):
+            positions_BW = (real_BW.cumsum(dim=1) - 1).clamp(min=0)[:, -token_ids_BW.shape[1] :]
+            out = self._model(
+                token_ids_BW, attention_mask=real_BW, position_ids=positions_BW, past_key_values=past, use_cache=True
             )
+            past = out.past_key_values
+            states.append(torch.stack([self._captured[i] for i in self._layer_ids], dim=2).bfloat16())
+            argmax.append(out.logits.argmax(dim=-1))
+            token_ids_BW = sample(out.logits[:, -1], self._sampling, generator)[:, None]
+            real_BW = torch.cat([real_BW, torch.ones_like(real_BW[:, :1])], dim=1)
+            for request, output_ids, token_id in zip(batch, outputs, token_ids_BW[:, 0].tolist(), strict=True):
+                if not self._is_complete(request, output_ids):
+                    output_ids.append(token_id)
+        hidden_BWKH, argmax_BW = torch.cat(states, dim=1), torch.cat(argmax, dim=1)
+        width = max(len(request.prompt_ids) for request in batch)
+        return [
+            self._complete(request, output_ids, hidden_WKH, argmax_W, width - len(request.prompt_ids))
+            for request, output_ids, hidden_WKH, argmax_W in zip(batch, outputs, hidden_BWKH, argmax_BW, strict=True)
         ]
+
+    def _is_complete(self, request: EngineRequest, output_ids: list[int]) -> bool:
+        return len(output_ids) == request.max_new_tokens or output_ids[-1:] in self._ends
+
+    def _complete(
+        self, request: EngineRequest, output_ids: list[int], hidden_WKH: Tensor, argmax_W: Tensor, padding: int
+    ) -> Completion:
+        own = slice(padding, padding + len(request.prompt_ids) + len(output_ids) - 1)
+        return Completion(
+            key=request.key,
+            prompt_ids=request.prompt_ids,
+            output_ids=output_ids,
+            finish_reason="stop" if output_ids[-1:] in self._ends else "length",
+            hidden_TKH=hidden_WKH[own].cpu() if request.capture else None,
+            argmax_T=argmax_W[own].cpu() if request.capture else None,
+        )
 
     def close(self) -> None:
         self._waiting.clear()
@@ -107,13 +129,21 @@ def decoder_layers(model: nn.Module, num_layers: int) -> nn.ModuleList:
     return lists[0]
 
 
-def sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """The next token: the most likely one, or one drawn after temperature, top-k and top-p."""
+def pad_left(prompts: list[list[int]], device: str) -> tuple[Tensor, Tensor]:
+    """Token ids [B, W], prompts ending in the last column, and which of them are no padding (int64 [B, W])."""
+    width = max(map(len, prompts))
+    token_ids_BW = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=device)
+    padding_B = torch.tensor([width - len(ids) for ids in prompts], device=device)
+    return token_ids_BW, (torch.arange(width, device=device) >= padding_B[:, None]).long()
+
+
+def sample(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """The next tokens [B]: the most likely ones, or drawn after temperature, top-k and top-p."""
     if sampling.greedy:
-        return logits_V.argmax()
-    probs_V, order_V = (logits_V.float() / sampling.temperature).softmax(dim=-1).sort(descending=True)
+        return logits_BV.argmax(dim=-1)
+    probs_BV, order_BV = (logits_BV.float() / sampling.temperature).softmax(dim=-1).sort(dim=-1, descending=True)
     if sampling.top_k:
-        probs_V[sampling.top_k :] = 0
+        probs_BV[:, sampling.top_k :] = 0
     # A token stays while the mass before it is below top_p.
-    probs_V[probs_V.cumsum(0) - probs_V >= sampling.top_p] = 0
-    return order_V[torch.multinomial(probs_V, 1, generator=generator)[0]]
+    probs_BV[probs_BV.cumsum(dim=-1) - probs_BV >= sampling.top_p] = 0
+    return order_BV.gather(1, torch.multinomial(probs_BV, 1, generator=generator))[:, 0]
