@@ -153,22 +153,47 @@ class DrafterSection(Section):
     """Base of RoPE; > 0, none = the target's."""
 
 
+PolicyName = Literal["paper", "exclude", "runner-up"]
+PlainSampler = Literal["geometric", "visible-geometric", "boundary", "past-boundary", "posterior", "topk"]
+
+
 class PrefixConfig(Section):
     """`train.prefix`: how many tokens after the anchor a training block shows."""
 
-    sampler: Literal["geometric", "visible-geometric", "boundary"] = "boundary"
+    sampler: PlainSampler | Literal["mixture"] = "mixture"
     """Where prefix lengths come from.
 
-    geometric: Eq. 6 of arXiv 2606.04446 over 0..gamma-2; visible-geometric: the public code's rule, which
-    never draws 0; boundary: the accept length of the first draft at the anchor.
+    geometric: Eq. 6 of arXiv 2606.04446 over 0..gamma-2; visible-geometric: the public code's rule, which never
+    draws 0; boundary: the accept length L of the first draft at the anchor; past-boundary: L + 1; posterior: where
+    the first drafter believes it fails; topk: the branches that decoding launches; mixture: several of these.
     """
     beta: Ratio = 0.9
     """Ratio of the geometric prior over prefix lengths (Eq. 6); in (0, 1]."""
-    prior_share: Share = 0.3
-    """Share of `boundary` blocks whose prefix comes from the geometric prior all the same; in [0, 1].
+    k: Count = 4
+    """Branches among which `topk` chooses; >= 1."""
+    mixture: dict[PlainSampler, PositiveFloat] = {"past-boundary": 0.7, "geometric": 0.3}
+    """Weights of the samplers in `mixture`; each > 0, in proportion to their sum."""
+    floor: Share = 0.0
+    """Share of `mixture` that is spread evenly over all prefix lengths; in [0, 1]."""
 
-    Above 0, every prefix length keeps a floor probability.
-    """
+    @field_validator("mixture")
+    @classmethod
+    def _some(cls, value: dict[str, float]) -> dict[str, float]:
+        if not value:
+            raise ValueError("the weight of at least one sampler")
+        return value
+
+
+class AnchorConfig(Section):
+    """`train.anchor`: at which tokens of a sequence training blocks start."""
+
+    sampler: Literal["uniform", "chain", "failure"] = "uniform"
+    """uniform: all alike; chain: those that decoding with the first draft visits; failure: rather those where the
+    first draft stops early."""
+    uniform_share: BelowOne = 0.3
+    """Share of `chain` anchors that are drawn from the others, uniformly; in [0, 1)."""
+    failure_power: PositiveFloat = 1.0
+    """`failure` weighs an anchor with (accept length + 1)^-failure_power; > 0."""
 
 
 class TrainConfig(Section):
@@ -178,6 +203,8 @@ class TrainConfig(Section):
     """What is trained: a first drafter (dflash) or a VP-Drafter (vp)."""
     prefix: PrefixConfig = PrefixConfig()
     """Prefix lengths of the training blocks; read by the vp objective alone."""
+    anchor: AnchorConfig = AnchorConfig()
+    """Anchors of the training blocks."""
     first_drafter: str | None = None
     """Folder of the first drafter, or fingerprint of its drafts in the cache; none = the only one there."""
     num_anchors: Count = 512
@@ -186,6 +213,17 @@ class TrainConfig(Section):
     """Decay length of the loss weights, in block positions (Eq. 7); > 0."""
     normalise: Literal["block", "batch"] = "block"
     """What the weighted loss is divided by: each block's weights (the paper) or the batch's (public code)."""
+    weights: Literal["decay", "expected-length"] = "decay"
+    """Loss weights of block positions: Eq. 7, or how much a position's probability adds to the expected accept length.
+
+    The latter follows D-PACE (arXiv 2605.18810) and moves with the drafter.
+    """
+    until_failure: bool = False
+    """Leave out the positions after the first one that the drafter itself gets wrong."""
+    unlikelihood: NonNegativeFloat = 0.0
+    """Weight of -log(1 - p) for the first draft's wrong token at its boundary; >= 0, 0 = off."""
+    visible: Literal["recorded", "first-draft"] = "recorded"
+    """Tokens of visible prefixes: the recorded ones, or the first draft's, which differ past the boundary."""
     labels: Literal["recorded", "argmax"] = "recorded"
     """What a block must predict: the recorded tokens or the target's argmax."""
     lr: PositiveFloat = 6e-4
@@ -206,6 +244,11 @@ class TrainConfig(Section):
     """Number of optimizer steps, in place of epochs; >= 1."""
     batch_size: Count = 4
     """Sequences per optimizer step and process; >= 1."""
+    tokens_per_pass: Count = 65536
+    """Context tokens and block positions that one forward pass takes, which bounds memory; >= 1.
+
+    A sequence that has more gets a pass of its own.
+    """
     max_len: Count = 3072
     """Tokens of a sequence that are read, from its start; >= 1."""
     holdout: BelowOne = 0.05
@@ -235,8 +278,18 @@ class EvalConfig(Section):
 
     k: Branches = 4
     """Branches beside the first draft in each cycle; in 0..64."""
-    holdout: BelowOne | None = None
-    """Share of sequences held out; in [0, 1), none = as in the drafters' runs, else 0.05."""
+    policies: Annotated[list[PolicyName], Field(min_length=1)] = ["runner-up"]
+    """Branch policies; the first gives alpha, the others are listed beside it.
+
+    paper: the k likeliest prefix lengths; exclude: the same, the first draft's next token ruled out; runner-up: the
+    k likeliest pairs of prefix length and alternative token, which the second drafter then sees.
+    """
+    max_k: Branches = 8
+    """Alpha is also listed for every number of branches up to this (or up to k); in 0..64."""
+    second_block_size: BlockSize | None = None
+    """Block positions of the second draft; in 2..255, none = those of its drafter."""
+    holdout: Share | None = None
+    """Share of sequences held out; in [0, 1], none = as in the drafters' runs, else 0.05. 1 = all."""
     limit: Count | None = None
     """Number of held-out sequences; >= 1, none = all."""
     device: str = "auto"

@@ -3,6 +3,8 @@
 # T context tokens, N blocks, G block size, A alternatives, H hidden width, V vocabulary
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,14 +23,16 @@ def fill_blocks(
     anchors_N: Tensor,
     wanted_NG: Tensor,
     num_alternatives: int,
+    num_blocks: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Most likely tokens (int64 [N, G, A], best first) and their probabilities (float32) at the wanted positions.
 
     Args:
         block_ids_NG: visible tokens, and the mask token at the rest.
         wanted_NG: bool; other positions come back as token 0 with probability 0.
+        num_blocks: blocks of each sequence in the context; None: all are of the one.
     """
-    hidden_NGH = drafter(pieces.embed_VH[block_ids_NG], anchors_N, context)
+    hidden_NGH = drafter(pieces.embed_VH[block_ids_NG], anchors_N, context, num_blocks)
     tokens_NGA = block_ids_NG.new_zeros(*block_ids_NG.shape, num_alternatives)
     probs_NGA = torch.zeros(tokens_NGA.shape, device=tokens_NGA.device)
     found = [

@@ -1,35 +1,85 @@
-"""Candidates of a decoding cycle: which second drafts to launch, and which alternatives to try without one."""
+"""Branch policies: from the first draft to the K second drafts that a decoding cycle launches.
 
-# N anchors, G block size, A alternatives kept per position (the first is the draft), B branches
+Every policy is lossless: whatever is drafted, the target verifies it. Branches come best first, so the K branches of
+a policy are the first K of any larger number.
+"""
+
+# N anchors, G block size, J = G-1 drafted positions, A alternatives kept per position (the first is the draft),
+# B branches
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-
-def boundary_posterior(confidence_NG: Tensor) -> Tensor:
-    """r(i) = (c_1 ... c_i) * (1 - c_(i+1)), i = 0..G-2 (D2SD, arXiv 2606.04446); confidences c_1..c_(G-1) [N, G-1]."""
-    reached = torch.cat([torch.ones_like(confidence_NG[:, :1]), confidence_NG.cumprod(dim=1)[:, :-1]], dim=1)
-    return reached * (1 - confidence_NG)
+NONE = -1
+"""Stands for "no token": never equal to one."""
 
 
-def paper_prefixes(confidence_NG: Tensor, num_branches: int) -> Tensor:
-    """The B prefix lengths [N, B] of largest r(i): as many as asked for, or all G-1 of them."""
-    posterior = boundary_posterior(confidence_NG)
-    return posterior.topk(min(num_branches, posterior.shape[1]), dim=1).indices
+class Branches(NamedTuple):
+    """What each branch shows the second drafter: the anchor, `prefix_len` draft tokens, perhaps an alternative."""
+
+    prefix_len_NB: Tensor
+    """Draft tokens that are kept: i."""
+    alternative_NB: Tensor
+    """Token put at block position i + 1, visible to the second drafter; `NONE`: it is drafted anew."""
+    excluded_NB: Tensor
+    """Token that the second drafter must not propose at position i + 1; `NONE`: any."""
+
+    @property
+    def visible_len_NB(self) -> Tensor:
+        """Visible tokens after the anchor."""
+        return self.prefix_len_NB + (self.alternative_NB != NONE)
 
 
-def swapped_candidates(tokens_NGA: Tensor, probs_NGA: Tensor, num_branches: int) -> Tensor:
-    """The first draft with one token swapped for its j-th alternative, for the B most likely pairs; [N, B, G-1].
+def boundary_posterior(confidence_NJ: Tensor) -> Tensor:
+    """r(i) = (c_1 ... c_i) * (1 - c_(i+1)), i = 0..G-2 (D2SD, arXiv 2606.04446); confidences c_1..c_(G-1)."""
+    return _reached(confidence_NJ) * (1 - confidence_NJ)
 
-    A pair's score is the probability that the draft holds up to position i and the alternative is right at i+1:
-    (c_1 ... c_i) * p_(i+1)(alternative j).
+
+def paper(tokens_NJA: Tensor, probs_NJA: Tensor, num_branches: int) -> Branches:
+    """The prefix lengths of largest r(i) (D2SD, arXiv 2606.04446)."""
+    posterior_NJ = boundary_posterior(probs_NJA[..., 0])
+    prefix_len_NB = posterior_NJ.topk(min(num_branches, posterior_NJ.shape[1]), dim=1).indices
+    none_NB = torch.full_like(prefix_len_NB, NONE)
+    return Branches(prefix_len_NB, none_NB, none_NB)
+
+
+def exclude(tokens_NJA: Tensor, probs_NJA: Tensor, num_branches: int) -> Branches:
+    """As `paper`, and the first draft's token at i + 1, which branch i takes to be wrong, is ruled out there."""
+    branches = paper(tokens_NJA, probs_NJA, num_branches)
+    return branches._replace(excluded_NB=tokens_NJA[..., 0].gather(1, branches.prefix_len_NB))
+
+
+def runner_up(tokens_NJA: Tensor, probs_NJA: Tensor, num_branches: int) -> Branches:
+    """The likeliest pairs (i, j): i draft tokens hold, and the j-th alternative is right at i + 1.
+
+    A pair's score is (c_1 ... c_i) * p_(i+1)(alternative j); several alternatives may compete at one position.
     """
-    draft_NG, confidence_NG = tokens_NGA[..., 0], probs_NGA[..., 0]
-    reached = torch.cat([torch.ones_like(confidence_NG[:, :1]), confidence_NG.cumprod(dim=1)[:, :-1]], dim=1)
-    scores = (reached[..., None] * probs_NGA[..., 1:]).flatten(1)
+    scores = (_reached(probs_NJA[..., 0])[..., None] * probs_NJA[..., 1:]).flatten(1)
     pairs_NB = scores.topk(min(num_branches, scores.shape[1]), dim=1).indices
-    swapped = tokens_NGA[..., 1:].flatten(1).gather(1, pairs_NB)
-    position_NB = pairs_NB // (tokens_NGA.shape[2] - 1)
-    candidates = draft_NG[:, None, :].repeat(1, pairs_NB.shape[1], 1)
-    return candidates.scatter_(2, position_NB[..., None], swapped[..., None])
+    return Branches(
+        prefix_len_NB=pairs_NB // (probs_NJA.shape[2] - 1),
+        alternative_NB=tokens_NJA[..., 1:].flatten(1).gather(1, pairs_NB),
+        excluded_NB=torch.full_like(pairs_NB, NONE),
+    )
+
+
+Policy = Callable[[Tensor, Tensor, int], Branches]
+POLICIES: dict[str, Policy] = {"paper": paper, "exclude": exclude, "runner-up": runner_up}
+
+
+def show_branches(draft_NJ: Tensor, branches: Branches) -> Tensor:
+    """The first draft with each branch's alternative put in, [N, B, J]: what the branch keeps, and what it replaces."""
+    shown_NBJ = draft_NJ[:, None, :].repeat(1, branches.prefix_len_NB.shape[1], 1)
+    replaced_NB1 = branches.prefix_len_NB[..., None]
+    alternative_NB1 = branches.alternative_NB[..., None]
+    kept_NB1 = shown_NBJ.gather(2, replaced_NB1)
+    return shown_NBJ.scatter(2, replaced_NB1, torch.where(alternative_NB1 == NONE, kept_NB1, alternative_NB1))
+
+
+def _reached(confidence_NJ: Tensor) -> Tensor:
+    """c_1 ... c_i for i = 0..J-1: the probability that the draft holds up to position i."""
+    return torch.cat([torch.ones_like(confidence_NJ[:, :1]), confidence_NJ.cumprod(dim=1)[:, :-1]], dim=1)

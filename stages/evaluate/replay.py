@@ -1,23 +1,24 @@
 """Acceptance length by replay: decoding with two drafters over cached greedy responses, without the target.
 
-On a greedy response the target would accept exactly the recorded continuation, and the states of every token
-are recorded too. So each cycle's outcome follows from the drafters alone. Labels, masks and boundaries are
-worked out here from the recorded tokens and share nothing with training.
+On a greedy response the target would accept exactly the recorded continuation, and the states of every token are
+recorded too. So each cycle's outcome follows from the drafters alone, at every anchor at once: which anchors a way of
+decoding visits is worked out afterwards. Branches whose visible tokens are already wrong commit no more than the
+first draft, and are not completed.
 """
 
-# S tokens of a sequence, N anchors, G block size, B branches, A alternatives
+# N anchors, R branches to complete, J drafted positions, A alternatives, B branches an anchor, S tokens of a sequence
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...data.cache.drafts import NOT_DRAFTED, NUM_ALTERNATIVES, FirstDrafts
 from ...data.cache.index import SequenceRow
 from ...data.cache.reader import CachedSequence, Request, read_ahead
 from ...data.cache.store import Cache
@@ -25,77 +26,83 @@ from ...data.errors import CacheNotFoundError, DrafterError
 from ..config import EvalConfig, ReadConfig
 from ..devices import choose_device
 from ..drafter.checkpoint import check_fits, load_drafter
-from ..drafter.drafting import fill_blocks
-from ..drafter.model import Drafter, LayerContext
+from ..drafter.model import Context, Drafter
 from ..drafter.target_pieces import TargetPieces
-from .branches import paper_prefixes, swapped_candidates
+from .branches import POLICIES, Branches, runner_up, show_branches
+from .redraft import OpenBranches, complete_branches, draft_anew
+from .report import AnchorFacts, ReplayReport, Way
+from .responses import find_responses, is_greedy, recorded_after
 
-NUM_ALTERNATIVES = 5
-ANCHORS_PER_PASS = 64
-BEYOND = -1
-"""Stands for "no recorded token": never equal to a drafted one."""
+TOKENS_PER_BATCH = 4096
+BLOCKS_PER_PASS = 512
 
 
-@dataclass
-class ReplayReport:
-    """Sums over all replayed responses."""
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The responses of several sequences, packed; anchors are all tokens of a response but the last."""
 
-    k: int
-    block_size: int
-    num_tokens: int = 0
-    """Tokens committed by drafting cycles: all of a response but its first, which the prefill gives."""
-    num_cycles: Counter[str] = field(default_factory=Counter)
-    """Cycles that each setting needs for them."""
-    num_sequences: int = 0
-    num_responses: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)
-    """Sequences without a response that can be replayed, by reason."""
+    features_TD: Tensor
+    num_tokens: list[int]
+    num_anchors: list[int]
+    """Anchors of each sequence."""
+    response_lens: list[list[int]]
+    """Anchors of each response of each sequence."""
+    anchors_N: Tensor
+    anchor_ids_N: Tensor
+    recorded_NJ: Tensor
+    drafts: tuple[Tensor, Tensor] | None
+    """Recorded first drafts: tokens and probabilities [N, J, A]."""
 
     @property
-    def alpha(self) -> dict[str, float]:
-        """Mean acceptance length by setting: tokens committed per cycle, the bonus token included."""
-        return {name: self.num_tokens / cycles for name, cycles in self.num_cycles.items() if cycles}
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "alpha": self.alpha,
-            "k": self.k,
-            "block_size": self.block_size,
-            "num_cycles": dict(self.num_cycles),
-            "num_tokens": self.num_tokens,
-            "num_sequences": self.num_sequences,
-            "num_responses": self.num_responses,
-            "skipped": dict(self.skipped),
-        }
+    def sequence_N(self) -> Tensor:
+        counts = torch.tensor(self.num_anchors, device=self.anchors_N.device)
+        return torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
 
 
 class Replay:
-    """Replays sequences with a first drafter and, if given, a VP-Drafter."""
+    """Replays sequences with a first drafter, or its recorded drafts, and, if given, a VP-Drafter."""
 
     def __init__(
-        self, cache: Cache, first: Path, second: Path | None, config: EvalConfig, read: ReadConfig | None = None
+        self,
+        cache: Cache,
+        first: Path | FirstDrafts,
+        second: Path | None,
+        config: EvalConfig,
+        read: ReadConfig | None = None,
     ):
         """
         Raises:
-            DrafterError: a drafter does not fit the cache or the other one.
+            DrafterError: a drafter does not fit the cache.
         """
         self.cache, self.config, self.read = cache, config, read or ReadConfig()
-        device = choose_device(config.device)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.device = device
-        self.pieces = TargetPieces.load(cache.target_folder, device=device, dtype=dtype)
-        self.first = load_drafter(first, device=device, dtype=dtype)
-        self.second = load_drafter(second, device=device, dtype=dtype) if second is not None else None
-        for drafter, where in ((self.first, first), (self.second, second)):
-            if drafter is not None and where is not None:
-                check_fits(drafter.shape, cache.manifest, where)
-        self.block_size = self.first.shape.block_size
-        if self.second is not None and self.second.shape.block_size != self.block_size:
-            raise DrafterError(
-                f"the first drafter has block size {self.block_size}, the VP-Drafter {self.second.shape.block_size}. "
-                "Train the VP-Drafter with the first drafter's block size."
-            )
-        self.report = ReplayReport(config.k, self.block_size)
+        self.device = choose_device(config.device)
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.pieces = TargetPieces.load(cache.target_folder, device=self.device, dtype=self.dtype)
+        self.drafts = first if isinstance(first, FirstDrafts) else None
+        self.first = None if isinstance(first, FirstDrafts) else self._load(first)
+        self.second = None if second is None else self._load(second)
+        if self.second is not None and config.second_block_size is not None:
+            self.second.shape = replace(self.second.shape, block_size=config.second_block_size)
+        shapes = [drafter.shape for drafter in (self.first, self.second) if drafter is not None]
+        sizes = [shape.block_size for shape in shapes] + ([self.drafts.block_size] if self.drafts is not None else [])
+        self.num_positions = max(sizes) - 1
+        self.num_branches = max(config.k, config.max_k)
+        seconds = {"first_as_second": self.first, "d2sd": self.second}
+        self.seconds = {name: drafter for name, drafter in seconds.items() if drafter is not None}
+        self.report = ReplayReport(list(self.ways()), config.policies[0], config.k, sizes[0])
+
+    def _load(self, folder: Path) -> Drafter:
+        drafter = load_drafter(folder, device=self.device, dtype=self.dtype)
+        check_fits(drafter.shape, self.cache.manifest, folder)
+        return drafter
+
+    def ways(self) -> Iterator[Way]:
+        """Every way of decoding that is replayed, in the order of `accept_lengths`."""
+        numbers = range(self.num_branches + 1)
+        yield Way("first", None, 0)
+        yield from (Way("first_tree", None, k) for k in numbers)
+        for setting in self.seconds:
+            yield from (Way(setting, policy, k) for policy in self.config.policies for k in numbers)
 
     def run(self, rows: Sequence[SequenceRow], on_sequence: Callable[[], None] = lambda: None) -> ReplayReport:
         """Replays these sequences.
@@ -105,9 +112,8 @@ class Replay:
         """
         requests = map(Request, rows[: self.config.limit])
         with closing(read_ahead(self.cache, requests, self.read.num_threads, self.read.num_buffers)) as sequences:
-            for sequence in sequences:
-                self.replay(sequence)
-                on_sequence()
+            for batch in self.batches(sequences, on_sequence):
+                self.replay(batch)
         if not self.report.num_responses:
             raise CacheNotFoundError(
                 f"expected held-out greedy responses in {self.cache.place}, found none among {len(rows)} held-out "
@@ -116,125 +122,173 @@ class Replay:
             )
         return self.report
 
-    @torch.inference_mode()
-    def replay(self, sequence: CachedSequence) -> None:
-        """Adds one sequence to the report."""
+    def batches(self, sequences: Iterator[CachedSequence], on_sequence: Callable[[], None]) -> Iterator[Batch]:
+        """Packs the replayable responses of sequences into batches of `TOKENS_PER_BATCH`."""
+        waiting: list[Batch] = []
+        for sequence in sequences:
+            single = self.responses_of(sequence)
+            if single is not None:
+                waiting.append(single)
+            if sum(len(batch.features_TD) for batch in waiting) >= TOKENS_PER_BATCH:
+                yield join(waiting)
+                waiting = []
+            on_sequence()
+        if waiting:
+            yield join(waiting)
+
+    def responses_of(self, sequence: CachedSequence) -> Batch | None:
+        """A batch of one sequence; None, counted by reason, if it has no response that can be replayed."""
         responses = find_responses(sequence.loss_mask_S)
         greedy = [span for span in responses if is_greedy(sequence, span)]
         usable = [(start, end) for start, end in greedy if end - start > 1]
         if not usable:
             reason = "no response" if not responses else "not the target's greedy output"
             self.report.skipped[reason if not greedy else "a response of one token"] += 1
-            return
-        self.report.num_sequences += 1
-        features_TD = sequence.hidden(self.device).flatten(1).to(self.pieces.embed_VH.dtype)
-        first_context = self.first.context(features_TD)
-        second_context = self.second.context(features_TD) if self.second is not None else None
-        for start, end in usable:
-            tokens = sequence.token_ids_S[:end].to(self.device)
-            accepted = self.accept_lengths(tokens, start, first_context, second_context)
-            self.report.num_responses += 1
-            self.report.num_tokens += end - start - 1
-            for setting, lengths in accepted.items():
-                self.report.num_cycles[setting] += count_cycles(lengths, end - start)
-
-    def accept_lengths(
-        self, tokens_S: Tensor, start: int, first_context: list[LayerContext], second_context: list[LayerContext] | None
-    ) -> dict[str, list[int]]:
-        """For each setting and each anchor start..S-2: drafted tokens that the target would accept."""
-        parts: dict[str, list[int]] = {}
-        for anchors_N in torch.arange(start, len(tokens_S) - 1, device=self.device).split(ANCHORS_PER_PASS):
-            recorded_NG = self.recorded_after(tokens_S, anchors_N)
-            for setting, candidates_NBG in self.candidates(tokens_S, anchors_N, first_context, second_context).items():
-                right = (candidates_NBG == recorded_NG[:, None, :]).long().cumprod(dim=2).sum(dim=2)
-                parts.setdefault(setting, []).extend(right.amax(dim=1).tolist())
-        return parts
-
-    def recorded_after(self, tokens_S: Tensor, anchors_N: Tensor) -> Tensor:
-        """The G-1 recorded tokens after each anchor [N, G-1], `BEYOND` past the response."""
-        padded = torch.cat([tokens_S, tokens_S.new_full((self.block_size,), BEYOND)])
-        return padded.unfold(0, self.block_size, 1)[anchors_N, 1:]
-
-    def candidates(
-        self,
-        tokens_S: Tensor,
-        anchors_N: Tensor,
-        first_context: list[LayerContext],
-        second_context: list[LayerContext] | None,
-    ) -> dict[str, Tensor]:
-        """Each setting's candidates [N, B, G-1]; the first draft is always one of them."""
-        anchor_ids_N = tokens_S[anchors_N]
-        zero_N1 = torch.zeros_like(anchors_N)[:, None]
-        no_draft_NG = tokens_S.new_zeros(len(anchors_N), self.block_size - 1)
-        tokens_NBGA, probs_NBGA = self.redraft(self.first, first_context, anchors_N, anchor_ids_N, no_draft_NG, zero_N1)
-        tokens_NGA, probs_NGA = tokens_NBGA[:, 0], probs_NBGA[:, 0]
-        draft_NG = tokens_NGA[..., 0]
-        found = {"first": draft_NG[:, None, :]}
-        k = self.config.k
-        found["first_tree"] = torch.cat([found["first"], swapped_candidates(tokens_NGA, probs_NGA, k)], dim=1)
-        prefixes_NB = paper_prefixes(probs_NGA[..., 0], k)
-        seconds = {"first_as_second": (self.first, first_context)}
-        if self.second is not None and second_context is not None:
-            seconds["d2sd"] = (self.second, second_context)
-        for setting, (drafter, context) in seconds.items():
-            redrafted, _ = self.redraft(drafter, context, anchors_N, anchor_ids_N, draft_NG, prefixes_NB)
-            k_G = torch.arange(self.block_size - 1, device=self.device)
-            kept = k_G < prefixes_NB[..., None]
-            candidates = torch.where(kept, draft_NG[:, None, :], redrafted[..., 0])
-            found[setting] = torch.cat([found["first"], candidates], dim=1)
-        return found
-
-    def redraft(
-        self,
-        drafter: Drafter,
-        context: list[LayerContext],
-        anchors_N: Tensor,
-        anchor_ids_N: Tensor,
-        draft_NG: Tensor,
-        prefixes_NB: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Drafts with the anchor and the first `prefixes_NB` draft tokens visible: tokens and probabilities
-        [N, B, G-1, A]; what the visible positions hold has no meaning."""
-        N, B = prefixes_NB.shape
-        G = self.block_size
-        if B == 0:
-            empty = draft_NG.new_zeros(N, 0, G - 1, NUM_ALTERNATIVES)
-            return empty, empty.float()
-        k_G = torch.arange(1, G, device=self.device)
-        visible_NBG = k_G <= prefixes_NB[..., None]
-        inside = torch.where(visible_NBG, draft_NG[:, None, :], drafter.shape.mask_token_id)
-        block_ids = torch.cat([anchor_ids_N[:, None, None].expand(N, B, 1), inside], dim=2).view(N * B, G)
-        wanted = torch.cat([torch.zeros_like(visible_NBG[..., :1]), ~visible_NBG], dim=2).view(N * B, G)
-        tokens, probs = fill_blocks(
-            drafter, self.pieces, context, block_ids, anchors_N.repeat_interleave(B), wanted, NUM_ALTERNATIVES
+            return None
+        anchors_N = torch.cat([torch.arange(start, end - 1) for start, end in usable])
+        recorded_NJ = torch.cat([recorded_after(sequence.token_ids_S, span, self.num_positions) for span in usable])
+        return Batch(
+            # A copy: the reader fills its buffer again.
+            features_TD=sequence.hidden(self.device).flatten(1).to(self.dtype, copy=True),
+            num_tokens=[sequence.row.num_tokens],
+            num_anchors=[len(anchors_N)],
+            response_lens=[[end - start - 1 for start, end in usable]],
+            anchors_N=anchors_N.to(self.device),
+            anchor_ids_N=sequence.token_ids_S[anchors_N].to(self.device),
+            recorded_NJ=recorded_NJ.to(self.device),
+            drafts=None if self.drafts is None else self.recorded_drafts(sequence.row, anchors_N),
         )
-        shape = (N, B, G - 1, NUM_ALTERNATIVES)
-        return tokens[:, 1:].reshape(shape), probs[:, 1:].reshape(shape)
+
+    def recorded_drafts(self, row: SequenceRow, anchors_N: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        Raises:
+            DrafterError: an anchor was not drafted.
+        """
+        assert self.drafts is not None
+        drafted = self.drafts.read(row)
+        if bool((drafted.accept_len_T[anchors_N] == NOT_DRAFTED).any()):
+            raise DrafterError(
+                f"the first drafts {self.drafts.fingerprint} leave out anchors (stride {self.drafts.facts['stride']}), "
+                "and replay needs them all. Draft with --stride 1."
+            )
+        return drafted.tokens_TGA[anchors_N].long().to(self.device), drafted.probs_TGA[anchors_N].float().to(
+            self.device
+        )
+
+    @torch.inference_mode()
+    def replay(self, batch: Batch) -> None:
+        """Adds a batch to the report."""
+        contexts = {
+            name: drafter.context(batch.features_TD, batch.num_tokens) for name, drafter in self.seconds.items()
+        }
+        tokens_NJA, probs_NJA = batch.drafts or self.draft(batch, contexts["first_as_second"])
+        draft_NJ = tokens_NJA[..., 0]
+        first_len_N = leading_right(draft_NJ, batch.recorded_NJ)
+        pairs = runner_up(tokens_NJA, probs_NJA, self.num_branches)
+        swapped_NB = leading_right(show_branches(draft_NJ, pairs), batch.recorded_NJ[:, None])
+        columns = [first_len_N[:, None], self.best_of(first_len_N, swapped_NB)]
+        for setting, drafter in self.seconds.items():
+            for policy in self.config.policies:
+                branches = POLICIES[policy](tokens_NJA, probs_NJA, self.num_branches)
+                lens_NB = self.complete(batch, draft_NJ, branches, drafter, contexts[setting])
+                columns.append(self.best_of(first_len_N, lens_NB))
+        accept_lens_NC = torch.cat(columns, dim=1)
+        facts = AnchorFacts(
+            first_len_N=first_len_N.cpu().numpy(),
+            confidence_NJ=probs_NJA[..., 0].cpu().numpy(),
+            num_recorded_N=(batch.recorded_NJ[:, : draft_NJ.shape[1]] >= 0).sum(dim=1).cpu().numpy(),
+            boundary_rank_N=self.rank(
+                POLICIES["paper"](tokens_NJA, probs_NJA, self.num_branches), batch, first_len_N
+            ).numpy(),
+            pair_rank_N=self.rank(pairs, batch, first_len_N).numpy(),
+        )
+        self.report.add(accept_lens_NC.cpu().numpy(), batch.response_lens, facts)
+
+    def draft(self, batch: Batch, context: Context) -> tuple[Tensor, Tensor]:
+        """The first drafter's tokens and probabilities [N, J, A] at all anchors."""
+        assert self.first is not None
+        found = [
+            draft_anew(
+                self.first,
+                self.pieces,
+                context,
+                num_blocks,
+                batch.anchors_N[chunk],
+                batch.anchor_ids_N[chunk],
+                NUM_ALTERNATIVES,
+            )
+            for chunk, num_blocks in passes(batch.sequence_N, len(batch.num_tokens))
+        ]
+        return torch.cat([tokens for tokens, _ in found]), torch.cat([probs for _, probs in found])
+
+    def complete(
+        self, batch: Batch, draft_NJ: Tensor, branches: Branches, drafter: Drafter, context: Context
+    ) -> Tensor:
+        """Accept lengths [N, B] of the completed branches; 0 for those that can't commit more than the first draft."""
+        shown_NBJ = show_branches(draft_NJ, branches)
+        visible_len_NB = branches.visible_len_NB
+        right_len_NB = leading_right(shown_NBJ, batch.recorded_NJ[:, None])
+        following_NB1 = visible_len_NB[..., None].clamp(max=self.num_positions - 1)
+        following_NB = batch.recorded_NJ[:, None].expand(*shown_NBJ.shape[:2], -1).gather(2, following_NB1)[..., 0]
+        promising_NB = (right_len_NB >= visible_len_NB) & (following_NB != branches.excluded_NB)
+        rows_R, columns_R = promising_NB.nonzero(as_tuple=True)
+        lens_NB = torch.zeros_like(right_len_NB)
+        for chunk, num_blocks in passes(batch.sequence_N[rows_R], len(batch.num_tokens)):
+            n, b = rows_R[chunk], columns_R[chunk]
+            chosen = OpenBranches(
+                batch.anchors_N[n],
+                batch.anchor_ids_N[n],
+                shown_NBJ[n, b],
+                visible_len_NB[n, b],
+                branches.excluded_NB[n, b],
+            )
+            candidates_RJ = complete_branches(drafter, self.pieces, context, num_blocks, chosen)
+            lens_NB[n, b] = leading_right(candidates_RJ, batch.recorded_NJ[n])
+        return lens_NB
+
+    def best_of(self, first_len_N: Tensor, lens_NB: Tensor) -> Tensor:
+        """The longest accepted candidate among the first draft and the first 0, 1, ... branches: [N, max branches + 1].
+
+        A policy that has fewer branches to offer launches all it has.
+        """
+        best = torch.cat([first_len_N[:, None], lens_NB], dim=1).cummax(dim=1).values
+        return best[:, torch.arange(self.num_branches + 1, device=best.device).clamp(max=best.shape[1] - 1)]
+
+    def rank(self, branches: Branches, batch: Batch, first_len_N: Tensor) -> Tensor:
+        """0-based place of the branch that is right about the first draft's boundary, and the token there; else -1."""
+        at_boundary_NB = branches.prefix_len_NB == first_len_N[:, None]
+        boundary_N1 = first_len_N[:, None].clamp(max=self.num_positions - 1)
+        needed_NB = batch.recorded_NJ.gather(1, boundary_N1).expand_as(at_boundary_NB)
+        free_NB = branches.alternative_NB < 0
+        right_NB = at_boundary_NB & (free_NB | (branches.alternative_NB == needed_NB)) & (needed_NB >= 0)
+        place_N = right_NB.long().argmax(dim=1) if right_NB.shape[1] else torch.zeros_like(first_len_N)
+        return torch.where(right_NB.any(dim=1), place_N, -1).cpu()
 
 
-def find_responses(loss_mask_S: Tensor) -> list[tuple[int, int]]:
-    """Start and end (exclusive) of every run of assistant tokens."""
-    mask = [False, *loss_mask_S.tolist(), False]
-    starts = [i for i in range(len(mask) - 1) if mask[i + 1] and not mask[i]]
-    ends = [i for i in range(len(mask) - 1) if mask[i] and not mask[i + 1]]
-    return list(zip(starts, ends, strict=True))
+def leading_right(candidates: Tensor, recorded: Tensor) -> Tensor:
+    """Drafted tokens, from the first on, that equal the recorded ones: the accept length of [..., J] candidates."""
+    return (candidates == recorded[..., : candidates.shape[-1]]).long().cumprod(dim=-1).sum(dim=-1)
 
 
-def is_greedy(sequence: CachedSequence, span: tuple[int, int]) -> bool:
-    """Whether every token of a response is the target's greedy choice after the tokens before it."""
-    start, end = span
-    if start == 0:
-        return False
-    return torch.equal(sequence.token_ids_S[start:end], sequence.target_argmax_T[start - 1 : end - 1])
+def passes(sequence_R: Tensor, num_sequences: int) -> Iterator[tuple[slice, list[int]]]:
+    """Cuts rows, sorted by sequence, into passes; with each goes its number of rows of every sequence."""
+    for start in range(0, len(sequence_R), BLOCKS_PER_PASS):
+        chunk = slice(start, start + BLOCKS_PER_PASS)
+        yield chunk, torch.bincount(sequence_R[chunk], minlength=num_sequences).tolist()
 
 
-def count_cycles(accept_lens: list[int], num_tokens: int) -> int:
-    """Cycles until a response is complete, when the cycle at token i commits accept_lens[i] tokens and a bonus.
-
-    The first token is the anchor of the first cycle; nothing beyond the recorded response is committed.
-    """
-    position = cycles = 0
-    while position < num_tokens - 1:
-        position += accept_lens[position] + 1
-        cycles += 1
-    return cycles
+def join(batches: Sequence[Batch]) -> Batch:
+    """Packs batches one after another."""
+    drafts = [batch.drafts for batch in batches if batch.drafts is not None]
+    return Batch(
+        features_TD=torch.cat([batch.features_TD for batch in batches]),
+        num_tokens=list(chain.from_iterable(batch.num_tokens for batch in batches)),
+        num_anchors=list(chain.from_iterable(batch.num_anchors for batch in batches)),
+        response_lens=list(chain.from_iterable(batch.response_lens for batch in batches)),
+        anchors_N=torch.cat([batch.anchors_N for batch in batches]),
+        anchor_ids_N=torch.cat([batch.anchor_ids_N for batch in batches]),
+        recorded_NJ=torch.cat([batch.recorded_NJ for batch in batches]),
+        drafts=(torch.cat([draft[0] for draft in drafts]), torch.cat([draft[1] for draft in drafts]))
+        if drafts
+        else None,
+    )

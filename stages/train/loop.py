@@ -1,12 +1,12 @@
 """Stage two: trains a drafter from a cache, without the target."""
 
-# N blocks, G block size, D context features, H hidden width, P predicted positions
+# T context tokens, N blocks, G block size, D context features, H hidden width
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -27,8 +27,17 @@ from ..drafter.model import Drafter
 from ..drafter.shape import DrafterShape
 from ..drafter.target_pieces import TargetPieces
 from .checkpoints import STATE, STATE_VERSION, checkpoint_path, find_drafter, keep_latest, list_checkpoints, load_state
-from .objective import HeadRows, VocabularySampler, head_loss
-from .samples import DataOrder, TrainingBlocks, counter_generator, draw_blocks, feature_rms, label_tokens
+from .objective import HeadRows, VocabularySampler, block_loss
+from .samples import (
+    DataOrder,
+    SequenceBlocks,
+    TrainingBlocks,
+    counter_generator,
+    draw_blocks,
+    feature_rms,
+    label_tokens,
+    pack,
+)
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
@@ -126,18 +135,8 @@ class Trainer:
         rows = self.head_rows()
         totals = torch.zeros(5, device=self.device, dtype=torch.float64)
         indices = self.own_indices(self.step)
-        for sequence in islice(sequences, len(indices)):
-            blocks = draw_blocks(
-                sequence,
-                self.drafts,
-                self.config,
-                self.shape.block_size,
-                self.shape.mask_token_id,
-                self.step,
-                self.device,
-            )
-            if blocks is not None:
-                totals += self.backward(blocks, rows)
+        for blocks in self.passes(islice(sequences, len(indices))):
+            totals += self.backward(blocks, rows)
         totals = self.sum_over_processes(totals)
         loss_sum, denominator, num_right, num_blocks, num_labels = totals.tolist()
         grad_norm = 0.0
@@ -151,27 +150,39 @@ class Trainer:
             return None
         return StepResult(loss_sum / denominator, grad_norm, num_right / num_blocks, int(num_labels))
 
+    def passes(self, sequences: Iterator[CachedSequence]) -> Iterator[TrainingBlocks]:
+        """The blocks of a step's sequences, packed up to `tokens_per_pass`."""
+        block_size, mask_token_id = self.shape.block_size, self.shape.mask_token_id
+        waiting: list[SequenceBlocks] = []
+        num_waiting = 0
+        for sequence in sequences:
+            drawn = draw_blocks(sequence, self.drafts, self.config, block_size, self.step, self.device)
+            if drawn is None:
+                continue
+            size = len(drawn.features_TD) + drawn.tokens_NG.numel()
+            if waiting and num_waiting + size > self.config.tokens_per_pass:
+                yield pack(waiting, self.config, block_size, mask_token_id)
+                waiting, num_waiting = [], 0
+            waiting.append(drawn)
+            num_waiting += size
+        if waiting:
+            yield pack(waiting, self.config, block_size, mask_token_id)
+
     def head_rows(self) -> HeadRows:
         if self.vocabulary is None:
             return HeadRows(self.pieces.head_VH, None, None)
         return self.vocabulary.draw(counter_generator(self.config.seed, "vocabulary", self.step))
 
     def backward(self, blocks: TrainingBlocks, rows: HeadRows) -> Tensor:
-        """Adds a sequence's gradient of the summed loss; returns its share of the step's totals."""
-        wanted_NG = blocks.weights_NG.to(self.device) > 0
-        labels_P = blocks.labels_NG.to(self.device)[wanted_NG]
-        weights_P = blocks.weights_NG.to(self.device)[wanted_NG]
+        """Adds a pass's gradient of the summed loss; returns its share of the step's totals."""
         with self.accelerator.autocast():
             features_TD = blocks.features_TD.float() / self.feature_rms_D
-            embedded_NGH = self.pieces.embed_VH[blocks.block_ids_NG.to(self.device)]
-            context = self.drafter.context(features_TD)
-            states_NGH = self.drafter(embedded_NGH, blocks.anchors_N.to(self.device), context)
-        result = head_loss(states_NGH[wanted_NG], labels_P, weights_P, rows)
-        self.accelerator.backward(result.loss_sum)
-        first_P = blocks.first_masked_NG.to(self.device)[wanted_NG]
-        num_right = result.right_P[first_P].sum()
-        parts = [result.loss_sum.detach(), blocks.denominator, num_right, first_P.sum(), len(labels_P)]
-        return torch.tensor([float(part) for part in parts], device=self.device, dtype=torch.float64)
+            context = self.drafter.context(features_TD, blocks.num_tokens)
+            embedded_NGH = self.pieces.embed_VH[blocks.block_ids_NG]
+            states_NGH = self.drafter(embedded_NGH, blocks.anchors_N, context, blocks.num_blocks)
+        parts = block_loss(states_NGH, blocks.labels, rows, self.config)
+        self.accelerator.backward(parts.loss_sum)
+        return torch.stack([part.detach().double() for part in parts])
 
     def average_gradient(self, denominator: float) -> float:
         """Sums the gradient over processes, divides it by the step's denominator and clips it; returns its norm."""
@@ -231,7 +242,7 @@ def make_drafter(shape: DrafterShape, config: TrainConfig, feature_rms_D: Tensor
     """
     if config.init is not None:
         drafter = load_drafter(find_drafter(config.init))
-        if drafter.shape != shape:
+        if replace(drafter.shape, block_size=shape.block_size, mask_token_id=shape.mask_token_id) != shape:
             differing = [n for n in DrafterShape.__slots__ if getattr(drafter.shape, n) != getattr(shape, n)]
             raise VpdError(
                 f"the drafter {config.init} given as train.init differs from this run's in {', '.join(differing)}. "

@@ -9,7 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..config import TrainConfig
+
 POSITIONS_PER_CHUNK = 1024
+SMALLEST_PROBABILITY = 1e-6
 
 
 def position_weights(labelled_NG: Tensor, prefix_len_N: Tensor, tau: float) -> Tensor:
@@ -19,6 +22,26 @@ def position_weights(labelled_NG: Tensor, prefix_len_N: Tensor, tau: float) -> T
     return torch.where(labelled_NG & (distance_NG >= 0), torch.exp(-distance_NG.clamp(min=0) / tau), 0.0)
 
 
+def expected_length_weights(probs_NG: Tensor, predicted_NG: Tensor) -> Tensor:
+    """What log p_k adds to the expected accept length: w_k = sum over m >= k of p_(l+1) ... p_m; [N, G].
+
+    The expected number of leading positions that are right is the sum over m of p_(l+1) ... p_m; these are its
+    derivatives, taken as constants (D-PACE, arXiv 2605.18810).
+
+    Args:
+        probs_NG: the drafter's probability of each label.
+        predicted_NG: bool, the labelled positions after the prefix, which follow one another; others get 0.
+    """
+    reached_NG = torch.where(predicted_NG, probs_NG, 1.0).cumprod(dim=1) * predicted_NG
+    return reached_NG.flip(1).cumsum(dim=1).flip(1) * predicted_NG
+
+
+def until_first_failure(right_NG: Tensor, predicted_NG: Tensor) -> Tensor:
+    """bool [N, G]: the predicted positions up to the first that is wrong, and that one."""
+    wrong_before_NG = (predicted_NG & ~right_NG).long().cumsum(dim=1) - (predicted_NG & ~right_NG).long()
+    return predicted_NG & (wrong_before_NG == 0)
+
+
 def normalised(weights_NG: Tensor, normalise: str) -> tuple[Tensor, Tensor]:
     """Weights whose sum of losses, divided by the second value summed over all blocks, is the mean loss.
 
@@ -26,8 +49,68 @@ def normalised(weights_NG: Tensor, normalise: str) -> tuple[Tensor, Tensor]:
     code): the weights as they are, divided by their sum over the batch.
     """
     if normalise == "block":
-        return weights_NG / weights_NG.sum(dim=1, keepdim=True), torch.tensor(float(len(weights_NG)))
+        return weights_NG / weights_NG.sum(dim=1, keepdim=True), weights_NG.new_tensor(len(weights_NG))
     return weights_NG, weights_NG.sum()
+
+
+class BlockLabels(NamedTuple):
+    """What N blocks must predict."""
+
+    labels_NG: Tensor
+    weights_NG: Tensor
+    """Eq. 7; 0 where there is no label."""
+    first_masked_NG: Tensor
+    """bool: the first predicted position of each block."""
+    rejected_NG: Tensor
+    """int64: the first draft's wrong token at its boundary, if that is predicted; -1 elsewhere."""
+
+
+class LossParts(NamedTuple):
+    """A pass's share of a step's loss, each a scalar tensor."""
+
+    loss_sum: Tensor
+    """Carries the gradient; the step's loss is the sum of these over the sum of `denominator`."""
+    denominator: Tensor
+    num_right: Tensor
+    """Blocks whose first predicted token is right."""
+    num_blocks: Tensor
+    num_labels: Tensor
+
+
+def block_loss(states_NGH: Tensor, blocks: BlockLabels, rows: HeadRows, config: TrainConfig) -> LossParts:
+    """The configured loss of the blocks' states: Eq. 7 of arXiv 2606.04446, and what the config adds to it."""
+    predicted_NG = blocks.weights_NG > 0
+    losses = head_losses(states_NGH[predicted_NG], blocks.labels_NG[predicted_NG], rows)
+    right_NG = torch.zeros_like(predicted_NG).masked_scatter(predicted_NG, losses.right_P)
+    weights_NG = blocks.weights_NG
+    if config.weights == "expected-length":
+        probs_P = losses.loss_P.detach().neg().exp()
+        probs_NG = torch.zeros_like(weights_NG).masked_scatter(predicted_NG, probs_P)
+        # In float32 a product of small probabilities may vanish, and the first position must not.
+        weights_NG = expected_length_weights(probs_NG.clamp(min=SMALLEST_PROBABILITY), predicted_NG)
+    if config.until_failure:
+        weights_NG = weights_NG * until_first_failure(right_NG, predicted_NG)
+    weights_NG, denominator = normalised(weights_NG, config.normalise)
+    loss_sum = (weights_NG[predicted_NG] * losses.loss_P).sum()
+    if config.unlikelihood:
+        loss_sum = loss_sum + config.unlikelihood * unlikelihood_loss(states_NGH, weights_NG, blocks.rejected_NG, rows)
+    return LossParts(
+        loss_sum,
+        denominator,
+        right_NG[blocks.first_masked_NG].sum(),
+        blocks.first_masked_NG.sum(),
+        predicted_NG.sum(),
+    )
+
+
+def unlikelihood_loss(states_NGH: Tensor, weights_NG: Tensor, rejected_NG: Tensor, rows: HeadRows) -> Tensor:
+    """Sum of weight x -log(1 - p) over the rejected tokens of the first draft; those without a row are left out."""
+    wanted_NG = rejected_NG >= 0
+    if rows.row_of_token is not None:
+        wanted_NG = wanted_NG & (rows.row_of_token[rejected_NG.clamp(min=0)] >= 0)
+    loss_P = head_losses(states_NGH[wanted_NG], rejected_NG[wanted_NG], rows).loss_P
+    # -log(1 - exp(-x)); where p is 1 in float32 the loss is large, not infinite.
+    return (weights_NG[wanted_NG] * -torch.log(-torch.expm1(-loss_P.clamp(min=SMALLEST_PROBABILITY)))).sum()
 
 
 class HeadRows(NamedTuple):
@@ -69,21 +152,20 @@ class VocabularySampler:
         return HeadRows(self.head_VH[token_ids.to(device)], log_scale_V.to(device), row_of_token.to(device))
 
 
-class HeadLoss(NamedTuple):
+class HeadLosses(NamedTuple):
     """The head's result for P positions."""
 
-    loss_sum: Tensor
-    """Sum of weight x cross-entropy; carries the gradient to the states."""
+    loss_P: Tensor
+    """Cross-entropy, float32; carries the gradient to the states."""
     right_P: Tensor
     """bool: the label is the most likely token."""
 
 
-def head_loss(states_PH: Tensor, labels_P: Tensor, weights_P: Tensor, rows: HeadRows) -> HeadLoss:
-    """Weighted cross-entropy of the frozen head, chunk by chunk: logits of at most `POSITIONS_PER_CHUNK` exist."""
+def head_losses(states_PH: Tensor, labels_P: Tensor, rows: HeadRows) -> HeadLosses:
+    """Cross-entropy of the frozen head, chunk by chunk: logits of at most `POSITIONS_PER_CHUNK` exist."""
     if rows.row_of_token is not None:
         labels_P = rows.row_of_token[labels_P]
-    loss_sum, right_P = _ChunkedHead.apply(states_PH, labels_P, weights_P, rows.head_VH, rows.log_scale_V)
-    return HeadLoss(loss_sum, right_P)
+    return HeadLosses(*_ChunkedHead.apply(states_PH, labels_P, rows.head_VH, rows.log_scale_V))
 
 
 class _ChunkedHead(torch.autograd.Function):
@@ -91,29 +173,29 @@ class _ChunkedHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, states_PH: Tensor, labels_P: Tensor, weights_P: Tensor, head_VH: Tensor, log_scale_V: Tensor | None
+        ctx: Any, states_PH: Tensor, labels_P: Tensor, head_VH: Tensor, log_scale_V: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        loss_sum = torch.zeros((), device=states_PH.device, dtype=torch.float32)
+        loss_P = torch.empty(len(labels_P), device=states_PH.device, dtype=torch.float32)
         right_P = torch.empty_like(labels_P, dtype=torch.bool)
         gradient_PH = torch.empty_like(states_PH)
         for start in range(0, len(labels_P), POSITIONS_PER_CHUNK):
             chunk = slice(start, start + POSITIONS_PER_CHUNK)
-            states, labels, weights = states_PH[chunk].to(head_VH.dtype), labels_P[chunk, None], weights_P[chunk, None]
+            states, labels = states_PH[chunk].to(head_VH.dtype), labels_P[chunk, None]
             logits = (states @ head_VH.T).float()
             right_P[chunk] = logits.argmax(dim=1) == labels[:, 0]
             if log_scale_V is not None:
                 logits += log_scale_V
             label_logit = logits.gather(1, labels)
             log_sum = logits.logsumexp(dim=1, keepdim=True)
-            loss_sum += (weights * (log_sum - label_logit)).sum()
-            gradient = logits.sub_(log_sum).exp_().mul_(weights)
-            gradient.scatter_add_(1, labels, -weights)
+            loss_P[chunk] = (log_sum - label_logit)[:, 0]
+            gradient = logits.sub_(log_sum).exp_()
+            gradient.scatter_add_(1, labels, -torch.ones_like(label_logit))
             gradient_PH[chunk] = (gradient.to(head_VH.dtype) @ head_VH).to(gradient_PH.dtype)
         ctx.save_for_backward(gradient_PH)
         ctx.mark_non_differentiable(right_P)
-        return loss_sum, right_P
+        return loss_P, right_P
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (gradient_PH,) = ctx.saved_tensors
-        return gradient_PH * grad_outputs[0].to(gradient_PH.dtype), None, None, None, None
+        return gradient_PH * grad_outputs[0][:, None].to(gradient_PH.dtype), None, None, None

@@ -13,8 +13,7 @@ from ..drafter.shape import DrafterShape, rope_parameters
 from ..drafter.target_pieces import choose_mask_token, load_target_config, load_tokenizer
 from .checkpoints import find_drafter
 from .loop import Trainer
-from .prefix import NEED_FIRST_DRAFTS
-from .samples import require_anchor, split_rows
+from .samples import reads_boundaries, require_anchor, split_rows
 
 DEFAULT_MAX_POSITIONS = 32768
 
@@ -56,22 +55,22 @@ def plan_shape(cache: Cache, section: DrafterSection) -> DrafterShape:
 
 
 def plan_first_drafts(cache: Cache, shape: DrafterShape, config: TrainConfig) -> FirstDrafts | None:
-    """The first drafts that the prefix sampler reads; None if it needs none.
+    """The first drafts that training reads; None if it needs none.
 
     Raises:
         CacheNotFoundError: it needs them, and the cache has none, or not for all its parts.
         ConfigError: they were made with another block size.
     """
-    if config.objective != "vp" or config.prefix.sampler not in NEED_FIRST_DRAFTS:
+    if not reads_boundaries(config):
         return None
     fingerprint = config.first_drafter
     if fingerprint is not None and Path(fingerprint).is_dir():
         fingerprint = drafter_fingerprint(find_drafter(fingerprint))
     if not list_drafts(cache.storage):
         raise CacheNotFoundError(
-            f"the prefix sampler {config.prefix.sampler} needs to know where the first draft fails, but {cache.place} "
-            f"holds no first drafts. Make them with vpd draft {cache.place} --first-drafter DIR, or choose "
-            "--prefix-sampler geometric."
+            f"these samplers need to know where the first draft fails, but {cache.place} holds no first drafts. Make "
+            f"them with vpd draft {cache.place} --first-drafter DIR, or choose --prefix-sampler geometric and "
+            "--anchor-sampler uniform."
         )
     drafts = FirstDrafts.open(cache, fingerprint)
     if drafts.block_size != shape.block_size:

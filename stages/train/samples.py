@@ -1,6 +1,6 @@
 """Training data: which sequences a step reads, and the blocks drawn from each."""
 
-# S tokens of a sequence, T with a state, N blocks, G block size, D context features
+# S tokens of a sequence, T with a state, M anchors to choose from, N blocks, G block size, J = G-1, D context features
 from __future__ import annotations
 
 import hashlib
@@ -12,15 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...data.cache.drafts import FirstDrafts
+from ...data.cache.drafts import NOT_DRAFTED, FirstDrafts
 from ...data.cache.index import SequenceIndex, SequenceRow
 from ...data.cache.reader import CachedSequence, CachedTokens
 from ...data.cache.store import Cache
 from ...data.errors import CacheNotFoundError
 from ..config import TrainConfig
 from ..drafter.blocks import anchors_of, block_tokens, show_prefix
-from .objective import normalised, position_weights
-from .prefix import sample_prefixes
+from . import anchors, prefix
+from .anchors import AnchorFacts, choose_anchors
+from .objective import BlockLabels, position_weights
+from .prefix import BlockFacts, draw_prefixes, samplers_in_use
 
 HASH_RANGE = 1 << 64
 
@@ -76,25 +78,41 @@ class DataOrder:
 
 
 @dataclass(frozen=True, slots=True)
-class TrainingBlocks:
-    """The blocks drawn from one sequence, on the CPU but for the features."""
+class SequenceBlocks:
+    """The blocks that start in one sequence, before their prefixes are chosen; on the CPU but for the features."""
 
     features_TD: Tensor
     """bfloat16 context features, on the training device."""
     anchors_N: Tensor
+    tokens_NG: Tensor
+    """Recorded tokens."""
+    labelled_NG: Tensor
+    labels_NG: Tensor
+    uniform_N: Tensor
+    """In [0, 1): decides the prefix length of each block."""
+    accept_len_N: Tensor | None
+    draft_NJ: Tensor | None
+    """The first draft's tokens at positions 1..G-1."""
+    confidence_NJ: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingBlocks:
+    """The blocks of the sequences of one pass, all on the training device."""
+
+    features_TD: Tensor
+    num_tokens: list[int]
+    """Context tokens of each sequence."""
+    num_blocks: list[int]
+    """Blocks of each sequence."""
+    anchors_N: Tensor
     block_ids_NG: Tensor
     """Inputs: the visible prefix, then the mask token."""
-    labels_NG: Tensor
-    weights_NG: Tensor
-    """Eq. 7, normalised as configured; 0 where there is no label."""
-    first_masked_NG: Tensor
-    """bool: the first predicted position of each block."""
-    denominator: Tensor
-    """What the sum of weighted losses is divided by, summed over all sequences of the step."""
+    labels: BlockLabels
 
 
 def anchors_within(sequence: CachedTokens, max_len: int) -> Tensor:
-    """Anchors [N] among the first `max_len` tokens; the token after the last of those still counts as a label."""
+    """Anchors [M] among the first `max_len` tokens; the token after the last of those still counts as a label."""
     return anchors_of(sequence.loss_mask_S[: max_len + 1], min(sequence.row.num_tokens, max_len))
 
 
@@ -116,11 +134,12 @@ def draw_blocks(
     drafts: FirstDrafts | None,
     config: TrainConfig,
     block_size: int,
-    mask_token_id: int,
     step: int,
     device: torch.device | str = "cpu",
-) -> TrainingBlocks | None:
-    """Draws anchors and prefix lengths for one sequence; None if it has no anchor within `max_len`.
+) -> SequenceBlocks | None:
+    """Chooses a sequence's anchors; None if it has none within `max_len`.
+
+    What is drawn depends on seed, step and sequence alone.
 
     Args:
         device: where the states are decoded.
@@ -128,29 +147,95 @@ def draw_blocks(
     generator = counter_generator(config.seed, step, sequence.row.seq_id)
     num_context = min(sequence.row.num_tokens, config.max_len)
     token_ids_S, loss_mask_S = (x[: config.max_len + 1] for x in (sequence.token_ids_S, sequence.loss_mask_S))
-    anchors = anchors_within(sequence, config.max_len)
-    if not len(anchors):
+    anchors_M = anchors_within(sequence, config.max_len)
+    if not len(anchors_M):
         return None
-    chosen = torch.randperm(len(anchors), generator=generator)[: config.num_anchors]
-    anchors_N = anchors[chosen].sort().values
-    tokens_NG, labelled_NG = block_tokens(token_ids_S, loss_mask_S, anchors_N, block_size)
-    if config.objective == "dflash":
-        prefix_len_N = torch.zeros_like(anchors_N)
-    else:
-        accept_len_N = None if drafts is None else drafts.accept_lengths(sequence.row)[anchors_N]
-        num_labels_N = labelled_NG.sum(dim=1)
-        prefix_len_N = sample_prefixes(config.prefix, num_labels_N, accept_len_N, block_size, generator)
-    weights_NG, denominator = normalised(position_weights(labelled_NG, prefix_len_N, config.tau), config.normalise)
-    k_G = torch.arange(block_size)
-    return TrainingBlocks(
-        features_TD=sequence.hidden(device)[:num_context].flatten(1),
+    tokens_MG, labelled_MG = block_tokens(token_ids_S, loss_mask_S, anchors_M, block_size)
+    accept_len_M = None if drafts is None else drafts.accept_lengths(sequence.row)[anchors_M]
+    facts = AnchorFacts(anchors_M, labelled_MG.sum(dim=1), accept_len_M, block_size)
+    chosen_N = choose_anchors(config.anchor, facts, config.num_anchors, generator)
+    anchors_N, tokens_NG = anchors_M[chosen_N], tokens_MG[chosen_N]
+    draft_NJ = confidence_NJ = None
+    if drafts is not None and reads_draft_tokens(config):
+        drafted = drafts.read(sequence.row)
+        draft_NJ, confidence_NJ = drafted.tokens_TGA[anchors_N, :, 0].long(), drafted.probs_TGA[anchors_N, :, 0].float()
+    return SequenceBlocks(
+        # A copy: the reader fills its buffer again while later sequences of the pass are drawn.
+        features_TD=sequence.hidden(device)[:num_context].flatten(1).clone(),
         anchors_N=anchors_N,
-        block_ids_NG=show_prefix(tokens_NG, prefix_len_N, mask_token_id),
+        tokens_NG=tokens_NG,
+        labelled_NG=labelled_MG[chosen_N],
         labels_NG=_labels(sequence, tokens_NG, anchors_N, config),
-        weights_NG=weights_NG,
-        first_masked_NG=k_G == prefix_len_N[:, None] + 1,
-        denominator=denominator,
+        uniform_N=torch.rand(len(anchors_N), generator=generator),
+        accept_len_N=None if accept_len_M is None else accept_len_M[chosen_N],
+        draft_NJ=draft_NJ,
+        confidence_NJ=confidence_NJ,
     )
+
+
+def reads_boundaries(config: TrainConfig) -> bool:
+    """Whether training reads where the first draft failed."""
+    of_prefix = samplers_in_use(config.prefix) & prefix.READ_BOUNDARIES
+    wanted = config.anchor.sampler in anchors.READ_BOUNDARIES
+    return wanted or (config.objective == "vp" and bool(of_prefix or reads_draft_tokens(config)))
+
+
+def reads_draft_tokens(config: TrainConfig) -> bool:
+    """Whether training reads the first draft's tokens and confidences too."""
+    of_prefix = samplers_in_use(config.prefix) & prefix.READ_CONFIDENCES
+    return config.objective == "vp" and bool(of_prefix or config.unlikelihood or config.visible == "first-draft")
+
+
+def pack(
+    sequences: Sequence[SequenceBlocks], config: TrainConfig, block_size: int, mask_token_id: int
+) -> TrainingBlocks:
+    """Puts the blocks of several sequences one after another on the training device, and draws their prefixes there."""
+    device = sequences[0].features_TD.device
+
+    def packed(name: str) -> Tensor:
+        return torch.cat([getattr(sequence, name) for sequence in sequences]).to(device)
+
+    def packed_or_none(name: str) -> Tensor | None:
+        return None if getattr(sequences[0], name) is None else packed(name)
+
+    tokens_NG, labelled_NG = packed("tokens_NG"), packed("labelled_NG")
+    accept_len_N, draft_NJ = packed_or_none("accept_len_N"), packed_or_none("draft_NJ")
+    facts = BlockFacts(labelled_NG.sum(dim=1), accept_len_N, packed_or_none("confidence_NJ"))
+    if config.objective == "dflash":
+        prefix_len_N = torch.zeros_like(facts.num_labels_N)
+    else:
+        prefix_len_N = draw_prefixes(config.prefix, facts, block_size, packed("uniform_N"))
+    visible_NG = tokens_NG
+    if config.visible == "first-draft" and draft_NJ is not None and accept_len_N is not None:
+        drafted_NG = torch.cat([tokens_NG[:, :1], draft_NJ], dim=1)
+        visible_NG = torch.where((accept_len_N != NOT_DRAFTED)[:, None], drafted_NG, tokens_NG)
+    k_G = torch.arange(block_size, device=device)
+    return TrainingBlocks(
+        features_TD=packed("features_TD"),
+        num_tokens=[len(sequence.features_TD) for sequence in sequences],
+        num_blocks=[len(sequence.anchors_N) for sequence in sequences],
+        anchors_N=packed("anchors_N"),
+        block_ids_NG=show_prefix(visible_NG, prefix_len_N, mask_token_id),
+        labels=BlockLabels(
+            labels_NG=packed("labels_NG"),
+            weights_NG=position_weights(labelled_NG, prefix_len_N, config.tau),
+            first_masked_NG=k_G == prefix_len_N[:, None] + 1,
+            rejected_NG=_rejected(draft_NJ, accept_len_N, facts.num_labels_N, prefix_len_N),
+        ),
+    )
+
+
+def _rejected(
+    draft_NJ: Tensor | None, accept_len_N: Tensor | None, num_labels_N: Tensor, prefix_len_N: Tensor
+) -> Tensor:
+    """The first draft's wrong token at block position L+1 where that is labelled and predicted, else -1; [N, G]."""
+    if draft_NJ is None or accept_len_N is None:
+        return torch.full((len(num_labels_N), 1), -1, device=num_labels_N.device)
+    accept_len_N = accept_len_N.long()
+    known_N = (accept_len_N != NOT_DRAFTED) & (accept_len_N < num_labels_N) & (prefix_len_N <= accept_len_N)
+    k_G = torch.arange(draft_NJ.shape[1] + 1, device=draft_NJ.device)
+    at_boundary_NG = (k_G == accept_len_N[:, None] + 1) & known_N[:, None]
+    return torch.where(at_boundary_NG, torch.cat([draft_NJ[:, :1], draft_NJ], dim=1), -1)
 
 
 def _labels(sequence: CachedSequence, tokens_NG: Tensor, anchors_N: Tensor, config: TrainConfig) -> Tensor:

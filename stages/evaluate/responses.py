@@ -1,0 +1,55 @@
+"""What can be replayed of a cached sequence, and how many cycles it takes.
+
+Worked out from the recorded tokens alone: nothing here is shared with training.
+"""
+
+# S tokens of a sequence, J drafted positions, C ways of decoding
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...data.cache.reader import CachedTokens
+
+BEYOND = -2
+"""Stands for "no recorded token": never equal to a drafted one."""
+
+
+def find_responses(loss_mask_S: Tensor) -> list[tuple[int, int]]:
+    """Start and end (exclusive) of every run of assistant tokens."""
+    mask = [False, *loss_mask_S.tolist(), False]
+    starts = [i for i in range(len(mask) - 1) if mask[i + 1] and not mask[i]]
+    ends = [i for i in range(len(mask) - 1) if mask[i] and not mask[i + 1]]
+    return list(zip(starts, ends, strict=True))
+
+
+def is_greedy(sequence: CachedTokens, span: tuple[int, int]) -> bool:
+    """Whether every token of a response is the target's greedy choice after the tokens before it."""
+    start, end = span
+    if start == 0:
+        return False
+    return torch.equal(sequence.token_ids_S[start:end], sequence.target_argmax_T[start - 1 : end - 1])
+
+
+def recorded_after(token_ids_S: Tensor, span: tuple[int, int], num_positions: int) -> Tensor:
+    """The tokens after each anchor of a response, all its tokens but the last: [end-start-1, J], `BEYOND` past it."""
+    start, end = span
+    padded = torch.cat([token_ids_S[start + 1 : end], token_ids_S.new_full((num_positions,), BEYOND)])
+    return padded.unfold(0, num_positions, 1)[: end - start - 1]
+
+
+def count_cycles(accept_lens_NC: np.ndarray) -> np.ndarray:
+    """Cycles [C] until a response is complete, if the cycle at its i-th token commits accept_lens_NC[i] and a bonus.
+
+    The response has N + 1 tokens, of which the prefill gives the first; nothing beyond the last is committed.
+    """
+    num_anchors, num_ways = accept_lens_NC.shape
+    position_C = np.zeros(num_ways, int)
+    cycles_C = np.zeros(num_ways, int)
+    ways_C = np.arange(num_ways)
+    while (running_C := position_C < num_anchors).any():
+        committed_C = accept_lens_NC[np.minimum(position_C, num_anchors - 1), ways_C].astype(int) + 1
+        position_C += np.where(running_C, committed_C, 0)
+        cycles_C += running_C
+    return cycles_C
