@@ -159,6 +159,7 @@ def train(
 @click.argument("cache")
 @click.option("--first-drafter", required=True, type=PATH, help="The first drafter: a checkpoint or a run.")
 @click.option("--drafter", type=PATH, help="The VP-Drafter: a checkpoint or a run.")
+@click.option("--target", help="A folder or a hub id: also decode some held-out prompts with it, to check the replay.")
 @click.option("--out", type=PATH, help="Also write the result to this file, as JSON.")
 @common_options
 @config_options(EvalConfig, "eval")
@@ -168,6 +169,7 @@ def evaluate(
     cache: str,
     first_drafter: Path,
     drafter: Path | None,
+    target: str | None,
     out: Path | None,
     source: str | None,
     assignments: tuple[str, ...],
@@ -175,7 +177,7 @@ def evaluate(
     **flags: Any,
 ) -> None:
     """Acceptance length on held-out sequences of CACHE, by replay without the target."""
-    commands.evaluate(cache, first_drafter, drafter, out, resolve(source, assignments, flags), as_json)
+    commands.evaluate(cache, first_drafter, drafter, target, out, resolve(source, assignments, flags), as_json)
 
 
 @main.command()

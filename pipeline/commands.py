@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import click
 
 from ..data.cache.drafts import FirstDrafts
 from ..data.cache.files import write_text_durably
+from ..data.cache.index import SequenceIndex
 from ..data.cache.mirror import MirroredStorage
 from ..data.cache.storage import LocalStorage, open_storage
 from ..data.cache.store import Cache
 from ..data.prompts import read_prompts
 from ..stages.drafter.checkpoint import check_fits, load_shape
+from ..stages.evaluate.live import decode_prompts, single_responses
 from ..stages.evaluate.replay import Replay
 from ..stages.extract.estimate import check_space
 from ..stages.extract.first_draft import draft_cache
@@ -128,7 +131,7 @@ def train(place: str, out: Path, config: VpdConfig, as_json: bool) -> None:
     cache = open_cache_for_reading(place, config)
     settings = config.train
     folder = RunFolder(out, config, cache)
-    trainer = make_trainer(cache, out, config.drafter, settings, config.read)
+    trainer = make_trainer(cache, out, config.drafter, settings, config.read, config.eval)
     if not as_json:
         click.echo(config_yaml(config, SECTIONS), err=True)
     folder.start(trainer.step)
@@ -138,9 +141,11 @@ def train(place: str, out: Path, config: VpdConfig, as_json: bool) -> None:
 
         def on_step(metrics: dict[str, Any]) -> None:
             step = metrics["step"]
-            if step % settings.log_every == 0 or step == trainer.num_steps:
+            if step % settings.log_every == 0 or step == trainer.num_steps or "alpha" in metrics:
                 folder.log(metrics)
             note = f"step {step}  loss {metrics['loss']:.3f}  first token right {metrics['first_accuracy']:.0%}"
+            if "alpha" in metrics:
+                note += f"  alpha {metrics['alpha']:.3f}"
             progress.advance(metrics["num_labels"], note)
 
         trainer.train(on_step)
@@ -152,6 +157,7 @@ def evaluate(
     place: str,
     first_drafter: Path,
     drafter: Path | None,
+    target_name: str | None,
     out: Path | None,
     config: VpdConfig,
     as_json: bool,
@@ -168,14 +174,39 @@ def evaluate(
     replay = Replay(cache, first, second, config.eval, config.read)
     with ProgressReport("eval", len(rows[: config.eval.limit])) as progress:
         result = replay.run(rows, progress.advance).to_json()
+    if target_name is not None:
+        result["live"] = check_live(cache, target_name, (first, second or first), rows, config)
     if out is not None:
         write_text_durably(out, json.dumps(result, indent=2) + "\n")
-    alphas = ", ".join(f"{name} {alpha:.3f}" for name, alpha in result["alpha"].items())
-    emit(
-        result,
-        as_json,
-        f"alpha: {alphas}\n(k {result['k']}, block size {result['block_size']}, {result['num_tokens']} tokens of "
-        f"{result['num_responses']} responses in {result['num_sequences']} held-out sequences; skipped: "
-        f"{result['skipped'] or 'none'})",
-    )
+    emit(result, as_json, describe_evaluation(result))
     return result
+
+
+def check_live(
+    cache: Cache, target_name: str, drafters: tuple[Path, Path], rows: SequenceIndex, config: VpdConfig
+) -> dict[str, Any]:
+    """Decodes some of the held-out prompts with the target, and replays the same."""
+    chosen = single_responses(cache, rows, config.eval.live_prompts)
+    with ProgressReport("decode", len(chosen)) as progress:
+        live = decode_prompts(cache, load_target(target_name).folder, drafters, chosen, config.eval, progress.advance)
+    replayed = Replay(cache, *drafters, config.eval, config.read).run(chosen)
+    return {**asdict(live), "alpha": live.alpha, "replayed_alpha": replayed.alpha["d2sd"]}
+
+
+def describe_evaluation(result: dict[str, Any]) -> str:
+    """An evaluation for people: alpha of each setting with its interval, then what it was measured on."""
+    lines = [
+        f"alpha {name:16s} {alpha:.3f}  [{low:.3f}, {high:.3f}]"
+        for (name, alpha), (low, high) in zip(result["alpha"].items(), result["interval"].values(), strict=True)
+    ]
+    lines.append(
+        f"policy {result['policy']}, k {result['k']}, block size {result['block_size']}; {result['num_tokens']} tokens "
+        f"of {result['num_responses']} responses in {result['num_sequences']} held-out sequences (95 % intervals over "
+        f"sequences); skipped: {result['skipped'] or 'none'}"
+    )
+    if live := result.get("live"):
+        lines.append(
+            f"decoded with the target: {live['num_identical']} of {live['num_prompts']} responses are the cached ones, "
+            f"token by token; alpha {live['alpha']:.4f}, replayed {live['replayed_alpha']:.4f}"
+        )
+    return "\n".join(lines)

@@ -89,7 +89,7 @@ def run_demo(out: Path) -> None:
     with step("vp", f"vpd train {cache} --out {vp} --config {RECIPE} {flags}"):
         commands.train(str(cache), vp, load_config(RECIPE, second), False)
     with step("eval", f"vpd eval {cache} --first-drafter {first} --drafter {vp} --out {out / 'eval.json'}"):
-        result = commands.evaluate(str(cache), first, vp, out / "eval.json", base, False)
+        result = commands.evaluate(str(cache), first, vp, None, out / "eval.json", base, False)
     print_summary(Cache.open(cache), chosen, result, seconds)
 
 

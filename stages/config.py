@@ -268,7 +268,9 @@ class TrainConfig(Section):
     save_every: Count = 500
     """Optimizer steps between checkpoints; >= 1."""
     keep: Count = 2
-    """Number of latest checkpoints kept; >= 1."""
+    """Number of latest checkpoints kept, beside the one of best alpha; >= 1."""
+    eval_limit: NonNegative = 0
+    """Held-out sequences replayed at every checkpoint, as the eval section says, to find the best; >= 0, 0 = none."""
     init: str | None = None
     """Folder of a drafter checkpoint to start from; none = random weights."""
 
@@ -286,6 +288,8 @@ class EvalConfig(Section):
     """
     max_k: Branches = 8
     """Alpha is also listed for every number of branches up to this (or up to k); in 0..64."""
+    live_prompts: Count = 4
+    """Held-out prompts that are decoded with the real target, where one is given; >= 1."""
     second_block_size: BlockSize | None = None
     """Block positions of the second draft; in 2..255, none = those of its drafter."""
     holdout: Share | None = None

@@ -42,7 +42,7 @@ def boundary_posterior(confidence_NJ: Tensor) -> Tensor:
 def paper(tokens_NJA: Tensor, probs_NJA: Tensor, num_branches: int) -> Branches:
     """The prefix lengths of largest r(i) (D2SD, arXiv 2606.04446)."""
     posterior_NJ = boundary_posterior(probs_NJA[..., 0])
-    prefix_len_NB = posterior_NJ.topk(min(num_branches, posterior_NJ.shape[1]), dim=1).indices
+    prefix_len_NB = _best(posterior_NJ, num_branches)
     none_NB = torch.full_like(prefix_len_NB, NONE)
     return Branches(prefix_len_NB, none_NB, none_NB)
 
@@ -59,7 +59,7 @@ def runner_up(tokens_NJA: Tensor, probs_NJA: Tensor, num_branches: int) -> Branc
     A pair's score is (c_1 ... c_i) * p_(i+1)(alternative j); several alternatives may compete at one position.
     """
     scores = (_reached(probs_NJA[..., 0])[..., None] * probs_NJA[..., 1:]).flatten(1)
-    pairs_NB = scores.topk(min(num_branches, scores.shape[1]), dim=1).indices
+    pairs_NB = _best(scores, num_branches)
     return Branches(
         prefix_len_NB=pairs_NB // (probs_NJA.shape[2] - 1),
         alternative_NB=tokens_NJA[..., 1:].flatten(1).gather(1, pairs_NB),
@@ -78,6 +78,11 @@ def show_branches(draft_NJ: Tensor, branches: Branches) -> Tensor:
     alternative_NB1 = branches.alternative_NB[..., None]
     kept_NB1 = shown_NBJ.gather(2, replaced_NB1)
     return shown_NBJ.scatter(2, replaced_NB1, torch.where(alternative_NB1 == NONE, kept_NB1, alternative_NB1))
+
+
+def _best(scores: Tensor, num_branches: int) -> Tensor:
+    """Places of the largest scores of each row, best first; among equals, as float16 makes them, the first ones."""
+    return scores.sort(dim=1, descending=True, stable=True).indices[:, :num_branches]
 
 
 def _reached(confidence_NJ: Tensor) -> Tensor:

@@ -139,7 +139,7 @@ class ReplayReport:
         return np.quantile(alphas, tail, axis=0).tolist(), np.quantile(alphas, 1 - tail, axis=0).tolist()
 
     def recovery(self) -> list[dict[str, Any]]:
-        """By boundary position, over all anchors: how often the reported way commits more there, and how many tokens."""
+        """By boundary position, over all anchors: how often the reported way commits more tokens, and how many."""
         first_len = np.concatenate([facts.first_len_N for facts in self.facts])
         known = first_len < np.concatenate([facts.num_recorded_N for facts in self.facts])
         gained = np.concatenate(self.final_lens) - first_len

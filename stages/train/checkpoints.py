@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any
 
 import torch
 
+from ...data.cache.files import write_text_durably
 from ...data.errors import DrafterError
 from ..drafter.checkpoint import CONFIG, WEIGHTS
 
-CHECKPOINTS, STATE = "checkpoints", "training_state.pt"
+CHECKPOINTS, STATE, BEST = "checkpoints", "training_state.pt", "best.json"
 STATE_VERSION = 1
 NAME = re.compile(r"step-(\d+)")
 
@@ -28,12 +30,31 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 
 def keep_latest(run: Path, keep: int) -> None:
+    """Removes all checkpoints but the latest, and the best."""
+    best = best_checkpoint(run)
     for path in list_checkpoints(run)[:-keep]:
-        shutil.rmtree(path)
+        if path != best:
+            shutil.rmtree(path)
+
+
+def note_alpha(run: Path, step: int, alpha: float) -> None:
+    """Makes a checkpoint the best one, if its acceptance length is."""
+    path = run / BEST
+    if best_checkpoint(run) is None or alpha > json.loads(path.read_text())["alpha"]:
+        write_text_durably(path, json.dumps({"step": step, "alpha": alpha}) + "\n")
+
+
+def best_checkpoint(run: Path) -> Path | None:
+    """The checkpoint of best acceptance length; None if none was evaluated."""
+    path = run / BEST
+    if not path.is_file():
+        return None
+    found = checkpoint_path(run, json.loads(path.read_text())["step"])
+    return found if found.is_dir() else None
 
 
 def find_drafter(folder: str | Path) -> Path:
-    """The drafter's folder that a user means: a checkpoint, or a run, of which it is the latest checkpoint.
+    """The drafter's folder that a user means: a checkpoint, or a run, of which it is the best checkpoint or the latest.
 
     Raises:
         DrafterError: there is neither.
@@ -47,7 +68,7 @@ def find_drafter(folder: str | Path) -> Path:
             f"expected a drafter in {folder}: a checkpoint ({CONFIG}, {WEIGHTS}) or a run with checkpoints; found "
             "neither. Train one with `vpd train`, or give a DFlash checkpoint."
         )
-    return checkpoints[-1]
+    return best_checkpoint(folder) or checkpoints[-1]
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:

@@ -26,7 +26,16 @@ from ..drafter.checkpoint import load_drafter, save_drafter
 from ..drafter.model import Drafter
 from ..drafter.shape import DrafterShape
 from ..drafter.target_pieces import TargetPieces
-from .checkpoints import STATE, STATE_VERSION, checkpoint_path, find_drafter, keep_latest, list_checkpoints, load_state
+from .checkpoints import (
+    STATE,
+    STATE_VERSION,
+    checkpoint_path,
+    find_drafter,
+    keep_latest,
+    list_checkpoints,
+    load_state,
+    note_alpha,
+)
 from .objective import HeadRows, VocabularySampler, block_loss
 from .samples import (
     DataOrder,
@@ -65,7 +74,13 @@ class Trainer:
         config: TrainConfig,
         run: Path,
         read: ReadConfig,
+        evaluate: Callable[[Path], float] | None = None,
     ):
+        """
+        Args:
+            evaluate: the acceptance length of a checkpoint on held-out sequences; None: it is not asked for.
+        """
+        self.evaluate = evaluate
         self.cache, self.rows, self.drafts, self.shape = cache, rows, drafts, shape
         self.config, self.run, self.read = config, run, read
         self.accelerator = Accelerator(mixed_precision=choose_precision(config.precision))
@@ -111,11 +126,14 @@ class Trainer:
             while self.step < self.num_steps:
                 result = self.train_step(sequences)
                 self.step += 1
+                found: dict[str, Any] = {}
                 if result is not None:
                     num_labels += result.num_labels
-                    on_step(self.metrics(result, num_labels / (time.monotonic() - started)))
+                    found = self.metrics(result, num_labels / (time.monotonic() - started))
                 if self.step % self.config.save_every == 0 or self.step == self.num_steps:
-                    self.save()
+                    found |= self.save()
+                if result is not None:
+                    on_step(found)
 
     def own_indices(self, step: int) -> list[int]:
         """This process's share of a step's sequences."""
@@ -214,9 +232,10 @@ class Trainer:
             "labels_per_second": labels_per_second,
         }
 
-    def save(self) -> None:
+    def save(self) -> dict[str, float]:
+        """Writes a checkpoint; returns its acceptance length, if that is asked for."""
         if not self.accelerator.is_main_process:
-            return
+            return {}
         state = {
             "version": STATE_VERSION,
             "step": self.step,
@@ -232,7 +251,12 @@ class Trainer:
         )
         weights = {**self.drafter.state_dict(), "fc.weight": self.drafter.fc.weight / self.feature_rms_D}
         save_drafter(weights, checkpoint_path(self.run, self.step), config, {STATE: state})
+        found = {}
+        if self.evaluate is not None:
+            found["alpha"] = self.evaluate(checkpoint_path(self.run, self.step))
+            note_alpha(self.run, self.step, found["alpha"])
         keep_latest(self.run, self.config.keep)
+        return found
 
 
 def make_drafter(shape: DrafterShape, config: TrainConfig, feature_rms_D: Tensor) -> Drafter:

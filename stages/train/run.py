@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from ...data.cache.drafts import FirstDrafts, list_drafts
+from ...data.cache.index import SequenceIndex
 from ...data.cache.store import Cache
 from ...data.errors import CacheNotFoundError, ConfigError, DrafterError
-from ..config import DrafterSection, ReadConfig, TrainConfig
+from ..config import DrafterSection, EvalConfig, ReadConfig, TrainConfig
 from ..drafter.checkpoint import check_fits, drafter_fingerprint
 from ..drafter.shape import DrafterShape, rope_parameters
 from ..drafter.target_pieces import choose_mask_token, load_target_config, load_tokenizer
+from ..evaluate.replay import Replay
 from .checkpoints import find_drafter
 from .loop import Trainer
 from .samples import reads_boundaries, require_anchor, split_rows
@@ -63,16 +66,13 @@ def plan_first_drafts(cache: Cache, shape: DrafterShape, config: TrainConfig) ->
     """
     if not reads_boundaries(config):
         return None
-    fingerprint = config.first_drafter
-    if fingerprint is not None and Path(fingerprint).is_dir():
-        fingerprint = drafter_fingerprint(find_drafter(fingerprint))
     if not list_drafts(cache.storage):
         raise CacheNotFoundError(
             f"these samplers need to know where the first draft fails, but {cache.place} holds no first drafts. Make "
             f"them with vpd draft {cache.place} --first-drafter DIR, or choose --prefix-sampler geometric and "
             "--anchor-sampler uniform."
         )
-    drafts = FirstDrafts.open(cache, fingerprint)
+    drafts = FirstDrafts.open(cache, first_drafter_fingerprint(config))
     if drafts.block_size != shape.block_size:
         raise ConfigError(
             f"the first drafts {drafts.fingerprint} have block size {drafts.block_size}, drafter.block_size is "
@@ -87,14 +87,48 @@ def plan_first_drafts(cache: Cache, shape: DrafterShape, config: TrainConfig) ->
 
 
 def make_trainer(
-    cache: Cache, run: Path, section: DrafterSection, config: TrainConfig, read: ReadConfig | None = None
+    cache: Cache,
+    run: Path,
+    section: DrafterSection,
+    config: TrainConfig,
+    read: ReadConfig | None = None,
+    evaluation: EvalConfig | None = None,
 ) -> Trainer:
     """Checks everything that can be checked before the first step, and resumes the run if it has checkpoints."""
+    read = read or ReadConfig()
     shape = plan_shape(cache, section)
     check_fits(shape, cache.manifest, run)
-    training, _ = split_rows(cache, config.holdout)
+    training, held_out = split_rows(cache, config.holdout)
     drafts = plan_first_drafts(cache, shape, config)
     require_anchor(cache, training, config.max_len)
-    trainer = Trainer(cache, training, drafts, shape, config, run, read or ReadConfig())
+    evaluate = None
+    if config.eval_limit:
+        evaluate = plan_evaluation(cache, held_out, config, read, evaluation or EvalConfig())
+    trainer = Trainer(cache, training, drafts, shape, config, run, read, evaluate)
     trainer.resume()
     return trainer
+
+
+def plan_evaluation(
+    cache: Cache, rows: SequenceIndex, config: TrainConfig, read: ReadConfig, evaluation: EvalConfig
+) -> Callable[[Path], float]:
+    """From a checkpoint to its acceptance length on held-out rows; a VP-Drafter's is beside the cached first drafts.
+
+    Raises:
+        CacheNotFoundError: the cache lacks first drafts.
+    """
+    settings = evaluation.model_copy(update={"limit": config.eval_limit, "max_k": evaluation.k})
+    drafts = FirstDrafts.open(cache, first_drafter_fingerprint(config)) if config.objective == "vp" else None
+
+    def evaluate(checkpoint: Path) -> float:
+        if drafts is None:
+            return Replay(cache, checkpoint, None, settings, read).run(rows).alpha["first"]
+        return Replay(cache, drafts, checkpoint, settings, read).run(rows).alpha["d2sd"]
+
+    return evaluate
+
+
+def first_drafter_fingerprint(config: TrainConfig) -> str | None:
+    """Fingerprint of the first drafter that the config names by its folder or fingerprint."""
+    named = config.first_drafter
+    return drafter_fingerprint(find_drafter(named)) if named is not None and Path(named).is_dir() else named

@@ -1,14 +1,17 @@
-"""Candidates of a decoding cycle against enumerated hypotheses."""
+"""Branches of a decoding cycle against enumerated hypotheses."""
 
-# N anchors, G block size, A alternatives kept per position (the first is the draft), B branches
+# N anchors, J drafted positions, A alternatives kept per position (the first is the draft), B branches
 import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from slow_decode import Branch, Ranked, slow_branches, slow_posterior
 from torch import Tensor
-from vpd.stages.evaluate.branches import boundary_posterior, paper_prefixes, swapped_candidates
+from vpd.stages.config import PolicyName
+from vpd.stages.evaluate.branches import NONE, POLICIES, Branches, boundary_posterior, show_branches
 
-# Scores of random float32 probabilities: no two are equal, so the order of the best is certain.
 SHAPES = [
     pytest.param(6, 7, 5, id="block-of-8"),
     pytest.param(3, 1, 4, id="block-of-2"),
@@ -16,25 +19,37 @@ SHAPES = [
 ]
 
 
-def random_drafts(N: int, num_positions: int, A: int) -> tuple[Tensor, Tensor]:
+def random_drafts(N: int, J: int, A: int) -> tuple[Tensor, Tensor]:
     """Tokens that tell their place, and probabilities that fall from one alternative to the next."""
     generator = torch.Generator().manual_seed(N)
-    tokens_NGA = torch.arange(N * num_positions * A).view(N, num_positions, A)
-    probs_NGA = torch.rand(N, num_positions, A + 2, generator=generator).pow(3)
-    probs_NGA = (probs_NGA / probs_NGA.sum(dim=2, keepdim=True)).sort(dim=2, descending=True).values
-    return tokens_NGA, probs_NGA[..., :A]
+    tokens_NJA = torch.arange(N * J * A).view(N, J, A)
+    probs_NJA = torch.rand(N, J, A + 2, generator=generator).pow(3)
+    probs_NJA = (probs_NJA / probs_NJA.sum(dim=2, keepdim=True)).sort(dim=2, descending=True).values
+    return tokens_NJA, probs_NJA[..., :A]
 
 
-def slow_posterior(confidences: list[float]) -> list[float]:
-    """r(i): the first i draft tokens are right and the next one is wrong."""
-    return [math.prod(confidences[:i]) * (1 - confidences[i]) for i in range(len(confidences))]
+def as_ranked(tokens_JA: Tensor, probs_JA: Tensor) -> Ranked:
+    return [
+        list(zip(probs, tokens, strict=True))
+        for probs, tokens in zip(probs_JA.tolist(), tokens_JA.tolist(), strict=True)
+    ]
 
 
-@pytest.mark.parametrize(("N", "num_positions", "A"), SHAPES)
-def test_the_posterior_is_the_chance_that_the_draft_fails_right_there(N: int, num_positions: int, A: int):
-    confidence_NG = random_drafts(N, num_positions, A)[1][..., 0]
-    posterior = boundary_posterior(confidence_NG)
-    for found, confidences in zip(posterior.tolist(), confidence_NG.tolist(), strict=True):
+def as_list(branches: Branches, n: int) -> list[Branch]:
+    """The branches of one anchor."""
+    columns = [[None if value == NONE else value for value in column[n].tolist()] for column in branches]
+    return [Branch(*row) for row in zip(*columns, strict=True)]
+
+
+def test_the_configuration_offers_every_policy():
+    assert PolicyName.__args__ == tuple(POLICIES)
+
+
+@pytest.mark.parametrize(("N", "J", "A"), SHAPES)
+def test_the_posterior_is_the_chance_that_the_draft_fails_right_there(N: int, J: int, A: int):
+    confidence_NJ = random_drafts(N, J, A)[1][..., 0]
+    posterior = boundary_posterior(confidence_NJ)
+    for found, confidences in zip(posterior.tolist(), confidence_NJ.tolist(), strict=True):
         assert found == pytest.approx(slow_posterior(confidences), rel=1e-5)
         # Some boundary, or none.
         assert sum(found) + math.prod(confidences) == pytest.approx(1)
@@ -46,38 +61,61 @@ def test_a_certain_draft_has_no_boundary_before_the_doubt():
 
 
 @pytest.mark.parametrize("num_branches", [0, 1, 3, 50])
-@pytest.mark.parametrize(("N", "num_positions", "A"), SHAPES)
-def test_the_papers_prefixes_are_the_likeliest_boundaries(N: int, num_positions: int, A: int, num_branches: int):
-    confidence_NG = random_drafts(N, num_positions, A)[1][..., 0]
-    prefixes_NB = paper_prefixes(confidence_NG, num_branches)
-    assert prefixes_NB.shape == (N, min(num_branches, num_positions))
-    for found, confidences in zip(prefixes_NB.tolist(), confidence_NG.tolist(), strict=True):
-        posterior = slow_posterior(confidences)
-        ranked = sorted(range(num_positions), key=lambda i: posterior[i], reverse=True)
-        assert found == ranked[:num_branches]
-
-
-@pytest.mark.parametrize("num_branches", [0, 1, 4, 100])
-@pytest.mark.parametrize(("N", "num_positions", "A"), SHAPES)
-def test_swapped_candidates_are_the_likeliest_single_swaps(N: int, num_positions: int, A: int, num_branches: int):
-    tokens_NGA, probs_NGA = random_drafts(N, num_positions, A)
-    before = tokens_NGA.clone()
-    candidates_NBG = swapped_candidates(tokens_NGA, probs_NGA, num_branches)
-    assert torch.equal(tokens_NGA, before)
-    assert candidates_NBG.shape == (N, min(num_branches, num_positions * (A - 1)), num_positions)
+@pytest.mark.parametrize(("N", "J", "A"), SHAPES)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_likeliest_hypotheses_are_launched(policy: str, N: int, J: int, A: int, num_branches: int):
+    tokens_NJA, probs_NJA = random_drafts(N, J, A)
+    branches = POLICIES[policy](tokens_NJA, probs_NJA, num_branches)
+    num_available = J * (A - 1) if policy == "runner-up" else J
     for n in range(N):
-        tokens, probs = tokens_NGA[n].tolist(), probs_NGA[n].tolist()
-        draft = [row[0] for row in tokens]
-        scored = []
-        for i in range(num_positions):
-            for j in range(1, A):
-                score = math.prod(row[0] for row in probs[:i]) * probs[i][j]
-                scored.append((score, [*draft[:i], tokens[i][j], *draft[i + 1 :]]))
-        ranked = [candidate for _, candidate in sorted(scored, reverse=True)]
-        assert candidates_NBG[n].tolist() == ranked[:num_branches]
+        expected = slow_branches(policy, as_ranked(tokens_NJA[n], probs_NJA[n]))[:num_branches]
+        assert as_list(branches, n) == expected
+        assert len(expected) == min(num_branches, num_available)
 
 
-def test_several_alternatives_may_compete_at_one_position():
-    tokens_NGA = torch.tensor([[[1, 2, 3], [4, 5, 6]]])
-    probs_NGA = torch.tensor([[[0.4, 0.3, 0.2], [0.9, 0.06, 0.03]]])
-    assert swapped_candidates(tokens_NGA, probs_NGA, 2).tolist() == [[[2, 4], [3, 4]]]
+@settings(deadline=None, max_examples=50)
+@given(st.data(), st.integers(1, 6), st.integers(2, 4))
+@pytest.mark.parametrize("policy", POLICIES)
+def test_k_branches_are_the_first_of_any_larger_number(policy: str, data: st.DataObject, J: int, A: int):
+    # Eighths: probabilities are often equal, as stored ones can be, and what follows a 0 has no chance at all.
+    eighths = data.draw(st.lists(st.integers(0, 8), min_size=J * A, max_size=J * A))
+    probs_JA = (torch.tensor(eighths) / 8).view(J, A)
+    tokens_JA = torch.arange(J * A).view(J, A)
+    expected = slow_branches(policy, as_ranked(tokens_JA, probs_JA))
+    for k in range(len(expected) + 2):
+        assert as_list(POLICIES[policy](tokens_JA[None], probs_JA[None], k), 0) == expected[:k]
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        # Hypotheses: wrong at 1 with 0.6, at 2 with 0.4 * 0.1.
+        pytest.param("paper", [(0, NONE, NONE), (1, NONE, NONE)], id="paper"),
+        pytest.param("exclude", [(0, NONE, 11), (1, NONE, 21)], id="exclude"),
+        # Both alternatives at position 1 compete, before those at position 2.
+        pytest.param(
+            "runner-up", [(0, 12, NONE), (0, 13, NONE), (1, 22, NONE), (1, 23, NONE)], id="two-at-one-position"
+        ),
+    ],
+)
+def test_branches_written_out(policy: str, expected: list[tuple[int, int, int]]):
+    tokens_NJA = torch.tensor([[[11, 12, 13], [21, 22, 23]]])
+    probs_NJA = torch.tensor([[[0.4, 0.3, 0.2], [0.9, 0.06, 0.03]]])
+    branches = POLICIES[policy](tokens_NJA, probs_NJA, 9)
+    assert [tuple(row) for row in torch.stack(tuple(branches), dim=2)[0].tolist()] == expected
+    extra = int(policy == "runner-up")
+    assert branches.visible_len_NB.tolist() == [[i + extra for i, _, _ in expected]]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_branch_shows_the_draft_with_its_alternative(policy: str):
+    tokens_NJA, probs_NJA = random_drafts(5, 4, 3)
+    draft_NJ = tokens_NJA[..., 0].clone()
+    branches = POLICIES[policy](tokens_NJA, probs_NJA, 6)
+    shown_NBJ = show_branches(draft_NJ, branches)
+    assert torch.equal(draft_NJ, tokens_NJA[..., 0])
+    for n, draft in enumerate(draft_NJ.tolist()):
+        expected = []
+        for i, alternative, _ in as_list(branches, n):
+            expected.append([*draft[:i], draft[i] if alternative is None else alternative, *draft[i + 1 :]])
+        assert shown_NBJ[n].tolist() == expected

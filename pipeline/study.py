@@ -1,0 +1,241 @@
+"""The study: what prefix samplers, anchors, objectives and branch policies are worth on a real model."""
+
+# S sequences, C ways of decoding
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from ..data.cache.drafts import FirstDrafts
+from ..data.cache.store import Cache
+from ..data.errors import PromptError
+from ..stages.drafter.checkpoint import drafter_fingerprint
+from ..stages.evaluate.replay import Replay
+from ..stages.evaluate.report import ReplayReport
+from ..stages.train.checkpoints import find_drafter
+from ..stages.train.samples import is_held_out, reads_boundaries
+from . import commands
+from .config import load_config
+from .demo import make_target
+
+SPLITS = ("train", "held", "unseen")
+HELD_OUT = 0.1
+VARIANTS = (
+    "",
+    "\n\nThink step by step.",
+    "\n\nKeep the answer short.",
+    "\n\nExplain your answer to a beginner.",
+    "\n\nGive the result first, then the reasons.",
+)
+"""Added to the training prompts, so that more responses come from them."""
+REUSED = "reused"
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """A VP-Drafter that differs from the others in one thing."""
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Dotted settings beside the study's own."""
+    num_seeds: int = 1
+    warm: bool = False
+    """Whether it starts from the first drafter."""
+
+
+def prefix(sampler: str, **settings: Any) -> dict[str, Any]:
+    return {"train.prefix.sampler": sampler, **{f"train.prefix.{name}": value for name, value in settings.items()}}
+
+
+PAST = prefix("past-boundary")
+ARMS = (
+    Arm("geometric-0.9", prefix("geometric"), num_seeds=3),
+    Arm("past-boundary", PAST, num_seeds=3),
+    Arm("past-boundary, warm", PAST, num_seeds=3, warm=True),
+    Arm("geometric-0.9, warm", prefix("geometric"), num_seeds=3, warm=True),
+    Arm("visible-geometric", prefix("visible-geometric")),
+    Arm("boundary", prefix("boundary")),
+    Arm("posterior", prefix("posterior")),
+    Arm("topk", prefix("topk")),
+    Arm("past-boundary, expected-length", PAST | {"train.weights": "expected-length"}),
+    Arm("geometric-0.6", prefix("geometric", beta=0.6)),
+    Arm("geometric-0.8", prefix("geometric", beta=0.8)),
+    Arm("geometric-1.0", prefix("geometric", beta=1.0)),
+    Arm("mixture 0.7 past, 0.3 geometric", prefix("mixture", mixture={"past-boundary": 0.7, "geometric": 0.3})),
+    Arm(
+        "mixture 0.4 past, 0.4 boundary, 0.2 geometric",
+        prefix("mixture", mixture={"past-boundary": 0.4, "boundary": 0.4, "geometric": 0.2}),
+    ),
+    Arm("past-boundary, chain", PAST | {"train.anchor.sampler": "chain"}),
+    Arm("past-boundary, failure", PAST | {"train.anchor.sampler": "failure"}),
+    Arm("past-boundary, batch", PAST | {"train.normalise": "batch"}),
+    Arm("past-boundary, tau 3", PAST | {"train.tau": 3.0}),
+    Arm("past-boundary, until-failure", PAST | {"train.until_failure": True}),
+    Arm("boundary, unlikelihood", prefix("boundary") | {"train.unlikelihood": 0.1}),
+    Arm("boundary, warm", prefix("boundary"), warm=True),
+    Arm(
+        "mixture, first draft visible",
+        prefix("mixture", mixture={"past-boundary": 0.7, "geometric": 0.3}) | {"train.visible": "first-draft"},
+    ),
+    Arm("past-boundary, warm, expected-length", PAST | {"train.weights": "expected-length"}, warm=True),
+    Arm("past-boundary, warm, lr 3e-4", PAST | {"train.lr": 3e-4}, warm=True),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """Where everything lies, and the settings that all runs share."""
+
+    out: Path
+    recipe: str | None
+    overrides: dict[str, Any]
+
+    @property
+    def first(self) -> Path:
+        return self.out / "first"
+
+    def cache(self, split: str) -> str:
+        return str(self.out / "caches" / split)
+
+    def config(self, **settings: Any) -> Any:
+        return load_config(self.recipe, self.overrides | settings)
+
+
+def run_study(
+    study: Study, prompts: Sequence[Path], unseen: Sequence[Path], num_variants: int, num_workers: int
+) -> None:
+    """Runs every step that is not done yet; each arm's result is written as it comes.
+
+    Args:
+        prompts: prompt files to train on, a tenth of whose prompts is held out.
+        unseen: prompt files of another kind, never trained on.
+    """
+    study.out.mkdir(parents=True, exist_ok=True)
+    console = Console(stderr=True, highlight=False)
+    make_target(study.out / "target")
+    write_splits(study.out, prompts, unseen, num_variants)
+    for split in SPLITS:
+        console.rule(f"extract {split}")
+        commands.extract(
+            str(study.out / "target"), (study.out / f"{split}.jsonl",), study.cache(split), None, study.config(), True
+        )
+    with ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        # What needs no first drafter trains beside it.
+        for arm in ARMS:
+            if not (arm.warm or reads_boundaries(study.config(**arm.settings).train)):
+                for seed in range(arm.num_seeds):
+                    pool.submit(train_arm, study, arm, seed)
+        console.rule("first drafter")
+        commands.train(study.cache("train"), study.first, first_config(study), True)
+        for split in SPLITS:
+            console.rule(f"draft {split}")
+            commands.draft(study.cache(split), study.first, study.config(), True)
+        run_arms(study, pool, console)
+
+
+def first_config(study: Study) -> Any:
+    """The first drafter's settings: the study's, with more steps."""
+    steps = study.config().train.max_steps
+    return study.config(**{"train.objective": "dflash", "train.max_steps": FIRST_STEPS * steps})
+
+
+FIRST_STEPS = 4
+"""Steps of the first drafter in multiples of a VP-Drafter's."""
+
+
+def run_arms(study: Study, pool: ProcessPoolExecutor, console: Console) -> None:
+    """Trains and evaluates all arms, several at a time; an arm that fails is named and costs no other."""
+    futures: dict[Future[dict[str, Any]], str] = {pool.submit(run_arm, study, None, 0): REUSED}
+    for arm in ARMS:
+        for seed in range(arm.num_seeds):
+            futures[pool.submit(run_arm, study, arm, seed)] = f"{arm.name}, seed {seed}"
+    for future in as_completed(futures):
+        error = future.exception()
+        shown = future.result()["alpha"] if error is None else f"failed: {error!r}"
+        console.print(f"{futures[future]}: {shown}")
+
+
+def run_arm(study: Study, arm: Arm | None, seed: int) -> dict[str, Any]:
+    """Trains a VP-Drafter, or takes the first drafter, replays it on both held-out splits, writes what came out."""
+    name = REUSED if arm is None else arm.name
+    path = study.out / "results" / f"{file_name(name)}.{seed}.json"
+    if path.is_file():
+        return json.loads(path.read_text())
+    drafter = study.first if arm is None else train_arm(study, arm, seed)
+    result: dict[str, Any] = {"arm": name, "seed": seed, "alpha": {}}
+    for split in ("held", "unseen"):
+        report = replay(study, split, drafter)
+        result["alpha"][split] = report.alpha
+        result[split] = summary(report)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result))
+    return result
+
+
+def train_arm(study: Study, arm: Arm, seed: int) -> Path:
+    """Trains a VP-Drafter to its last step, unless it is there; returns the run's folder."""
+    run = study.out / "arms" / f"{file_name(arm.name)}.{seed}"
+    settings = {**arm.settings, "train.seed": seed, "train.first_drafter": str(study.first)}
+    if arm.warm:
+        settings["train.init"] = str(study.first)
+    run.mkdir(parents=True, exist_ok=True)
+    with silenced(run / "log.txt"):
+        commands.train(study.cache("train"), run, study.config(**settings), True)
+    return run
+
+
+def file_name(name: str) -> str:
+    return name.replace(", ", "_").replace(" ", "-")
+
+
+def replay(study: Study, split: str, drafter: Path) -> ReplayReport:
+    cache = Cache.open(study.cache(split))
+    config = study.config()
+    drafts = FirstDrafts.open(cache, drafter_fingerprint(find_drafter(study.first)))
+    return Replay(cache, drafts, find_drafter(drafter), config.eval, config.read).run(cache.rows)
+
+
+def summary(report: ReplayReport) -> dict[str, Any]:
+    """A report with each way's cycles by sequence, which paired comparisons need."""
+    cycles_SC = np.stack(report.cycles_SC)
+    ways = [
+        {**way._asdict(), "alpha": alpha, "cycles": cycles_SC[:, c].tolist()}
+        for c, (way, alpha) in enumerate(zip(report.ways, report.alphas().tolist(), strict=True))
+    ]
+    found = report.to_json()
+    kept = {name: found[name] for name in ("recovery", "calibration", "hits", "num_tokens", "num_sequences", "skipped")}
+    return {"ways": ways, "tokens": report.num_tokens_S, **kept}
+
+
+@contextlib.contextmanager
+def silenced(log: Path) -> Iterator[None]:
+    """What a run prints goes to its log."""
+    with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        yield
+
+
+def write_splits(out: Path, prompts: Sequence[Path], unseen: Sequence[Path], num_variants: int) -> None:
+    """Writes the prompts of the three splits; held-out ones are chosen by their text, and have no variants."""
+    records = [json.loads(line) for path in prompts for line in path.read_text().splitlines() if line.strip()]
+    if bad := [record for record in records if "turns" not in record]:
+        raise PromptError(f'the study takes prompts of the form {{"turns": [...]}}, found {str(bad[0])[:80]}.')
+    held = [record for record in records if is_held_out(json.dumps(record), HELD_OUT)]
+    train = [
+        {"turns": [*record["turns"][:-1], record["turns"][-1] + variant]}
+        for variant in VARIANTS[:num_variants]
+        for record in records
+        if not is_held_out(json.dumps(record), HELD_OUT)
+    ]
+    splits = {"train": train, "held": held}
+    splits["unseen"] = [json.loads(line) for path in unseen for line in path.read_text().splitlines() if line.strip()]
+    for name, chosen in splits.items():
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in chosen))

@@ -1,0 +1,166 @@
+"""Decoding with two drafters and the real target: the check that replay tells the truth."""
+
+# T context tokens, D context features, B candidates, J drafted positions, N prompts
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+from ...data.cache.drafts import NUM_ALTERNATIVES
+from ...data.cache.index import SequenceRow
+from ...data.cache.store import Cache
+from ...data.errors import CacheNotFoundError
+from ..config import EvalConfig
+from ..devices import choose_device
+from ..drafter.checkpoint import check_fits, load_drafter
+from ..drafter.model import Drafter
+from ..drafter.target_pieces import TargetPieces
+from .branches import POLICIES, show_branches
+from .redraft import OpenBranches, complete_branches, draft_anew
+from .responses import BEYOND
+
+
+@dataclass(frozen=True, slots=True)
+class LiveReport:
+    """What decoding the prompts of cached responses came to."""
+
+    num_prompts: int
+    num_identical: int
+    """Responses equal to the cached ones, token by token."""
+    num_tokens: int
+    num_cycles: int
+
+    @property
+    def alpha(self) -> float:
+        """Tokens committed per cycle, the bonus token included; a response's first token comes from the prefill."""
+        return self.num_tokens / self.num_cycles
+
+
+@dataclass
+class LiveDecoder:
+    """Decodes greedily, one prompt at a time."""
+
+    target: PreTrainedModel
+    pieces: TargetPieces
+    first: Drafter
+    second: Drafter
+    layer_ids: tuple[int, ...]
+    policy: str
+    k: int
+
+    @torch.inference_mode()
+    def decode(self, prompt_ids: list[int], num_tokens: int) -> tuple[list[int], int]:
+        """The first `num_tokens` tokens of the response, and the drafting cycles that they took."""
+        past = DynamicCache()
+        choices, features_TD = self.step([prompt_ids], past)
+        tokens = [*prompt_ids, int(choices[0, -1])]
+        features_TD = features_TD[0]
+        cycles = 0
+        while len(tokens) - len(prompt_ids) < num_tokens:
+            committed = self.verify(tokens[-1], self.candidates(tokens, features_TD), past)
+            _, new_features = self.step([[tokens[-1], *committed[:-1]]], past)
+            features_TD = torch.cat([features_TD, new_features[0]])
+            tokens += committed
+            cycles += 1
+        return tokens[len(prompt_ids) : len(prompt_ids) + num_tokens], cycles
+
+    def step(self, rows: list[list[int]], past: DynamicCache) -> tuple[Tensor, Tensor]:
+        """The target's greedy choices [B, tokens] after new tokens, and their context features [B, tokens, D]."""
+        token_ids = torch.tensor(rows, device=self.pieces.embed_VH.device)
+        out: Any = self.target(token_ids, past_key_values=past, use_cache=True, output_hidden_states=True)
+        # The cache stores states as bfloat16, so the drafters here see the same.
+        features = torch.cat([out.hidden_states[i + 1] for i in self.layer_ids], dim=-1).bfloat16()
+        return out.logits.argmax(dim=-1), features.to(self.pieces.embed_VH.dtype)
+
+    def candidates(self, tokens: list[int], features_TD: Tensor) -> Tensor:
+        """The first draft and the completed branches [B, J], padded with `BEYOND`."""
+        anchor_N = torch.tensor([len(tokens) - 1], device=features_TD.device)
+        anchor_id_N = torch.tensor([tokens[-1]], device=features_TD.device)
+        context = self.first.context(features_TD)
+        tokens_NJA, probs_NJA = draft_anew(
+            self.first, self.pieces, context, None, anchor_N, anchor_id_N, NUM_ALTERNATIVES
+        )
+        draft_NJ = tokens_NJA[..., 0]
+        branches = POLICIES[self.policy](tokens_NJA, probs_NJA, self.k)
+        num_branches = branches.prefix_len_NB.shape[1]
+        if not num_branches:
+            return draft_NJ
+        opened = OpenBranches(
+            anchor_N.expand(num_branches),
+            anchor_id_N.expand(num_branches),
+            show_branches(draft_NJ, branches)[0],
+            branches.visible_len_NB[0],
+            branches.excluded_NB[0],
+        )
+        completed_BJ = complete_branches(self.second, self.pieces, self.second.context(features_TD), None, opened)
+        width = max(draft_NJ.shape[1], completed_BJ.shape[1])
+        both = [torch.nn.functional.pad(x, (0, width - x.shape[1]), value=BEYOND) for x in (draft_NJ, completed_BJ)]
+        return torch.cat(both)
+
+    def verify(self, anchor_id: int, candidates_BJ: Tensor, past: DynamicCache) -> list[int]:
+        """The longest accepted candidate and the target's own next token; `past` is left as it is."""
+        branched = copy.deepcopy(past)
+        branched.batch_repeat_interleave(len(candidates_BJ))
+        rows = [[anchor_id, *row] for row in candidates_BJ.clamp(min=0).tolist()]
+        choices, _ = self.step(rows, branched)
+        accepted_BJ = (choices[:, :-1] == candidates_BJ).long().cumprod(dim=1)
+        best = int(accepted_BJ.sum(dim=1).argmax())
+        return choices[best, : int(accepted_BJ[best].sum()) + 1].tolist()
+
+
+def decode_prompts(
+    cache: Cache,
+    target_folder: Path,
+    drafters: tuple[Path, Path],
+    rows: Sequence[SequenceRow],
+    config: EvalConfig,
+    on_prompt: Callable[[], None] = lambda: None,
+) -> LiveReport:
+    """Decodes the prompts of these sequences anew, with the target in the cache's own precision as far as it is known.
+
+    Args:
+        drafters: the first and the second drafter.
+        rows: sequences with a single response, see `single_responses`.
+    """
+    device = choose_device(config.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    for folder in drafters:
+        check_fits(load_drafter(folder).shape, cache.manifest, folder)
+    first, second = (load_drafter(folder, device=device, dtype=dtype) for folder in drafters)
+    target: Any = AutoModelForCausalLM.from_pretrained(target_folder, dtype=torch.float32)
+    pieces = TargetPieces.load(cache.target_folder, device=device, dtype=dtype)
+    decoder = LiveDecoder(
+        target.to(device).eval(), pieces, first, second, cache.manifest.layer_ids, config.policies[0], config.k
+    )
+    num_identical = num_tokens = num_cycles = 0
+    for row in rows:
+        tokens = cache.read_tokens(row).token_ids_S.tolist()
+        recorded = tokens[row.prompt_len :]
+        response, cycles = decoder.decode(tokens[: row.prompt_len], len(recorded))
+        num_identical += response == recorded
+        num_tokens += len(recorded) - 1
+        num_cycles += cycles
+        on_prompt()
+    return LiveReport(len(rows), num_identical, num_tokens, num_cycles)
+
+
+def single_responses(cache: Cache, rows: Sequence[SequenceRow], limit: int) -> list[SequenceRow]:
+    """The first sequences that are one prompt and one response of at least two tokens.
+
+    Raises:
+        CacheNotFoundError: there is none.
+    """
+    found = [row for row in rows if row.num_supervised == row.num_tokens + 1 - row.prompt_len > 1]
+    if not found:
+        raise CacheNotFoundError(
+            f"expected a held-out sequence of {cache.place} with one prompt and one response to decode, found none "
+            f"among {len(rows)}. Hold out more."
+        )
+    return found[:limit]

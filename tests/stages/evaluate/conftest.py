@@ -1,0 +1,9 @@
+from pathlib import Path
+
+import pytest
+from tiny_world import World, make_world
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"))
