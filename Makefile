@@ -5,7 +5,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := 2.13.0
 
-.PHONY: demo test lint bench clean
+# What `make study` compares on: files of {"turns": [...]} records; those of UNSEEN are never trained on.
+PROMPTS ?= gsm8k.jsonl mbpp.jsonl
+UNSEEN ?= humaneval.jsonl
+
+.PHONY: demo test lint bench study clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vpd demo --out runs/demo
@@ -20,6 +24,9 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python tests/benchmarks/run.py --out runs/bench.json
+
+study: $(VENV)/.installed
+	$(BIN)/vpd study $(PROMPTS) $(foreach file,$(UNSEEN),--unseen $(file)) --out runs/study $(STUDY_ARGS)
 
 clean:
 	rm -rf $(VENV) runs

@@ -244,6 +244,31 @@ def estimate(
 
 
 @main.command()
+@click.argument("prompts", nargs=-1, required=True, type=PATH)
+@click.option("--unseen", multiple=True, required=True, type=PATH, help="Prompts of another kind, never trained on.")
+@click.option("--out", default=Path("runs/study"), show_default=True, type=PATH, help="Folder of everything it makes.")
+@click.option("--variants", default=1, show_default=True, type=click.IntRange(1, 5), help="Forms of a training prompt.")
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Arms trained at once.")
+@click.option("--config", "source", default="study", show_default=True, help="A recipe's name, or a YAML file.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting, such as train.lr=3e-4.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@reporting_errors
+def study(
+    prompts: tuple[Path, ...],
+    unseen: tuple[Path, ...],
+    out: Path,
+    variants: int,
+    workers: int,
+    source: str,
+    assignments: tuple[str, ...],
+) -> None:
+    """Samplers, anchors, objectives and branch policies compared on SmolLM2-135M-Instruct over PROMPTS."""
+    from .study import Study, run_study
+
+    run_study(Study(out, source, dict(map(parse_assignment, assignments))), prompts, unseen, variants, workers)
+
+
+@main.command()
 @click.option("--out", default=Path("runs/demo"), show_default=True, type=PATH, help="Folder of everything it makes.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @reporting_errors

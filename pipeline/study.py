@@ -26,8 +26,8 @@ from ..stages.train.samples import is_held_out, reads_boundaries
 from . import commands
 from .config import load_config
 from .demo import make_target
+from .study_report import write_report
 
-SPLITS = ("train", "held", "unseen")
 HELD_OUT = 0.1
 VARIANTS = (
     "",
@@ -38,6 +38,9 @@ VARIANTS = (
 )
 """Added to the training prompts, so that more responses come from them."""
 REUSED = "reused"
+PAPER_ARM, DEFAULT_ARM = "geometric-0.9", "past-boundary, warm"
+FIRST_STEPS = 4
+"""Steps of the first drafter in multiples of a VP-Drafter's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,11 +122,12 @@ def run_study(
         prompts: prompt files to train on, a tenth of whose prompts is held out.
         unseen: prompt files of another kind, never trained on.
     """
+    splits = plan_splits(prompts, unseen, num_variants)
     study.out.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True, highlight=False)
     make_target(study.out / "target")
-    write_splits(study.out, prompts, unseen, num_variants)
-    for split in SPLITS:
+    for split, records in splits.items():
+        (study.out / f"{split}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         console.rule(f"extract {split}")
         commands.extract(
             str(study.out / "target"), (study.out / f"{split}.jsonl",), study.cache(split), None, study.config(), True
@@ -136,20 +140,17 @@ def run_study(
                     pool.submit(train_arm, study, arm, seed)
         console.rule("first drafter")
         commands.train(study.cache("train"), study.first, first_config(study), True)
-        for split in SPLITS:
+        for split in splits:
             console.rule(f"draft {split}")
             commands.draft(study.cache(split), study.first, study.config(), True)
         run_arms(study, pool, console)
+    print(write_report(study.out, study.config().eval.k, PAPER_ARM, DEFAULT_ARM))
 
 
 def first_config(study: Study) -> Any:
     """The first drafter's settings: the study's, with more steps."""
     steps = study.config().train.max_steps
     return study.config(**{"train.objective": "dflash", "train.max_steps": FIRST_STEPS * steps})
-
-
-FIRST_STEPS = 4
-"""Steps of the first drafter in multiples of a VP-Drafter's."""
 
 
 def run_arms(study: Study, pool: ProcessPoolExecutor, console: Console) -> None:
@@ -223,11 +224,13 @@ def silenced(log: Path) -> Iterator[None]:
         yield
 
 
-def write_splits(out: Path, prompts: Sequence[Path], unseen: Sequence[Path], num_variants: int) -> None:
-    """Writes the prompts of the three splits; held-out ones are chosen by their text, and have no variants."""
-    records = [json.loads(line) for path in prompts for line in path.read_text().splitlines() if line.strip()]
-    if bad := [record for record in records if "turns" not in record]:
-        raise PromptError(f'the study takes prompts of the form {{"turns": [...]}}, found {str(bad[0])[:80]}.')
+def plan_splits(prompts: Sequence[Path], unseen: Sequence[Path], num_variants: int) -> dict[str, list[dict[str, Any]]]:
+    """The prompts of the three splits; held-out ones are chosen by their text, and have no variants.
+
+    Raises:
+        PromptError: a file can't be read, or a record has another form than {"turns": [...]}.
+    """
+    records = list(read_turns(prompts))
     held = [record for record in records if is_held_out(json.dumps(record), HELD_OUT)]
     train = [
         {"turns": [*record["turns"][:-1], record["turns"][-1] + variant]}
@@ -235,7 +238,17 @@ def write_splits(out: Path, prompts: Sequence[Path], unseen: Sequence[Path], num
         for record in records
         if not is_held_out(json.dumps(record), HELD_OUT)
     ]
-    splits = {"train": train, "held": held}
-    splits["unseen"] = [json.loads(line) for path in unseen for line in path.read_text().splitlines() if line.strip()]
-    for name, chosen in splits.items():
-        (out / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in chosen))
+    return {"train": train, "held": held, "unseen": list(read_turns(unseen))}
+
+
+def read_turns(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    for path in paths:
+        try:
+            lines = path.read_text().splitlines()
+        except OSError as error:
+            raise PromptError(f"expected a prompt file at {path}: {error.strerror}. Check the path.") from None
+        for number, line in enumerate(lines):
+            record = json.loads(line) if line.startswith("{") else None
+            if record is None or "turns" not in record:
+                raise PromptError(f'{path}, row {number}: expected {{"turns": [...]}}, found {line[:60]!r}.')
+            yield {"turns": record["turns"]}

@@ -131,10 +131,8 @@ class ReplayReport:
 
     def intervals(self) -> tuple[list[float], list[float]]:
         """Bounds [C] of the 95 % bootstrap interval of every alpha, sequences drawn with replacement."""
-        num_tokens_S, cycles_SC = np.array(self.num_tokens_S), np.stack(self.cycles_SC)
-        drawn = np.random.default_rng(0).integers(len(num_tokens_S), size=(NUM_RESAMPLES, len(num_tokens_S)))
-        times_drawn = np.stack([np.bincount(row, minlength=len(num_tokens_S)) for row in drawn])
-        alphas = (times_drawn @ num_tokens_S)[:, None] / (times_drawn @ cycles_SC)
+        times_drawn = resamples(len(self.num_tokens_S))
+        alphas = (times_drawn @ np.array(self.num_tokens_S))[:, None] / (times_drawn @ np.stack(self.cycles_SC))
         tail = (1 - CONFIDENCE) / 2
         return np.quantile(alphas, tail, axis=0).tolist(), np.quantile(alphas, 1 - tail, axis=0).tolist()
 
@@ -198,3 +196,9 @@ class ReplayReport:
             name: [float(((rank >= 0) & (rank < k)).mean()) if len(rank) else 0.0 for k in numbers]
             for name, rank in ranks.items()
         }
+
+
+def resamples(num_sequences: int) -> np.ndarray:
+    """How often each sequence is in each of `NUM_RESAMPLES` samples, drawn with replacement: [samples, S]."""
+    drawn = np.random.default_rng(0).integers(num_sequences, size=(NUM_RESAMPLES, num_sequences))
+    return np.stack([np.bincount(row, minlength=num_sequences) for row in drawn])
