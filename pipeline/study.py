@@ -248,7 +248,7 @@ def read_turns(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
         except OSError as error:
             raise PromptError(f"expected a prompt file at {path}: {error.strerror}. Check the path.") from None
         for number, line in enumerate(lines):
-            record = json.loads(line) if line.startswith("{") else None
-            if record is None or "turns" not in record:
-                raise PromptError(f'{path}, row {number}: expected {{"turns": [...]}}, found {line[:60]!r}.')
-            yield {"turns": record["turns"]}
+            try:
+                yield {"turns": json.loads(line)["turns"]}
+            except (ValueError, KeyError, TypeError):
+                raise PromptError(f'{path}, row {number}: expected {{"turns": [...]}}, found {line[:60]!r}.') from None

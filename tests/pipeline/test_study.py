@@ -1,0 +1,98 @@
+"""The study: how prompts are split, and what its report says of results made by hand."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import run_vpd, write_jsonl
+from vpd.data.errors import VpdError
+from vpd.pipeline.config import load_config
+from vpd.pipeline.study import ARMS, DEFAULT_ARM, PAPER_ARM, VARIANTS, plan_splits
+from vpd.pipeline.study_report import POLICIES, write_report
+
+QUESTIONS = [{"turns": [f"how much is {i} and {i}?"]} for i in range(200)]
+
+
+def test_no_form_of_a_held_out_prompt_is_trained_on(tmp_path: Path):
+    prompts, unseen = write_jsonl(tmp_path / "a.jsonl", QUESTIONS), write_jsonl(tmp_path / "b.jsonl", QUESTIONS[:3])
+    splits = plan_splits([prompts], [unseen], 3)
+    held = [record["turns"][0] for record in splits["held"]]
+    train = [record["turns"][0] for record in splits["train"]]
+    assert not [text for text in train if any(text.startswith(question) for question in held)]
+    assert len(set(train)) == len(train) == 3 * (200 - len(held))
+    assert sum(text.endswith(VARIANTS[1]) for text in train) == 200 - len(held)
+    # A tenth of 200 prompts by hash: 20, give or take 4.5 standard deviations.
+    assert 2 <= len(held) <= 39
+    assert splits["unseen"] == QUESTIONS[:3]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        pytest.param(None, ["a.jsonl", "No such file"], id="missing"),
+        pytest.param('{"prompt": "x"}', ["a.jsonl", "row 0", "turns"], id="another-form"),
+        pytest.param('{"turns": ["x"', ["a.jsonl", "row 0", "turns"], id="not-json"),
+    ],
+)
+def test_prompts_that_cannot_be_used_are_named_before_anything_is_made(
+    tmp_path: Path, content: str | None, words: list[str]
+):
+    path = tmp_path / "a.jsonl"
+    if content is not None:
+        path.write_text(content)
+    outcome = run_vpd("study", path, "--unseen", path, "--out", tmp_path / "out")
+    assert outcome.code == 1
+    assert all(word in outcome.message for word in words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("recipe", ["study", "study-gpu"])
+@pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
+def test_every_arm_is_a_setting_of_its_own(recipe: str, arm: Any):
+    config = load_config(recipe, arm.settings)
+    assert config.train.objective == "vp"
+    same = [other for other in ARMS if load_config(recipe, other.settings) == config and other.warm == arm.warm]
+    assert same == [arm]
+
+
+def make_result(arm: str, seed: int, cycles: dict[str, list[int]]) -> dict[str, Any]:
+    """`cycles` by policy, of two sequences of 40 and 60 tokens; the first drafter needs 50 cycles, a tree 40."""
+    ways = [
+        {"setting": "first", "policy": None, "k": 0, "cycles": [20, 30]},
+        {"setting": "first_tree", "policy": None, "k": 4, "cycles": [16, 24]},
+        *({"setting": "d2sd", "policy": policy, "k": 4, "cycles": cycles[policy]} for policy in POLICIES),
+    ]
+    split = {"ways": ways, "tokens": [40, 60], "recovery": [{"boundary": 1, "recovered": 0.5, "gained_tokens": 1.0}]}
+    return {"arm": arm, "seed": seed, "held": split, "unseen": split}
+
+
+def test_the_report_holds_lifts_and_ratios(tmp_path: Path):
+    results = [
+        # alpha 2 for the first drafter, 2.5 for its tree.
+        make_result(PAPER_ARM, 0, {"paper": [16, 24], "exclude": [16, 24], "runner-up": [10, 15]}),
+        # Means over two seeds: 25, 24 and 20 cycles for 100 tokens.
+        make_result(DEFAULT_ARM, 0, {"paper": [10, 16], "exclude": [10, 14], "runner-up": [8, 11]}),
+        make_result(DEFAULT_ARM, 1, {"paper": [10, 14], "exclude": [10, 14], "runner-up": [8, 13]}),
+    ]
+    (tmp_path / "results").mkdir()
+    for i, result in enumerate(results):
+        (tmp_path / f"results/{i}.json").write_text(json.dumps(result))
+    text = write_report(tmp_path, 4, PAPER_ARM, DEFAULT_ARM)
+    assert (tmp_path / "report.md").read_text() == text
+    assert (tmp_path / "recovery.png").read_bytes()[:4] == b"\x89PNG"
+    found = json.loads((tmp_path / "report.json").read_text())["held"]
+    assert found["first"] == 2.0
+    by_arm = {row["arm"]: row for row in found["lifts"]}
+    assert (by_arm[PAPER_ARM]["num_seeds"], by_arm[DEFAULT_ARM]["num_seeds"]) == (1, 2)
+    assert by_arm[PAPER_ARM]["paper"][0] == pytest.approx(0.5)
+    assert by_arm[DEFAULT_ARM]["paper"][0] == pytest.approx(2.0)
+    assert by_arm[DEFAULT_ARM]["exclude"][0] == pytest.approx(100 / 24 - 2)
+    assert by_arm[DEFAULT_ARM]["runner-up"][0] == pytest.approx(3.0)
+    assert [ratio[0] for ratio in found["ratios"].values()] == pytest.approx([6.0, 6.0])
+    assert f"| {DEFAULT_ARM} | 2 | 2.000 [" in text
+
+
+def test_a_report_of_nothing_says_so(tmp_path: Path):
+    with pytest.raises(VpdError, match="vpd study"):
+        write_report(tmp_path, 4, PAPER_ARM, DEFAULT_ARM)
