@@ -160,7 +160,7 @@ PlainSampler = Literal["geometric", "visible-geometric", "boundary", "past-bound
 class PrefixConfig(Section):
     """`train.prefix`: how many tokens after the anchor a training block shows."""
 
-    sampler: PlainSampler | Literal["mixture"] = "mixture"
+    sampler: Literal[PlainSampler, "mixture"] = "mixture"
     """Where prefix lengths come from.
 
     geometric: Eq. 6 of arXiv 2606.04446 over 0..gamma-2; visible-geometric: the public code's rule, which never

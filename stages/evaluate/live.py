@@ -22,9 +22,8 @@ from ..devices import choose_device
 from ..drafter.checkpoint import check_fits, load_drafter
 from ..drafter.model import Drafter
 from ..drafter.target_pieces import TargetPieces
-from .branches import POLICIES, show_branches
+from .branches import NONE, POLICIES, show_branches
 from .redraft import OpenBranches, complete_branches, draft_anew
-from .responses import BEYOND
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +79,7 @@ class LiveDecoder:
         return out.logits.argmax(dim=-1), features.to(self.pieces.embed_VH.dtype)
 
     def candidates(self, tokens: list[int], features_TD: Tensor) -> Tensor:
-        """The first draft and the completed branches [B, J], padded with `BEYOND`."""
+        """The first draft and the completed branches [B, J], padded with `NONE`."""
         anchor_N = torch.tensor([len(tokens) - 1], device=features_TD.device)
         anchor_id_N = torch.tensor([tokens[-1]], device=features_TD.device)
         context = self.first.context(features_TD)
@@ -100,9 +99,8 @@ class LiveDecoder:
             branches.excluded_NB[0],
         )
         completed_BJ = complete_branches(self.second, self.pieces, self.second.context(features_TD), None, opened)
-        width = max(draft_NJ.shape[1], completed_BJ.shape[1])
-        both = [torch.nn.functional.pad(x, (0, width - x.shape[1]), value=BEYOND) for x in (draft_NJ, completed_BJ)]
-        return torch.cat(both)
+        padding = completed_BJ.shape[1] - draft_NJ.shape[1]
+        return torch.cat([torch.nn.functional.pad(draft_NJ, (0, padding), value=NONE), completed_BJ])
 
     def verify(self, anchor_id: int, candidates_BJ: Tensor, past: DynamicCache) -> list[int]:
         """The longest accepted candidate and the target's own next token; `past` is left as it is."""

@@ -55,25 +55,26 @@ def complete_branches(
     num_blocks: Sequence[int] | None,
     branches: OpenBranches,
 ) -> Tensor:
-    """The branches' candidates [R, J] for the drafter's own J: visible tokens, then what the drafter proposes.
+    """The branches' candidates [R, J]: visible tokens, then what the drafter proposes within its block, then `NONE`.
+
+    J is the larger of the branches' and the drafter's own.
 
     Args:
         num_blocks: branches of each sequence in the context, which come one sequence after another; None: one sequence.
     """
     R, G = len(branches.anchors_R), drafter.shape.block_size
-    visible_len_R = branches.visible_len_R.clamp(max=G - 1)
-    shown_RJ = branches.shown_RJ[:, : G - 1]
-    shown_RJ = torch.cat([shown_RJ, shown_RJ.new_zeros(R, G - 1 - shown_RJ.shape[1])], dim=1)
-    k_J = torch.arange(1, G, device=shown_RJ.device)
-    masked_RJ = k_J > visible_len_R[:, None]
-    block_ids_RG = torch.cat(
-        [branches.anchor_ids_R[:, None], shown_RJ.masked_fill(masked_RJ, drafter.shape.mask_token_id)], dim=1
-    )
-    wanted_RG = torch.cat([torch.zeros_like(masked_RJ[:, :1]), masked_RJ], dim=1)
+    width = max(branches.shown_RJ.shape[1], G - 1)
+    shown_RJ = torch.nn.functional.pad(branches.shown_RJ, (0, width - branches.shown_RJ.shape[1]), value=NONE)
+    k_J = torch.arange(1, width + 1, device=shown_RJ.device)
+    visible_len_R1 = branches.visible_len_R[:, None]
+    masked_RJ = k_J > visible_len_R1
+    inside_RJ = torch.where(masked_RJ, drafter.shape.mask_token_id, shown_RJ)[:, : G - 1]
+    block_ids_RG = torch.cat([branches.anchor_ids_R[:, None], inside_RJ], dim=1)
+    wanted_RG = torch.cat([masked_RJ.new_zeros(R, 1), masked_RJ[:, : G - 1]], dim=1)
     tokens_RGA, _ = fill_blocks(drafter, pieces, context, block_ids_RG, branches.anchors_R, wanted_RG, 2, num_blocks)
-    best_RJ, second_RJ = tokens_RGA[:, 1:, 0], tokens_RGA[:, 1:, 1]
-    first_masked_RJ = k_J == visible_len_R[:, None] + 1
+    best_RJ, second_RJ = tokens_RGA[:, 1:].unbind(dim=2)
     excluded_R1 = branches.excluded_R[:, None]
-    is_excluded_RJ = first_masked_RJ & (best_RJ == excluded_R1) & (excluded_R1 != NONE)
-    proposed_RJ = torch.where(is_excluded_RJ, second_RJ, best_RJ)
+    ruled_out_RJ = (k_J[: G - 1] == visible_len_R1 + 1) & (best_RJ == excluded_R1) & (excluded_R1 != NONE)
+    proposed_RJ = torch.where(ruled_out_RJ, second_RJ, best_RJ)
+    proposed_RJ = torch.nn.functional.pad(proposed_RJ, (0, width - (G - 1)), value=NONE)
     return torch.where(masked_RJ, proposed_RJ, shown_RJ)

@@ -78,18 +78,21 @@ class Replay:
         self.device = choose_device(config.device)
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.pieces = TargetPieces.load(cache.target_folder, device=self.device, dtype=self.dtype)
-        self.drafts = first if isinstance(first, FirstDrafts) else None
-        self.first = None if isinstance(first, FirstDrafts) else self._load(first)
         self.second = None if second is None else self._load(second)
+        self.first: Drafter | None = None
+        self.drafts: FirstDrafts | None = None
+        if isinstance(first, FirstDrafts):
+            self.drafts, block_size = first, first.block_size
+        else:
+            self.first = self._load(first)
+            block_size = self.first.shape.block_size
         if self.second is not None and config.second_block_size is not None:
             self.second.shape = replace(self.second.shape, block_size=config.second_block_size)
-        shapes = [drafter.shape for drafter in (self.first, self.second) if drafter is not None]
-        sizes = [shape.block_size for shape in shapes] + ([self.drafts.block_size] if self.drafts is not None else [])
-        self.num_positions = max(sizes) - 1
+        self.num_positions = max(block_size, 0 if self.second is None else self.second.shape.block_size) - 1
         self.num_branches = max(config.k, config.max_k)
         seconds = {"first_as_second": self.first, "d2sd": self.second}
         self.seconds = {name: drafter for name, drafter in seconds.items() if drafter is not None}
-        self.report = ReplayReport(list(self.ways()), config.policies[0], config.k, sizes[0])
+        self.report = ReplayReport(list(self.ways()), config.policies[0], config.k, block_size)
 
     def _load(self, folder: Path) -> Drafter:
         drafter = load_drafter(folder, device=self.device, dtype=self.dtype)

@@ -43,7 +43,7 @@ def chain(config: AnchorConfig, facts: AnchorFacts, num_anchors: int, generator:
     order = torch.randperm(len(facts.positions_M), generator=generator)
     visited_M = visited_anchors(facts)
     visited, others = order[visited_M[order]], order[~visited_M[order]]
-    visited = visited[: round((1 - config.uniform_share) * num_anchors)]
+    visited = visited[: max(1, round((1 - config.uniform_share) * num_anchors))]
     num_others = len(visited) * config.uniform_share / (1 - config.uniform_share)
     return torch.cat([visited, others[: min(round(num_others), num_anchors - len(visited))]])
 

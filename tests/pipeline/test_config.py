@@ -19,7 +19,7 @@ from vpd.pipeline.config import (
     parse_assignment,
 )
 from vpd.pipeline.options import collect_overrides, config_options, leaf_fields
-from vpd.stages.config import DrafterSection, EvalConfig, ExtractConfig, TrainConfig
+from vpd.stages.config import DrafterSection, EvalConfig, ExtractConfig, PrefixConfig, TrainConfig
 
 SECTIONS = list(VpdConfig.model_fields)
 
@@ -62,7 +62,7 @@ def test_qwen3_recipes(recipe: str):
     assert config.extract.layer_ids == [1, 9, 17, 25, 33]
     assert config.extract.template_args == {"enable_thinking": False}
     assert (config.drafter.block_size, config.drafter.mask_token_id) == (16, 151669)
-    assert (config.train.prefix.sampler, config.train.prefix.prior_share) == ("boundary", 0.3)
+    assert config.train.prefix == PrefixConfig(sampler="mixture", mixture={"past-boundary": 0.7, "geometric": 0.3})
 
 
 def test_yaml_file_by_path_and_by_string(tmp_path: Path):
@@ -74,9 +74,16 @@ def test_yaml_file_by_path_and_by_string(tmp_path: Path):
 
 def test_overrides_win_and_leave_the_rest(tmp_path: Path):
     path = write(tmp_path, "train:\n  prefix: {beta: 0.8, sampler: geometric}\n")
-    config = load_config(path, {"train.prefix.beta": 0.7, "train.prefix": {"prior_share": 0.1}})
+    config = load_config(path, {"train.prefix.beta": 0.7, "train.prefix": {"floor": 0.1}})
     assert (config.train.prefix.beta, config.train.prefix.sampler) == (0.7, "geometric")
-    assert config.train.prefix.prior_share == 0.1
+    assert config.train.prefix.floor == 0.1
+
+
+def test_a_mixture_is_replaced_as_a_whole(tmp_path: Path):
+    path = write(tmp_path, "train:\n  prefix: {mixture: {boundary: 2, geometric: 1}}\n")
+    assert load_config(path, {}).train.prefix.mixture == {"boundary": 2, "geometric": 1}
+    config = load_config(path, dict([parse_assignment("train.prefix.mixture={topk: 1}")]))
+    assert config.train.prefix.mixture == {"topk": 1}
 
 
 @given(
@@ -131,6 +138,12 @@ WRONG = [
     Wrong("k", "eval: {k: 65}", {}, ["eval.k:", "less than or equal to 64", "65"]),
     Wrong("block-size", "drafter: {block_size: 1}", {}, ["drafter.block_size:", "equal to 2", "found 1"]),
     Wrong("beta", "", {"train.prefix.beta": 0}, ["train.prefix.beta:", "greater than 0"]),
+    Wrong("sampler", "train: {prefix: {sampler: prior}}", {}, ["train.prefix.sampler:", "'mixture'", "'prior'"]),
+    Wrong("mixture-empty", "train: {prefix: {mixture: {}}}", {}, ["train.prefix.mixture:", "at least one sampler"]),
+    Wrong("mixture-of-mixtures", "", {"train.prefix.mixture": {"mixture": 1}}, ["train.prefix.mixture", "'mixture'"]),
+    Wrong("mixture-zero", "", {"train.prefix.mixture": {"topk": 0}}, ["train.prefix.mixture.topk:", "greater than 0"]),
+    Wrong("floor", "", {"train.prefix.floor": 1.5}, ["train.prefix.floor:", "less than or equal to 1"]),
+    Wrong("uniform-share", "", {"train.anchor.uniform_share": 1.0}, ["train.anchor.uniform_share:", "less than 1"]),
     Wrong("betas", "train: {betas: [0.9, 1.0]}", {}, ["train.betas[1]:", "less than 1"]),
     Wrong("betas-short", "train: {betas: [0.9]}", {}, ["train.betas[1]:", "expected a value"]),
     Wrong("layer-ids-twice", "extract: {layer_ids: [1, 1]}", {}, ["extract.layer_ids:", "distinct"]),
@@ -313,25 +326,31 @@ def run(model: type[BaseModel], section: str, *args: str, only: list[str] | None
 TRAIN_VALUES = {
     "objective": "dflash",
     "prefix.sampler": "visible-geometric",
+    "anchor.sampler": "chain",
+    "anchor.uniform_share": "0.5",
     "normalise": "batch",
+    "weights": "expected-length",
+    "visible": "first-draft",
     "labels": "argmax",
     "schedule": "linear",
     "precision": "bf16",
     "betas": "0.8,0.9",
 }
+SWITCHES = {"until_failure"}
+"""Settings whose flag takes no value."""
 
 
-@pytest.mark.parametrize("key", leaf_fields(TrainConfig))
+@pytest.mark.parametrize("key", [key for key in leaf_fields(TrainConfig) if key != "prefix.mixture"])
 def test_every_training_setting_has_a_flag(key: str):
-    text = TRAIN_VALUES.get(key, "1")
-    overrides = run(TrainConfig, "train", f"--{key.replace('.', '-').replace('_', '-')}", text)
+    text = [] if key in SWITCHES else [TRAIN_VALUES.get(key, "1")]
+    overrides = run(TrainConfig, "train", f"--{key.replace('.', '-').replace('_', '-')}", *text)
     assert list(overrides) == [f"train.{key}"]
     if key != "holdout":
         dumped = load_config(None, overrides).train.model_dump()
         for part in key.split("."):
             dumped = dumped[part]
-        expected = {"betas": (0.8, 0.9), "init": "1", "first_drafter": "1"}.get(key, TRAIN_VALUES.get(key, 1))
-        assert dumped == expected
+        others = {"betas": (0.8, 0.9), "init": "1", "first_drafter": "1", "anchor.uniform_share": 0.5}
+        assert dumped == others.get(key, TRAIN_VALUES.get(key, 1))
 
 
 def test_no_flag_gives_no_override():
@@ -357,14 +376,14 @@ def test_help_is_the_first_sentence_and_the_default():
     assert "--lr FLOAT Peak learning rate of AdamW; > 0. [default: 0.0006]" in text
     assert "Ratio of the geometric prior over prefix lengths (Eq. 6); in (0, 1]. [default: 0.9]" in text
     assert "Number of optimizer steps, in place of epochs; >= 1. [default: none]" in text
-    assert "[geometric|visible-geometric|boundary] Where prefix lengths come from. [default: boundary]" in text
+    assert "|topk|mixture] Where prefix lengths come from. [default: mixture]" in text
     assert text.index("--objective") < text.index("--prefix-sampler") < text.index("--init")
 
 
 def test_only_the_named_flags():
     text = run(TrainConfig, "train", "--help", only=["prefix", "lr"])["help"]
     flags = [word for word in text.split() if word.startswith("--")]
-    assert flags == ["--prefix-sampler", "--prefix-beta", "--prefix-prior-share", "--lr", "--help"]
+    assert flags == ["--prefix-sampler", "--prefix-beta", "--prefix-k", "--prefix-floor", "--lr", "--help"]
     with pytest.raises(ValueError, match="rate"):
         config_options(TrainConfig, "train", ["rate"])
 

@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import pytest
 from tiny_world import World, make_world
 

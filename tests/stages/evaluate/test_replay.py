@@ -3,6 +3,7 @@
 # N anchors, C ways of decoding
 import shutil
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from slow_decode import NUM_ALTERNATIVES, POLICIES, slow_branches, slow_count
 from tiny import make_cached, make_row
-from tiny_world import MAX_K, SECONDS, SHAPE, TALKS, V, Second, World, responses_of, write_drafter
+from tiny_world import MAX_K, SECONDS, SHAPE, TALKS, Second, V, World, responses_of, write_drafter
 from vpd.data.cache.store import Cache
 from vpd.data.errors import CacheNotFoundError, DrafterError
 from vpd.stages.config import DraftConfig, EvalConfig
@@ -96,6 +97,8 @@ def test_the_tiny_cache_tells_the_ways_apart(world: World):
     same = lens["same-block"]
     ways = [Way("first", None, 0), Way("first_tree", None, 4)]
     ways += [Way(setting, policy, 4) for setting in ("first_as_second", "d2sd") for policy in POLICIES]
+    # A second drafter with other random weights hardly ever proposes the first draft's token.
+    ways.remove(Way("d2sd", "exclude", 4))
     assert len({tuple(same[way]) for way in ways}) == len(ways)
     assert all(sum(same[way]) > sum(same[ways[0]]) for way in ways[1:])
     for policy in POLICIES:
@@ -139,7 +142,8 @@ def test_a_replay_is_a_decode_cycle_by_cycle(world: World, policy: str, k: int, 
         spans = responses_of(lengths)
         num_tokens.append(sum(end - start - 1 for start, end in spans))
         for start, end in spans:
-            lens = [world.slow_lens(seconds, a, world.ranked(a)) for _, a in zip(range(start, end - 1), anchors)]
+            here = islice(anchors, end - 1 - start)
+            lens = [world.slow_lens(seconds, anchor, world.ranked(anchor)) for anchor in here]
             for way in report.ways:
                 cycles[-1][way] += slow_count(lambda i, way=way, lens=lens: lens[i][way], end - start)
     assert report.num_tokens_S == num_tokens
@@ -194,7 +198,8 @@ def test_first_drafts_are_recorded_as_the_slow_decode_finds_them(world: World):
         for slow, recorded in pairs:
             assert [token for _, token in recorded] == [token for _, token in slow[:NUM_ALTERNATIVES]]
             # float16 keeps 11 bits.
-            assert [prob for prob, _ in recorded] == pytest.approx([prob for prob, _ in slow[:NUM_ALTERNATIVES]], rel=1e-3)
+            exact = [prob for prob, _ in slow[:NUM_ALTERNATIVES]]
+            assert [prob for prob, _ in recorded] == pytest.approx(exact, rel=1e-3)
 
 
 @pytest.mark.parametrize("recorded", [False, True], ids=["drafter", "recorded"])

@@ -58,7 +58,8 @@ def test_recorded_tokens_are_those_after_each_anchor(tokens: list[int], J: int, 
     found = recorded_after(torch.tensor(tokens), (start, end), J)
     assert found.shape == (end - start - 1, J)
     assert found.tolist() == [
-        [tokens[anchor + k] if anchor + k < end else BEYOND for k in range(1, J + 1)] for anchor in range(start, end - 1)
+        [tokens[anchor + k] if anchor + k < end else BEYOND for k in range(1, J + 1)]
+        for anchor in range(start, end - 1)
     ]
 
 

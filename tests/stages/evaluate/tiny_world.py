@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from slow_decode import NUM_ALTERNATIVES, POLICIES, Ranked, SlowDrafter, slow_accept_length, slow_candidates
+from slow_decode import POLICIES, Ranked, SlowDrafter, slow_accept_length, slow_candidates
 from tiny import SHAPE as ANY_SHAPE
 from tiny import make_manifest
 from torch import Tensor
@@ -153,7 +153,9 @@ class World:
     def recorded(self, anchor: Anchor) -> Ranked:
         """The same as it was recorded, with the rounding of the probabilities."""
         drafted = self.drafts.read(self.row(anchor.seq_id))
-        rows = zip(drafted.probs_TGA[anchor.position].tolist(), drafted.tokens_TGA[anchor.position].tolist(), strict=True)
+        rows = zip(
+            drafted.probs_TGA[anchor.position].tolist(), drafted.tokens_TGA[anchor.position].tolist(), strict=True
+        )
         return [list(zip(probs, tokens, strict=True)) for probs, tokens in rows]
 
     def slow_lens(

@@ -1,145 +1,208 @@
-"""Prefix samplers: drawn frequencies against the probabilities written out."""
+"""Prefix samplers: each one's probabilities against numbers worked out by hand, and how a length is drawn from them."""
 
-# N blocks, G block size
+# N blocks, G block size, J = G-1 prefix lengths
+import math
 from collections import Counter
+from typing import Any, NamedTuple, get_args
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 from vpd.data.cache.drafts import NOT_DRAFTED
-from vpd.stages.config import PrefixConfig
-from vpd.stages.train.prefix import NEED_FIRST_DRAFTS, SAMPLERS, sample_prefixes
+from vpd.stages.config import PlainSampler, PrefixConfig
+from vpd.stages.train.prefix import BlockFacts, draw_prefixes, prefix_distribution
 
-NUM_DRAWS = 20_000
-
-
-def draw(
-    config: PrefixConfig,
-    num_labels: int | list[int],
-    accept_len: int | list[int] | None,
-    block_size: int,
-    seed: int = 0,
-) -> Tensor:
-    """Prefix lengths of blocks with these numbers of labels; a number stands for `NUM_DRAWS` equal blocks."""
-    labels = [num_labels] * NUM_DRAWS if isinstance(num_labels, int) else num_labels
-    lengths = [accept_len] * NUM_DRAWS if isinstance(accept_len, int) else accept_len
-    accept_len_N = None if lengths is None else torch.tensor(lengths, dtype=torch.uint8)
-    generator = torch.Generator().manual_seed(seed)
-    return sample_prefixes(config, torch.tensor(labels), accept_len_N, block_size, generator)
+NAMES = [*get_args(PlainSampler), "mixture"]
+LAST_UNIFORM = 1 - 2**-24
+"""The largest float32 below one."""
 
 
-def eq6(beta: float, block_size: int, num_labels: int, shortest: int = 0) -> list[float]:
-    """Eq. 6, Pr(l = j) proportional to beta^j for j = 0..G-2, over the lengths that leave a label to predict."""
-    weights = [beta**j if shortest <= j < num_labels else 0.0 for j in range(block_size - 1)]
-    return [weight / sum(weights) for weight in weights]
+class Block(NamedTuple):
+    """What is known of one block."""
+
+    num_labels: int
+    accept_len: int = NOT_DRAFTED
+    confidences: tuple[float, ...] = ()
 
 
-def assert_drawn_from(lengths_N: Tensor, expected: list[float]) -> None:
-    """Each count lies within 4.5 standard deviations of a binomial; seeds are fixed, so this never flickers."""
-    counts = Counter(lengths_N.tolist())
-    assert set(counts) <= set(range(len(expected)))
-    for length, probability in enumerate(expected):
-        mean, deviation = NUM_DRAWS * probability, (NUM_DRAWS * probability * (1 - probability)) ** 0.5
-        assert abs(counts[length] - mean) <= 4.5 * deviation + 1e-6, (length, counts[length], mean)
+def facts_of(*blocks: Block, drafted: bool = True) -> BlockFacts:
+    num_labels_N = torch.tensor([block.num_labels for block in blocks])
+    if not drafted:
+        return BlockFacts(num_labels_N, None, None)
+    accept_len_N = torch.tensor([block.accept_len for block in blocks], dtype=torch.uint8)
+    return BlockFacts(num_labels_N, accept_len_N, torch.tensor([block.confidences for block in blocks]))
 
 
-@pytest.mark.parametrize(
-    ("beta", "block_size", "num_labels"),
-    [
-        pytest.param(0.9, 16, 15, id="paper"),
-        pytest.param(0.5, 8, 7, id="short"),
-        pytest.param(1.0, 6, 5, id="uniform"),
-        pytest.param(0.9, 16, 6, id="turn-ends-inside"),
-        pytest.param(0.9, 16, 1, id="one-label"),
-        pytest.param(0.7, 2, 1, id="block-of-two"),
-    ],
-)
-def test_geometric_is_eq_6_within_the_labels(beta: float, block_size: int, num_labels: int):
-    lengths_N = draw(PrefixConfig(sampler="geometric", beta=beta), num_labels, None, block_size)
-    assert_drawn_from(lengths_N, eq6(beta, block_size, num_labels))
+def sampler(name: str, **settings: Any) -> PrefixConfig:
+    return PrefixConfig.model_validate({"sampler": name, **settings})
 
 
-@pytest.mark.parametrize("num_labels", [15, 4, 2])
-def test_visible_geometric_is_eq_6_without_the_empty_prefix(num_labels: int):
-    lengths_N = draw(PrefixConfig(sampler="visible-geometric", beta=0.8), num_labels, None, 16)
-    assert not bool((lengths_N == 0).any())
-    assert_drawn_from(lengths_N, eq6(0.8, 16, num_labels, shortest=1))
+# Blocks of size 5, beta 1/2: Eq. 6 gives 8, 4, 2, 1 of 15. With confidences UNSURE the boundary is believed at
+# 0: 1 - .5 = .5; 1: .5 (1 - .8) = .1; 2: .5 x .8 (1 - .5) = .2; 3: .5 x .8 x .5 (1 - .25) = .15.
+# With LATE: .1; .9 x .1 = .09; .9 x .9 x .5 = .405; .9 x .9 x .5 x .1 = .0405.
+UNSURE, LATE, CERTAIN = (0.5, 0.8, 0.5, 0.25), (0.9, 0.9, 0.5, 0.9), (1.0, 1.0, 1.0, 1.0)
+EQ_6 = [8 / 15, 4 / 15, 2 / 15, 1 / 15]
+EQ_6_OF_TWO = [2 / 3, 1 / 3, 0, 0]
 
 
-def test_visible_geometric_leaves_a_single_label_to_predict():
-    assert draw(PrefixConfig(sampler="visible-geometric"), [1, 1, 1], None, 16).tolist() == [0, 0, 0]
+class Case(NamedTuple):
+    id: str
+    settings: dict[str, Any]
+    block: Block
+    expected: list[float]
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_boundary_is_the_accept_length_of_every_rejected_draft(seed: int):
-    num_labels = [15, 15, 15, 15, 7, 7, 2, 1]
-    accept_len = [0, 1, 9, 14, 0, 6, 1, 0]
-    config = PrefixConfig(sampler="boundary", prior_share=0.0)
-    assert draw(config, num_labels, accept_len, 16, seed).tolist() == accept_len
+def believed(num_labels: int, accept_len: int, confidences: tuple[float, ...] = UNSURE) -> Block:
+    return Block(num_labels, accept_len, confidences)
 
 
-@pytest.mark.parametrize(
-    ("num_labels", "accept_len"),
-    [
-        pytest.param(15, 15, id="fully-accepted"),
-        pytest.param(15, NOT_DRAFTED, id="not-drafted"),
-        pytest.param(6, 6, id="accepted-to-the-end-of-the-turn"),
-        pytest.param(4, 9, id="rejected-beyond-what-is-read"),
-    ],
-)
-def test_boundary_falls_back_to_eq_6_without_a_known_rejection(num_labels: int, accept_len: int):
-    lengths_N = draw(PrefixConfig(sampler="boundary", beta=0.8, prior_share=0.0), num_labels, accept_len, 16)
-    assert_drawn_from(lengths_N, eq6(0.8, 16, num_labels))
+GEOMETRIC, VISIBLE = {"sampler": "geometric"}, {"sampler": "visible-geometric"}
+BOUNDARY, PAST = {"sampler": "boundary"}, {"sampler": "past-boundary"}
+POSTERIOR, TOP1, TOP2 = {"sampler": "posterior"}, {"sampler": "topk", "k": 1}, {"sampler": "topk", "k": 2}
+TOP9 = {"sampler": "topk", "k": 9}
+MIXED = {"sampler": "mixture", "mixture": {"boundary": 3, "geometric": 1}}
+PAST_MIXED = {"sampler": "mixture", "mixture": {"past-boundary": 0.2, "visible-geometric": 0.6}}
+CASES = [
+    Case("geometric", GEOMETRIC, believed(4, 2), EQ_6),
+    Case("geometric-turn-ends", GEOMETRIC, believed(2, 1), EQ_6_OF_TWO),
+    Case("geometric-one-label", GEOMETRIC, believed(1, 0), [1, 0, 0, 0]),
+    Case("visible", VISIBLE, believed(4, 0), [0, 4 / 7, 2 / 7, 1 / 7]),
+    Case("visible-turn-ends", VISIBLE, believed(3, 0), [0, 2 / 3, 1 / 3, 0]),
+    Case("visible-one-label", VISIBLE, believed(1, 0), [1, 0, 0, 0]),
+    Case("boundary-first-token", BOUNDARY, believed(4, 0), [1, 0, 0, 0]),
+    Case("boundary", BOUNDARY, believed(4, 2), [0, 0, 1, 0]),
+    Case("boundary-last-token", BOUNDARY, believed(4, 3), [0, 0, 0, 1]),
+    Case("boundary-last-label-of-the-turn", BOUNDARY, believed(2, 1), [0, 1, 0, 0]),
+    Case("boundary-fully-accepted", BOUNDARY, believed(4, 4), EQ_6),
+    Case("boundary-accepted-to-the-end-of-the-turn", BOUNDARY, believed(2, 2), EQ_6_OF_TWO),
+    Case("boundary-rejected-beyond-what-is-read", BOUNDARY, believed(2, 3), EQ_6_OF_TWO),
+    Case("boundary-not-drafted", BOUNDARY, believed(4, NOT_DRAFTED), EQ_6),
+    Case("past-first-token", PAST, believed(4, 0), [0, 1, 0, 0]),
+    Case("past", PAST, believed(4, 2), [0, 0, 0, 1]),
+    Case("past-leaves-no-position", PAST, believed(4, 3), EQ_6),
+    Case("past-leaves-no-label", PAST, believed(2, 1), EQ_6_OF_TWO),
+    Case("past-fully-accepted", PAST, believed(4, 4), EQ_6),
+    Case("past-accepted-to-the-end-of-the-turn", PAST, believed(3, 3), [4 / 7, 2 / 7, 1 / 7, 0]),
+    Case("past-not-drafted", PAST, believed(4, NOT_DRAFTED), EQ_6),
+    Case("posterior", POSTERIOR, believed(4, 0), [0.5 / 0.95, 0.1 / 0.95, 0.2 / 0.95, 0.15 / 0.95]),
+    Case("posterior-fully-accepted", POSTERIOR, believed(4, 4), [0.5 / 0.95, 0.1 / 0.95, 0.2 / 0.95, 0.15 / 0.95]),
+    Case("posterior-turn-ends", POSTERIOR, believed(2, 0), [5 / 6, 1 / 6, 0, 0]),
+    Case("posterior-certain", POSTERIOR, believed(4, 1, CERTAIN), EQ_6),
+    Case("posterior-not-drafted", POSTERIOR, believed(4, NOT_DRAFTED), EQ_6),
+    Case("topk", TOP2, believed(4, 4), [1 / 2, 0, 1 / 2, 0]),
+    Case("topk-of-late", TOP2, believed(4, 4, LATE), [1 / 2, 0, 1 / 2, 0]),
+    Case("topk-at-the-boundary", TOP2, believed(4, 2), [1 / 2, 0, 1 / 2, 0]),
+    Case("topk-without-those-past-the-boundary", TOP2, believed(4, 1), [1, 0, 0, 0]),
+    Case("topk-all-past-the-boundary", TOP1, believed(4, 1, LATE), EQ_6),
+    Case("topk-turn-ends", TOP2, believed(2, 2), [1, 0, 0, 0]),
+    Case("topk-more-than-there-are", TOP9, believed(4, 2), [1 / 3, 1 / 3, 1 / 3, 0]),
+    Case("topk-not-drafted", TOP9, believed(4, NOT_DRAFTED), EQ_6),
+    Case("mixture", MIXED, believed(4, 1), [2 / 15, 3 / 4 + 1 / 15, 1 / 30, 1 / 60]),
+    Case("mixture-floor", MIXED | {"floor": 0.6}, believed(4, 1), [0.4 * 2 / 15 + 0.15, 0.476667, 0.163333, 0.156667]),
+    Case("mixture-floor-turn-ends", MIXED | {"floor": 0.5}, believed(2, 0), [0.5 * 11 / 12 + 0.25, 7 / 24, 0, 0]),
+    Case("mixture-floor-alone", MIXED | {"floor": 1.0}, believed(3, 1), [1 / 3, 1 / 3, 1 / 3, 0]),
+    Case("mixture-each-falls-back-alone", PAST_MIXED, believed(4, 4), [2 / 15, 1 / 15 + 3 / 7, 26 / 105, 13 / 105]),
+]
 
 
-@pytest.mark.parametrize("prior_share", [0.0, 0.3, 0.75, 1.0])
-@pytest.mark.parametrize(("num_labels", "accept_len"), [(15, 7), (15, 0), (5, 4)])
-def test_boundary_gives_the_prior_its_share(prior_share: float, num_labels: int, accept_len: int):
-    config = PrefixConfig(sampler="boundary", beta=0.9, prior_share=prior_share)
-    expected = [prior_share * probability for probability in eq6(0.9, 16, num_labels)]
-    expected[accept_len] += 1 - prior_share
-    assert_drawn_from(draw(config, num_labels, accept_len, 16), expected)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_the_probabilities_are_those_worked_out_by_hand(case: Case):
+    config = PrefixConfig.model_validate({"beta": 0.5, **case.settings})
+    # Between others, so that a row which is mixed up with its neighbours is noticed.
+    blocks = [believed(4, 0, LATE), case.block, believed(1, NOT_DRAFTED)]
+    found = prefix_distribution(config, facts_of(*blocks), 5)[1].tolist()
+    # A few roundings of float32, where no intermediate result is below 1e-2.
+    assert found == pytest.approx(case.expected, rel=3e-6, abs=0)
 
 
-SAMPLER = st.sampled_from(["geometric", "visible-geometric", "boundary"])
+@pytest.mark.parametrize(("beta", "block_size"), [(0.9, 16), (0.5, 8), (1.0, 6), (0.7, 2)])
+@pytest.mark.parametrize("name", ["geometric", "visible-geometric"])
+def test_priors_need_no_first_drafts(name: str, beta: float, block_size: int):
+    shortest = 1 if name == "visible-geometric" and block_size > 2 else 0
+    weights = [beta**j if j >= shortest else 0.0 for j in range(block_size - 1)]
+    facts = facts_of(Block(block_size - 1), drafted=False)
+    found = prefix_distribution(sampler(name, beta=beta), facts, block_size)[0].tolist()
+    assert found == pytest.approx([weight / sum(weights) for weight in weights], rel=1e-5, abs=0)
 
 
-@settings(deadline=None, max_examples=80)
-@given(
-    st.data(),
-    SAMPLER,
-    st.integers(2, 12),
-    st.floats(0.05, 1.0),
-    st.floats(0.0, 1.0),
-    st.integers(0, 1000),
-)
-def test_a_label_is_left_and_the_seed_decides(
-    data: st.DataObject, sampler: str, block_size: int, beta: float, prior_share: float, seed: int
+def test_the_empty_prefix_has_its_share_of_the_papers_prior():
+    found = prefix_distribution(sampler("geometric", beta=0.9), facts_of(Block(15), drafted=False), 16)
+    assert float(found[0, 0]) == pytest.approx(0.126, abs=5e-4)
+
+
+# Draws
+
+BLOCKS = [
+    believed(num_labels, accept_len, confidences)
+    for num_labels in (4, 3, 1)
+    for accept_len in (0, 1, 4, NOT_DRAFTED)
+    for confidences in (UNSURE, LATE)
+]
+MIXTURE = {"mixture": {name: 1.0 for name in get_args(PlainSampler)}, "floor": 0.1}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_uniform_numbers_spread_over_the_lengths_by_their_probability(name: str):
+    num_draws, config = 2000, sampler(name, **MIXTURE)
+    for block in BLOCKS:
+        facts = facts_of(*[block] * num_draws)
+        uniform_N = (torch.arange(num_draws) + 0.5) / num_draws
+        counts = Counter(draw_prefixes(config, facts, 5, uniform_N).tolist())
+        for length, probability in enumerate(prefix_distribution(config, facts, 5)[0].tolist()):
+            # Equally spaced numbers: an interval holds its share of them, give or take one.
+            assert abs(counts[length] - num_draws * probability) < 1.01, (block, length)
+
+
+@st.composite
+def some_blocks(draw: st.DrawFn) -> tuple[int, list[Block]]:
+    block_size = draw(st.integers(2, 10))
+    confidences = st.lists(st.floats(0, 1, width=16), min_size=block_size - 1, max_size=block_size - 1).map(tuple)
+    lengths = st.integers(0, block_size - 1) | st.just(NOT_DRAFTED)
+    block = st.builds(Block, st.integers(1, block_size - 1), lengths, confidences)
+    return block_size, draw(st.lists(block, min_size=1, max_size=8))
+
+
+UNIFORM = st.sampled_from([0.0, LAST_UNIFORM]) | st.integers(0, 2**24 - 1).map(lambda i: i / 2**24)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(deadline=None, max_examples=40)
+@given(some_blocks(), st.data(), st.floats(0.05, 1.0), st.integers(1, 6))
+def test_a_label_is_left_and_the_uniform_number_alone_decides(
+    name: str, given: tuple[int, list[Block]], data: st.DataObject, beta: float, k: int
 ):
-    num_labels = data.draw(st.lists(st.integers(1, block_size - 1), min_size=1, max_size=20))
-    lengths = st.one_of(st.integers(0, block_size - 1), st.just(NOT_DRAFTED))
-    accept_len = data.draw(st.lists(lengths, min_size=len(num_labels), max_size=len(num_labels)))
-    config = PrefixConfig.model_validate({"sampler": sampler, "beta": beta, "prior_share": prior_share})
-    drawn = draw(config, num_labels, accept_len, block_size, seed)
-    assert drawn.dtype == torch.int64
-    assert all(0 <= length < labels for length, labels in zip(drawn.tolist(), num_labels, strict=True))
-    assert torch.equal(draw(config, num_labels, accept_len, block_size, seed), drawn)
+    block_size, blocks = given
+    config = sampler(name, beta=beta, k=k, **MIXTURE)
+    uniform_N = torch.tensor(data.draw(st.lists(UNIFORM, min_size=len(blocks), max_size=len(blocks))))
+    lengths_N = draw_prefixes(config, facts_of(*blocks), block_size, uniform_N)
+    assert lengths_N.dtype == torch.int64
+    probs = prefix_distribution(config, facts_of(*blocks), block_size)
+    for block, row, length in zip(blocks, probs.tolist(), lengths_N.tolist(), strict=True):
+        assert 0 <= length < block.num_labels
+        assert row[length] > 0
+        assert math.fsum(row) == pytest.approx(1, rel=1e-5)
+    torch.rand(2)
+    alone = [draw_prefixes(config, facts_of(block), block_size, uniform_N[n : n + 1]) for n, block in enumerate(blocks)]
+    assert torch.equal(torch.cat(alone), lengths_N)
 
 
-@pytest.mark.parametrize("sampler", ["geometric", "visible-geometric", "boundary"])
-def test_another_seed_draws_something_else(sampler: str):
-    config = PrefixConfig.model_validate({"sampler": sampler})
-    assert not torch.equal(draw(config, 15, 15, 16, seed=0), draw(config, 15, 15, 16, seed=1))
+@settings(deadline=None, max_examples=60)
+@given(some_blocks(), st.floats(0.0, 1.0), st.sampled_from(get_args(PlainSampler)))
+def test_every_length_of_a_mixture_keeps_its_floor(given: tuple[int, list[Block]], floor: float, name: str):
+    block_size, blocks = given
+    config = sampler("mixture", mixture={name: 1.0}, floor=floor)
+    rows = prefix_distribution(config, facts_of(*blocks), block_size).tolist()
+    for block, row in zip(blocks, rows, strict=True):
+        assert all(chance >= floor / block.num_labels * (1 - 1e-5) for chance in row[: block.num_labels])
+        assert row[block.num_labels :] == [0.0] * (block_size - 1 - block.num_labels)
 
 
-@pytest.mark.parametrize("sampler", ["geometric", "visible-geometric"])
-def test_priors_do_not_look_at_first_drafts(sampler: str):
-    config = PrefixConfig.model_validate({"sampler": sampler})
-    assert torch.equal(draw(config, 15, 3, 16), draw(config, 15, None, 16))
-
-
-def test_every_sampler_of_the_settings_exists():
-    assert set(SAMPLERS) == {"geometric", "visible-geometric", "boundary"}
-    assert {"boundary"} == NEED_FIRST_DRAFTS
+@pytest.mark.parametrize("name", NAMES)
+def test_a_draw_compiles_without_a_graph_break(name: str):
+    torch.compiler.reset()
+    config = sampler(name, **MIXTURE)
+    facts = facts_of(*BLOCKS * 20)
+    uniform_N = torch.rand(len(BLOCKS) * 20, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(draw_prefixes, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(config, facts, 5, uniform_N), draw_prefixes(config, facts, 5, uniform_N))
