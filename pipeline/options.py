@@ -16,21 +16,16 @@ from ..stages.config import plain_types
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 
-class NumberList(click.ParamType):
-    """Numbers separated by commas, such as `1,9,17`."""
+class ItemList(click.ParamType):
+    """Items separated by commas, such as `1,9,17` or `paper,runner-up`."""
 
-    name = "numbers"
-
-    def __init__(self, number: type[int] | type[float]) -> None:
-        self.number = number
+    def __init__(self, item: click.ParamType) -> None:
+        self.item = item
+        self.name = f"{item.name} list"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
-        if not isinstance(value, str):
-            return list(value)
-        try:
-            return [self.number(item) for item in value.split(",")]
-        except ValueError:
-            return self.fail(f"expected {self.number.__name__}s separated by commas, found {value!r}", param, ctx)
+        items = value.split(",") if isinstance(value, str) else value
+        return [self.item.convert(item, param, ctx) for item in items]
 
 
 def config_options(
@@ -95,11 +90,16 @@ def _within(key: str, name: str) -> bool:
 def _click_type(field: FieldInfo) -> click.ParamType | None:
     """How the command line reads a field; None where it has no flag."""
     member = next(found for found in plain_types(field.annotation) if found is not NoneType)
-    if get_origin(member) is Literal:
-        return click.Choice(get_args(member))
     if get_origin(member) in (list, tuple):
-        return NumberList(plain_types(get_args(member)[0])[0])
-    return {bool: click.BOOL, int: click.INT, float: click.FLOAT, str: click.STRING}.get(member)
+        item = _plain_click_type(plain_types(get_args(member)[0])[0])
+        return None if item is None else ItemList(item)
+    return _plain_click_type(member)
+
+
+def _plain_click_type(kind: Any) -> click.ParamType | None:
+    if get_origin(kind) is Literal:
+        return click.Choice(get_args(kind))
+    return {bool: click.BOOL, int: click.INT, float: click.FLOAT, str: click.STRING}.get(kind)
 
 
 def _option(dotted: str, key: str, field: FieldInfo) -> Callable[[Decorated], Decorated]:

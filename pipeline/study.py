@@ -28,7 +28,7 @@ from .config import load_config
 from .demo import make_target
 from .study_report import write_report
 
-HELD_OUT = 0.1
+HELD_OUT, FIRST_SHARE = 0.1, 0.5
 VARIANTS = (
     "",
     "\n\nThink step by step.",
@@ -119,7 +119,7 @@ def run_study(
     """Runs every step that is not done yet; each arm's result is written as it comes.
 
     Args:
-        prompts: prompt files to train on, a tenth of whose prompts is held out.
+        prompts: prompt files to train on; a tenth of their prompts is held out, half the rest is the first drafter's.
         unseen: prompt files of another kind, never trained on.
     """
     splits = plan_splits(prompts, unseen, num_variants)
@@ -139,8 +139,8 @@ def run_study(
                 for seed in range(arm.num_seeds):
                     pool.submit(train_arm, study, arm, seed)
         console.rule("first drafter")
-        commands.train(study.cache("train"), study.first, first_config(study), True)
-        for split in splits:
+        commands.train(study.cache("first"), study.first, first_config(study), True)
+        for split in ("train", "held", "unseen"):
             console.rule(f"draft {split}")
             commands.draft(study.cache(split), study.first, study.config(), True)
         run_arms(study, pool, console)
@@ -225,20 +225,32 @@ def silenced(log: Path) -> Iterator[None]:
 
 
 def plan_splits(prompts: Sequence[Path], unseen: Sequence[Path], num_variants: int) -> dict[str, list[dict[str, Any]]]:
-    """The prompts of the three splits; held-out ones are chosen by their text, and have no variants.
+    """The prompts of the splits `first`, `train`, `held` and `unseen`, chosen by their text; held-out ones have no variants.
+
+    The first drafter learns from prompts of its own: on what it has learnt by heart it fails elsewhere than in use.
 
     Raises:
         PromptError: a file can't be read, or a record has another form than {"turns": [...]}.
     """
     records = list(read_turns(prompts))
-    held = [record for record in records if is_held_out(json.dumps(record), HELD_OUT)]
-    train = [
-        {"turns": [*record["turns"][:-1], record["turns"][-1] + variant]}
-        for variant in VARIANTS[:num_variants]
-        for record in records
-        if not is_held_out(json.dumps(record), HELD_OUT)
-    ]
-    return {"train": train, "held": held, "unseen": list(read_turns(unseen))}
+    texts = [json.dumps(record) for record in records]
+    held = [is_held_out(text, HELD_OUT) for text in texts]
+    of_first = [is_held_out(f"first {text}", FIRST_SHARE) for text in texts]
+
+    def variants(for_first: bool) -> list[dict[str, Any]]:
+        return [
+            {"turns": [*record["turns"][:-1], record["turns"][-1] + variant]}
+            for variant in VARIANTS[:num_variants]
+            for record, is_held, is_first in zip(records, held, of_first, strict=True)
+            if not is_held and is_first == for_first
+        ]
+
+    return {
+        "first": variants(True),
+        "train": variants(False),
+        "held": [record for record, is_held in zip(records, held, strict=True) if is_held],
+        "unseen": list(read_turns(unseen)),
+    }
 
 
 def read_turns(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:

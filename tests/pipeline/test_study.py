@@ -17,13 +17,16 @@ QUESTIONS = [{"turns": [f"how much is {i} and {i}?"]} for i in range(200)]
 def test_no_form_of_a_held_out_prompt_is_trained_on(tmp_path: Path):
     prompts, unseen = write_jsonl(tmp_path / "a.jsonl", QUESTIONS), write_jsonl(tmp_path / "b.jsonl", QUESTIONS[:3])
     splits = plan_splits([prompts], [unseen], 3)
-    held = [record["turns"][0] for record in splits["held"]]
-    train = [record["turns"][0] for record in splits["train"]]
-    assert not [text for text in train if any(text.startswith(question) for question in held)]
-    assert len(set(train)) == len(train) == 3 * (200 - len(held))
-    assert sum(text.endswith(VARIANTS[1]) for text in train) == 200 - len(held)
-    # A tenth of 200 prompts by hash: 20, give or take 4.5 standard deviations.
+    held, *trained = ([record["turns"][0] for record in splits[name]] for name in ("held", "first", "train"))
+    bases = [{text.split("\n")[0] for text in texts} for texts in (held, *trained)]
+    # Every question is in one split alone, with all its forms where it is trained on.
+    assert sum(map(len, bases)) == len(set.union(*bases)) == 200
+    for texts, base in zip(trained, bases[1:], strict=True):
+        assert len(set(texts)) == len(texts) == 3 * len(base)
+        assert sum(text.endswith(VARIANTS[1]) for text in texts) == len(base)
+    # Shares of 10 % and 45 % of 200 by hash, give or take 4.5 standard deviations.
     assert 2 <= len(held) <= 39
+    assert all(58 <= len(base) <= 122 for base in bases[1:])
     assert splits["unseen"] == QUESTIONS[:3]
 
 

@@ -24,9 +24,7 @@ class Talk(NamedTuple):
 
     @property
     def facts(self) -> AnchorFacts:
-        labels = {
-            anchor: min(G - 1, end - 1 - anchor) for start, end in self.turns for anchor in range(start, end - 1)
-        }
+        labels = {anchor: min(G - 1, end - 1 - anchor) for start, end in self.turns for anchor in range(start, end - 1)}
         lengths = torch.tensor([self.accept_len[anchor] for anchor in labels], dtype=torch.uint8)
         return AnchorFacts(torch.tensor([*labels]), torch.tensor([*labels.values()]), lengths, G)
 

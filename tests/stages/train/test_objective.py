@@ -1,21 +1,22 @@
-"""The objective: weights, totals and the chunked head against formulas written out."""
+"""The objective: weights and totals against a loop over blocks and positions."""
 
-# N blocks, G block size, P labelled positions, V vocabulary, H hidden width
+# N blocks, G block size, V vocabulary, H hidden width
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn import functional as F
-from vpd.stages.train import objective
+from vpd.stages.config import TrainConfig
 from vpd.stages.train.objective import (
+    BlockLabels,
     HeadRows,
+    LossParts,
     VocabularySampler,
-    head_loss,
-    normalised,
+    block_loss,
+    expected_length_weights,
     position_weights,
 )
 
@@ -70,194 +71,193 @@ def test_the_first_predicted_position_weighs_one():
     assert float(weights[0, 3]) == pytest.approx(math.exp(-1 / 7))
 
 
-@settings(deadline=None, max_examples=80)
-@given(some_blocks(), st.sampled_from(["block", "batch"]), st.integers(0, 100), st.integers(0, 6))
-def test_the_total_over_several_sequences_is_the_mean_loss(blocks: Blocks, normalise: str, seed: int, cut: int):
-    # As in a step: the blocks come in two sequences, each normalised by itself, and sums meet only at the end.
-    losses = torch.rand(len(blocks.num_labels), blocks.block_size, generator=torch.Generator().manual_seed(seed))
-    total = denominator = 0.0
-    for part in (slice(0, cut), slice(cut, None)):
-        if len(blocks.weights_NG[part]):
-            weights_NG, share = normalised(blocks.weights_NG[part], normalise)
-            total += float((weights_NG * losses[part]).sum())
-            denominator += float(share)
-    weights, losses_NG = eq7(blocks), losses.tolist()
-    weighted = [
-        sum(weight * loss for weight, loss in zip(row, row_losses, strict=True))
-        for row, row_losses in zip(weights, losses_NG, strict=True)
-    ]
-    if normalise == "block":
-        expected = sum(value / sum(row) for value, row in zip(weighted, weights, strict=True)) / len(weights)
-    else:
-        expected = sum(weighted) / sum(map(sum, weights))
-    assert total / denominator == pytest.approx(expected, rel=1e-5)
+@settings(deadline=None, max_examples=60)
+@given(some_blocks(), st.integers(0, 100))
+def test_expected_length_weights_are_derivatives_of_the_expected_accept_length(blocks: Blocks, seed: int):
+    probs_NG = torch.rand(blocks.labelled_NG.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    predicted_NG = blocks.weights_NG > 0
+    log_probs_NG = probs_NG.log().requires_grad_()
+    expected_length = torch.zeros((), dtype=torch.float64)
+    for n, (labels, prefix) in enumerate(zip(blocks.num_labels, blocks.prefixes, strict=True)):
+        for last in range(prefix + 1, labels + 1):
+            # The positions up to `last` are all right, which adds one to the accept length.
+            expected_length = expected_length + log_probs_NG[n, prefix + 1 : last + 1].sum().exp()
+    (expected_NG,) = torch.autograd.grad(expected_length, log_probs_NG)
+    found_NG = expected_length_weights(probs_NG, predicted_NG)
+    torch.testing.assert_close(found_NG, expected_NG, rtol=1e-12, atol=1e-14)
 
 
-# The head
+# The whole loss
 
-P, V, H = 11, 23, 6
+N, G, V, H = 6, 6, 19, 7
+NUM_LABELS, PREFIXES = [5, 5, 5, 3, 1, 5], [0, 2, 4, 1, 0, 0]
+REJECTED_AT = {0: 3, 1: 3, 3: 2, 4: 1}
+"""Block position of the first draft's wrong token, for some blocks."""
 
 
-class Head(NamedTuple):
-    states_PH: Tensor
-    labels_P: Tensor
-    weights_P: Tensor
+class World(NamedTuple):
+    states_NGH: Tensor
+    labels_NG: Tensor
+    rejected_NG: Tensor
     head_VH: Tensor
+
+    def labels(self, config: TrainConfig) -> BlockLabels:
+        k_G, prefix_N = torch.arange(G), torch.tensor(PREFIXES)
+        labelled_NG = (k_G > 0) & (k_G <= torch.tensor(NUM_LABELS)[:, None])
+        weights_NG = position_weights(labelled_NG, prefix_N, config.tau)
+        return BlockLabels(self.labels_NG, weights_NG, k_G == prefix_N[:, None] + 1, self.rejected_NG)
 
 
 @pytest.fixture
-def head() -> Head:
+def world() -> World:
     generator = torch.Generator().manual_seed(0)
-    states_PH, head_VH = torch.randn(P, H, generator=generator), torch.randn(V, H, generator=generator)
-    labels_P = torch.randint(V, (P,), generator=generator)
-    labels_P[::3] = (states_PH @ head_VH.T).argmax(dim=1)[::3]
-    return Head(states_PH, labels_P, torch.rand(P, generator=generator), head_VH)
+    states_NGH, head_VH = torch.randn(N, G, H, generator=generator), torch.randn(V, H, generator=generator)
+    likeliest_NG = (states_NGH @ head_VH.T).argmax(dim=2)
+    labels_NG = torch.randint(V, (N, G), generator=generator)
+    # The drafter is right at these: all through one block, up to a point in others.
+    for block, positions in {0: range(6), 1: range(4), 3: [2], 5: [1, 2]}.items():
+        labels_NG[block, positions] = likeliest_NG[block, positions]
+    rejected_NG = torch.full((N, G), -1)
+    for block, position in REJECTED_AT.items():
+        rejected_NG[block, position] = (labels_NG[block, position] + 1 + block) % V
+    return World(states_NGH, labels_NG, rejected_NG, head_VH)
 
 
-def full_loss(head: Head, scale: float = 1.0) -> tuple[float, Tensor]:
-    """Weighted cross-entropy over all logits in float64, and `scale` times its gradient."""
-    states_PH = head.states_PH.double().requires_grad_()
-    losses_P = F.cross_entropy(states_PH @ head.head_VH.double().T, head.labels_P, reduction="none")
-    loss = (losses_P * head.weights_P.double()).sum()
-    (gradient_PH,) = torch.autograd.grad(loss * scale, states_PH)
-    return float(loss.detach()), gradient_PH
+class Softmax(NamedTuple):
+    """The tokens over which a softmax runs, and how many each stands for."""
+
+    stands_for: dict[int, float]
+
+    def log_probs(self, head_VH: Tensor, state_H: Tensor) -> dict[int, Tensor]:
+        likeness = {
+            token: count * (head_VH[token].double() @ state_H).exp() for token, count in self.stands_for.items()
+        }
+        total = torch.stack([*likeness.values()]).sum()
+        return {token: (value / total).log() for token, value in likeness.items()}
+
+    def likeliest(self, head_VH: Tensor, state_H: Tensor) -> int:
+        return max(self.stands_for, key=lambda token: float(head_VH[token].double() @ state_H.detach()))
 
 
-def all_rows(head: Head) -> HeadRows:
-    return HeadRows(head.head_VH, None, None)
+def whole(world: World) -> tuple[HeadRows, Softmax]:
+    return HeadRows(world.head_VH, None, None), Softmax(dict.fromkeys(range(V), 1.0))
 
 
-def every_token_sampled(head: Head) -> HeadRows:
-    """A sample that leaves nothing out, its rows in another order than the vocabulary's."""
-    occurring = head.labels_P.unique()
-    return VocabularySampler(head.head_VH, occurring, V).draw(torch.Generator().manual_seed(0))
+def sampled(world: World) -> tuple[HeadRows, Softmax]:
+    occurring = world.labels_NG.unique()
+    rows = VocabularySampler(world.head_VH, occurring, 2).draw(torch.Generator().manual_seed(4))
+    assert rows.row_of_token is not None
+    share = (V - len(occurring)) / 2
+    present = (rows.row_of_token >= 0).nonzero().flatten().tolist()
+    return rows, Softmax({token: 1.0 if token in occurring.tolist() else share for token in present})
 
 
-# Sums of 6 products and of 23 exponentials in float32, where no logit exceeds 10: errors of some 1e-6.
-TOLERANCE = 1e-5
+def slow_loss(world: World, states_NGH: Tensor, softmax: Softmax, config: TrainConfig) -> tuple[Tensor, list[bool]]:
+    """The mean loss, and whether each block's first predicted token is right."""
+    sums, weight_sums, first_right = [], [], []
+    for n in range(N):
+        positions = range(PREFIXES[n] + 1, NUM_LABELS[n] + 1)
+        log_probs = {k: softmax.log_probs(world.head_VH, states_NGH[n, k]) for k in positions}
+        loss = {k: -log_probs[k][int(world.labels_NG[n, k])] for k in positions}
+        right = {k: softmax.likeliest(world.head_VH, states_NGH[n, k]) == int(world.labels_NG[n, k]) for k in positions}
+        if config.weights == "decay":
+            weight = {k: math.exp(-(k - PREFIXES[n] - 1) / config.tau) for k in positions}
+        else:
+            prob = {k: math.exp(-float(loss[k].detach())) for k in positions}
+            reached = {k: math.prod(prob[i] for i in positions if i <= k) for k in positions}
+            weight = {k: sum(reached[m] for m in positions if m >= k) for k in positions}
+        if config.until_failure:
+            weight = {k: w for k, w in weight.items() if all(right[i] for i in positions if i < k)}
+        total = sum(w * loss[k] for k, w in weight.items())
+        for k in weight.keys() & {REJECTED_AT.get(n)}:
+            if (token := int(world.rejected_NG[n, k])) in softmax.stands_for:
+                total = total - config.unlikelihood * weight[k] * (1 - log_probs[k][token].exp()).log()
+        sums.append(total)
+        weight_sums.append(sum(weight.values()))
+        first_right.append(right[PREFIXES[n] + 1])
+    if config.normalise == "block":
+        return torch.stack(
+            [total / weight for total, weight in zip(sums, weight_sums, strict=True)]
+        ).mean(), first_right
+    return torch.stack(sums).sum() / sum(weight_sums), first_right
 
 
-@pytest.mark.parametrize("positions_per_chunk", [1024, P, 4, 1])
-@pytest.mark.parametrize("rows_of", [all_rows, every_token_sampled], ids=["all-rows", "every-token-sampled"])
-def test_loss_and_gradient_are_those_of_the_full_cross_entropy(
-    head: Head, rows_of, positions_per_chunk: int, monkeypatch: pytest.MonkeyPatch
+class Option(NamedTuple):
+    id: str
+    settings: dict[str, Any]
+
+
+OPTIONS = [
+    Option("decay", {}),
+    Option("short-decay", {"tau": 1.5}),
+    Option("expected-length", {"weights": "expected-length"}),
+    Option("until-failure", {"until_failure": True}),
+    Option("unlikelihood", {"unlikelihood": 0.7}),
+    Option("all", {"weights": "expected-length", "until_failure": True, "unlikelihood": 2.0}),
+]
+
+
+@pytest.mark.parametrize("cut", [0, 2, 5])
+@pytest.mark.parametrize("normalise", ["block", "batch"])
+@pytest.mark.parametrize("vocabulary", [whole, sampled], ids=["whole", "sampled"])
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.id)
+def test_loss_and_gradient_are_those_of_the_loop(
+    world: World, option: Option, vocabulary: Any, normalise: str, cut: int
 ):
-    monkeypatch.setattr(objective, "POSITIONS_PER_CHUNK", positions_per_chunk)
-    states_PH = head.states_PH.clone().requires_grad_()
-    result = head_loss(states_PH, head.labels_P, head.weights_P, rows_of(head))
-    (result.loss_sum * 3.0).backward()
-    expected, gradient_PH = full_loss(head, scale=3.0)
-    assert states_PH.grad is not None
-    assert float(result.loss_sum.detach()) == pytest.approx(expected, rel=1e-5)
-    torch.testing.assert_close(states_PH.grad.double(), gradient_PH, rtol=TOLERANCE, atol=TOLERANCE)
-    likeliest = [max(range(V), key=lambda v: float(head.head_VH[v] @ state)) for state in head.states_PH]
-    expected_right = [label == token for label, token in zip(head.labels_P.tolist(), likeliest, strict=True)]
-    assert result.right_P.tolist() == expected_right
-    assert 0 < sum(expected_right) < P
+    config = TrainConfig.model_validate({"normalise": normalise, **option.settings})
+    rows, softmax = vocabulary(world)
+    # As in a step of two passes: each has some of the blocks, and their sums meet at the end.
+    states_NGH = world.states_NGH.clone().requires_grad_()
+    labels = world.labels(config)
+    passes = [part for part in (slice(0, cut), slice(cut, None)) if len(states_NGH[part])]
+    parts = [
+        block_loss(states_NGH[part], BlockLabels(*(field[part] for field in labels)), rows, config) for part in passes
+    ]
+    totals = LossParts(*(torch.stack(found).sum() for found in zip(*parts, strict=True)))
+    loss = totals.loss_sum / totals.denominator
+    (gradient_NGH,) = torch.autograd.grad(loss, states_NGH)
+
+    slow_NGH = world.states_NGH.double().requires_grad_()
+    expected, first_right = slow_loss(world, slow_NGH, softmax, config)
+    (expected_NGH,) = torch.autograd.grad(expected, slow_NGH)
+    # Sums of some ten float32 terms below 10.
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    torch.testing.assert_close(gradient_NGH.double(), expected_NGH, rtol=1e-5, atol=2e-6)
+    assert (int(totals.num_right), int(totals.num_blocks)) == (sum(first_right), N)
+    assert 0 < sum(first_right) < N
+    assert int(totals.num_labels) == sum(NUM_LABELS) - sum(PREFIXES)
 
 
-def test_a_position_of_weight_zero_counts_for_nothing(head: Head):
-    weights_P = head.weights_P.clone()
-    weights_P[2] = 0
-    states_PH = head.states_PH.clone().requires_grad_()
-    head_loss(states_PH, head.labels_P, weights_P, all_rows(head)).loss_sum.backward()
-    assert states_PH.grad is not None
-    assert bool((states_PH.grad[2] == 0).all())
-    assert bool((states_PH.grad[3] != 0).all())
+def test_the_cases_differ(world: World):
+    losses = set()
+    for option in OPTIONS:
+        for normalise in ("block", "batch"):
+            config = TrainConfig.model_validate({"normalise": normalise, **option.settings})
+            for _, softmax in (whole(world), sampled(world)):
+                losses.add(float(slow_loss(world, world.states_NGH.double(), softmax, config)[0]))
+    assert len(losses) == 2 * 2 * len(OPTIONS)
 
 
-def test_bfloat16_rows_give_float32_sums(head: Head):
-    # bfloat16 keeps 8 bits: logits below 10 are off by some 0.02, and so are the 11 losses (their weighted sum is
-    # near 20); a gradient also passes a head row of size 1 or 2.
-    states_PH = head.states_PH.clone().requires_grad_()
-    rows = HeadRows(head.head_VH.bfloat16(), None, None)
-    loss = head_loss(states_PH, head.labels_P, head.weights_P, rows).loss_sum
-    loss.backward()
-    expected, gradient_PH = full_loss(head)
-    assert states_PH.grad is not None
-    assert (loss.dtype, states_PH.grad.dtype) == (torch.float32, torch.float32)
-    assert float(loss.detach()) == pytest.approx(expected, rel=0.02)
-    torch.testing.assert_close(states_PH.grad.double(), gradient_PH, rtol=0, atol=0.05)
+@pytest.mark.parametrize("normalise", ["block", "batch"])
+def test_labels_that_are_all_but_impossible_still_teach(world: World, normalise: str):
+    """Probabilities below what float32 holds, whose products are the weights."""
+    config = TrainConfig.model_validate({"weights": "expected-length", "normalise": normalise})
+    states_NGH = (200 * world.states_NGH).requires_grad_()
+    labels = world.labels(config)
+    labels = labels._replace(labels_NG=(states_NGH @ world.head_VH.T).argmin(dim=2))
+    parts = block_loss(states_NGH, labels, whole(world)[0], config)
+    (gradient_NGH,) = torch.autograd.grad(parts.loss_sum / parts.denominator, states_NGH)
+    assert bool(gradient_NGH.isfinite().all())
+    assert bool((gradient_NGH[labels.first_masked_NG] != 0).any(dim=1).all())
 
 
-# Sampled vocabulary
-
-
-def occurring_tokens(head: Head) -> Tensor:
-    return torch.cat([head.labels_P, torch.tensor([0, V - 1])]).unique()
-
-
-@pytest.mark.parametrize("num_sampled", [0, 1, 5, V])
-def test_a_sample_holds_every_occurring_token_and_distinct_others(head: Head, num_sampled: int):
-    occurring = occurring_tokens(head)
-    num_others = V - len(occurring)
-    rows = VocabularySampler(head.head_VH, occurring, num_sampled).draw(torch.Generator().manual_seed(3))
-    assert rows.row_of_token is not None
-    assert rows.log_scale_V is not None
-    rows_of = rows.row_of_token.tolist()
-    present = [token for token in range(V) if rows_of[token] >= 0]
-    assert set(occurring.tolist()) <= set(present)
-    assert sorted(rows_of[token] for token in present) == list(range(len(rows.head_VH)))
-    num_sampled = min(num_sampled, num_others)
-    assert len(present) == len(occurring) + num_sampled
-    for token in present:
-        assert torch.equal(rows.head_VH[rows_of[token]], head.head_VH[token])
-        stands_for = 1 if token in occurring.tolist() else num_others / num_sampled
-        assert math.exp(float(rows.log_scale_V[rows_of[token]])) == pytest.approx(stands_for)
-
-
-def test_the_sampled_loss_and_gradient_are_those_of_the_scaled_softmax(head: Head):
-    occurring = occurring_tokens(head)
-    rows = VocabularySampler(head.head_VH, occurring, 3).draw(torch.Generator().manual_seed(3))
-    assert rows.row_of_token is not None
-    present = [token for token in range(V) if rows.row_of_token[token] >= 0]
-    scale = torch.tensor([1.0 if t in occurring.tolist() else (V - len(occurring)) / 3 for t in present]).double()
-    states_PH = head.states_PH.double().requires_grad_()
-    expected = torch.zeros((), dtype=torch.float64)
-    for state, label, weight in zip(states_PH, head.labels_P, head.weights_P, strict=True):
-        likeness = (head.head_VH[present].double() @ state).exp()
-        label_likeness = (head.head_VH[label].double() @ state).exp()
-        expected = expected - weight * (label_likeness / (scale * likeness).sum()).log()
-    expected.backward()
-    found_PH = head.states_PH.clone().requires_grad_()
-    found = head_loss(found_PH, head.labels_P, head.weights_P, rows).loss_sum
-    found.backward()
-    assert found_PH.grad is not None
-    assert states_PH.grad is not None
-    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
-    torch.testing.assert_close(found_PH.grad.double(), states_PH.grad, rtol=TOLERANCE, atol=TOLERANCE)
-
-
-@pytest.mark.parametrize("num_sampled", [1, 4])
-def test_the_sampled_denominator_is_the_full_one_on_average(head: Head, num_sampled: int):
-    sampler = VocabularySampler(head.head_VH, occurring_tokens(head), num_sampled)
-    generator = torch.Generator().manual_seed(1)
-    state_1H, label_1 = head.states_PH[:1], head.labels_P[:1]
-    label_logit = float(head.head_VH[label_1[0]].double() @ state_1H[0].double())
-    denominators = []
-    for _ in range(1500):
-        loss = float(head_loss(state_1H, label_1, torch.ones(1), sampler.draw(generator)).loss_sum)
-        denominators.append(math.exp(loss + label_logit))
-    full = math.fsum(math.exp(float(row.double() @ state_1H[0].double())) for row in head.head_VH)
-    mean = sum(denominators) / len(denominators)
-    deviation = (sum((value - mean) ** 2 for value in denominators) / len(denominators)) ** 0.5
-    assert deviation > 0
-    assert abs(mean - full) < 4.5 * deviation / len(denominators) ** 0.5
-
-
-def test_draws_follow_the_generator(head: Head):
-    sampler = VocabularySampler(head.head_VH, occurring_tokens(head), 4)
-    first, same, other = (sampler.draw(torch.Generator().manual_seed(seed)).row_of_token for seed in (1, 1, 2))
-    assert first is not None
-    assert same is not None
-    assert other is not None
-    assert torch.equal(first, same)
-    assert not torch.equal(first, other)
-
-
-def test_a_sampled_token_does_not_win_by_the_tokens_it_stands_for():
-    # Three tokens: the label, likelier than any other, and a sample of one of the two others, which counts double
-    # in the softmax's denominator. Whether a label is the most likely token is a matter of its logit.
-    head_VH = torch.tensor([[1.0], [0.9], [0.9]])
-    rows = VocabularySampler(head_VH, torch.tensor([0]), 1).draw(torch.Generator().manual_seed(0))
-    assert head_loss(torch.ones(1, 1), torch.tensor([0]), torch.ones(1), rows).right_P.tolist() == [True]
+def test_a_rejected_token_that_is_all_but_certain_gives_a_finite_loss(world: World):
+    config = TrainConfig(unlikelihood=1.0)
+    states_NGH = (200 * world.states_NGH).requires_grad_()
+    likeliest_NG = (states_NGH @ world.head_VH.T).argmax(dim=2)
+    labels = world.labels(config)
+    labels = labels._replace(rejected_NG=torch.where(labels.rejected_NG >= 0, likeliest_NG, -1))
+    parts = block_loss(states_NGH, labels, whole(world)[0], config)
+    (gradient_NGH,) = torch.autograd.grad(parts.loss_sum, states_NGH)
+    assert bool(parts.loss_sum.isfinite())
+    assert bool(gradient_NGH.isfinite().all())

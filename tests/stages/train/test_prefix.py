@@ -188,7 +188,7 @@ def test_a_label_is_left_and_the_uniform_number_alone_decides(
 
 
 @settings(deadline=None, max_examples=60)
-@given(some_blocks(), st.floats(0.0, 1.0), st.sampled_from(get_args(PlainSampler)))
+@given(some_blocks(), st.sampled_from([0.0, 0.01, 0.3, 1.0]), st.sampled_from(get_args(PlainSampler)))
 def test_every_length_of_a_mixture_keeps_its_floor(given: tuple[int, list[Block]], floor: float, name: str):
     block_size, blocks = given
     config = sampler("mixture", mixture={name: 1.0}, floor=floor)

@@ -1,0 +1,80 @@
+"""Which checkpoints stay, and which of them is a run's drafter."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny import DRAFTER, TRAIN, run_vpd, vpd
+from vpd.data.cache.drafts import FirstDrafts
+from vpd.data.cache.store import Cache
+from vpd.stages.config import EvalConfig
+from vpd.stages.evaluate.replay import Replay
+from vpd.stages.train.checkpoints import (
+    best_checkpoint,
+    checkpoint_path,
+    find_drafter,
+    keep_latest,
+    list_checkpoints,
+    note_alpha,
+)
+from vpd.stages.train.samples import split_rows
+
+EVALUATED = {"max_steps": 6, "save_every": 2, "keep": 1, "eval_limit": 3}
+
+
+def add_checkpoints(run: Path, first_run: Path, steps: range) -> None:
+    for step in steps:
+        shutil.copytree(find_drafter(first_run), checkpoint_path(run, step))
+
+
+def test_the_best_stays_beside_the_latest(tmp_path: Path, first_run: Path):
+    add_checkpoints(tmp_path, first_run, range(1, 6))
+    assert best_checkpoint(tmp_path) is None
+    assert find_drafter(tmp_path).name == "step-0000005"
+    for step, alpha in enumerate([1.2, 1.9, 1.9, 1.4, 1.8], start=1):
+        note_alpha(tmp_path, step, alpha)
+    assert find_drafter(tmp_path).name == "step-0000002"
+    keep_latest(tmp_path, 2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-0000002", "step-0000004", "step-0000005"]
+    note_alpha(tmp_path, 5, 2.0)
+    keep_latest(tmp_path, 1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-0000005"]
+
+
+def test_without_the_best_the_latest_counts(tmp_path: Path, first_run: Path):
+    add_checkpoints(tmp_path, first_run, range(1, 4))
+    note_alpha(tmp_path, 1, 1.5)
+    shutil.rmtree(checkpoint_path(tmp_path, 1))
+    assert find_drafter(tmp_path).name == "step-0000003"
+    note_alpha(tmp_path, 2, 1.1)  # of those that are left, it is the best
+    assert find_drafter(tmp_path).name == "step-0000002"
+
+
+@pytest.mark.parametrize("objective", ["vp", "dflash"])
+def test_a_run_keeps_its_checkpoint_of_best_alpha(objective: str, drafted_cache: Path, tmp_path: Path):
+    settings = {**DRAFTER, **TRAIN, **EVALUATED, "objective": objective}
+    vpd("train", drafted_cache, "--out", tmp_path / "run", **settings)
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    alphas = {line["step"]: line["alpha"] for line in lines if "alpha" in line}
+    assert sorted(alphas) == [2, 4, 6]
+    best = json.loads((tmp_path / "run/best.json").read_text())
+    assert best == {"step": max(alphas, key=lambda step: alphas[step]), "alpha": max(alphas.values())}
+    assert {path.name for path in list_checkpoints(tmp_path / "run")} == {
+        f"step-{step:07d}" for step in {best["step"], 6}
+    }
+    # What was noted is what a replay of that checkpoint says.
+    cache = Cache.open(drafted_cache)
+    rows = split_rows(cache, TRAIN["holdout"])[1]
+    found = find_drafter(tmp_path / "run")
+    first, second = (FirstDrafts.open(cache), found) if objective == "vp" else (found, None)
+    alpha = Replay(cache, first, second, EvalConfig(limit=3)).run(rows).alpha
+    assert alpha["d2sd" if objective == "vp" else "first"] == best["alpha"]
+
+
+def test_a_vp_drafter_is_not_judged_without_first_drafts(tiny_cache: Path, tmp_path: Path):
+    flags = {**DRAFTER, **TRAIN, **EVALUATED, "prefix_sampler": "geometric"}
+    outcome = run_vpd("train", tiny_cache, "--out", tmp_path / "run", **flags)
+    assert outcome.code == 1
+    assert "vpd draft" in outcome.message
+    assert not (tmp_path / "run/checkpoints").exists()
