@@ -225,7 +225,7 @@ def silenced(log: Path) -> Iterator[None]:
 
 
 def plan_splits(prompts: Sequence[Path], unseen: Sequence[Path], num_variants: int) -> dict[str, list[dict[str, Any]]]:
-    """The prompts of the splits `first`, `train`, `held` and `unseen`, chosen by their text; held-out ones have no variants.
+    """The prompts of the splits `first`, `train`, `held` and `unseen`, chosen by their text; no variants of `held`.
 
     The first drafter learns from prompts of its own: on what it has learnt by heart it fails elsewhere than in use.
 

@@ -23,6 +23,8 @@ class LiveDecoder:
     second: Drafter
     layer_ids: tuple[int, ...]
     eos_token_ids: set[int]
+    policy: str
+    """`paper`, `exclude` or `runner-up`."""
     k: int
 
     @torch.inference_mode()
@@ -69,24 +71,38 @@ class LiveDecoder:
     def candidates(self, anchor: int, features: Tensor, position: int, setting: str) -> list[list[int]]:
         top = self.fill(self.first, [anchor], features, position)
         draft = [int(tokens[0]) for tokens, _ in top]
-        confidence = [float(probs[0]) for _, probs in top]
         if setting == "first":
             return [draft]
         if setting == "first_tree":
-            pairs = [
-                (math.prod(confidence[:i]) * float(top[i][1][j]), i, int(top[i][0][j]))
-                for i in range(len(draft))
+            return [draft, *([*kept, *draft[len(kept) :]] for kept, _ in self.branches("runner-up", top))]
+        second = self.second if setting == "d2sd" else self.first
+        candidates = [draft]
+        for kept, excluded in self.branches(self.policy, top):
+            filled = self.fill(second, [anchor, *kept], features, position)[len(kept) :]
+            new = [int(tokens[0]) for tokens, _ in filled]
+            if new and new[0] == excluded:
+                new[0] = int(filled[0][0][1])
+            candidates.append([*kept, *new])
+        return candidates
+
+    def branches(self, policy: str, top: list[tuple[Tensor, Tensor]]) -> list[tuple[list[int], int | None]]:
+        """The visible tokens of each branch, and the token that must not come next."""
+        draft = [int(tokens[0]) for tokens, _ in top]
+        confidence = [float(probs[0]) for _, probs in top]
+        positions = range(len(draft))
+        if policy == "runner-up":
+            scored = [
+                (math.prod(confidence[:i]) * float(top[i][1][j]), [*draft[:i], int(top[i][0][j])], None)
+                for i in positions
                 for j in range(1, 5)
             ]
-            chosen = sorted(pairs, reverse=True)[: self.k]
-            return [draft, *([*draft[:i], token, *draft[i + 1 :]] for _, i, token in chosen)]
-        posterior = [(math.prod(confidence[:i]) * (1 - confidence[i]), i) for i in range(len(draft))]
-        second = self.second if setting == "d2sd" else self.first
-        branches = [draft]
-        for _, i in sorted(posterior, reverse=True)[: self.k]:
-            filled = self.fill(second, [anchor, *draft[:i]], features, position)
-            branches.append([*draft[:i], *(int(tokens[0]) for tokens, _ in filled[i:])])
-        return branches
+        else:
+            scored = [
+                (math.prod(confidence[:i]) * (1 - confidence[i]), draft[:i], draft[i] if policy == "exclude" else None)
+                for i in positions
+            ]
+        best = sorted(scored, key=lambda branch: branch[0], reverse=True)[: self.k]
+        return [(kept, excluded) for _, kept, excluded in best]
 
     def fill(
         self, drafter: Drafter, visible: list[int], features: Tensor, position: int

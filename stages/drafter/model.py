@@ -53,16 +53,16 @@ class Drafter(nn.Module):
         self.shape = shape
         eps = shape.rms_norm_eps
         self.fc = nn.Linear(len(shape.target_layer_ids) * shape.hidden_size, shape.hidden_size, bias=False)
-        self.hidden_norm = nn.RMSNorm(shape.hidden_size, eps=eps)
+        self.hidden_norm = RMSNorm(shape.hidden_size, eps=eps)
         self.layers = nn.ModuleList([DrafterLayer(shape) for _ in range(shape.num_layers)])
-        self.norm = nn.RMSNorm(shape.hidden_size, eps=eps)
+        self.norm = RMSNorm(shape.hidden_size, eps=eps)
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Draws all matrices from a normal distribution; norms start at one."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=INIT_STD, generator=generator)
-            elif isinstance(module, nn.RMSNorm):
+            elif isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
 
     def context(self, features_TD: Tensor, num_tokens: Sequence[int] | None = None) -> Context:
@@ -100,13 +100,20 @@ class Drafter(nn.Module):
         return self.norm(states_NGH)
 
 
+class RMSNorm(nn.RMSNorm):
+    """Computes in its input's type: with float32 weights and bfloat16 states there is no fused kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class DrafterLayer(nn.Module):
     def __init__(self, shape: DrafterShape):
         super().__init__()
         self.self_attn = BlockAttention(shape)
         self.mlp = SwiGLU(shape)
-        self.input_layernorm = nn.RMSNorm(shape.hidden_size, eps=shape.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(shape.hidden_size, eps=shape.rms_norm_eps)
+        self.input_layernorm = RMSNorm(shape.hidden_size, eps=shape.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(shape.hidden_size, eps=shape.rms_norm_eps)
 
     def forward(
         self, states_NGH: Tensor, rope: tuple[Tensor, Tensor], context: LayerContext, groups: list[Group]
@@ -142,8 +149,8 @@ class BlockAttention(nn.Module):
         self.k_proj = nn.Linear(shape.hidden_size, kv_width, bias=False)
         self.v_proj = nn.Linear(shape.hidden_size, kv_width, bias=False)
         self.o_proj = nn.Linear(width, shape.hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=shape.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=shape.rms_norm_eps)
+        self.q_norm = RMSNorm(self.head_dim, eps=shape.rms_norm_eps)
+        self.k_norm = RMSNorm(self.head_dim, eps=shape.rms_norm_eps)
 
     def context(self, states_TH: Tensor, rope: tuple[Tensor, Tensor]) -> LayerContext:
         key_Tkd, value_Tkd = self._keys_values(states_TH, rope)

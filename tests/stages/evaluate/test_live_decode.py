@@ -7,9 +7,10 @@ import torch
 from live import LiveDecoder
 from transformers import AutoModelForCausalLM
 from vpd.data.cache.store import Cache
-from vpd.stages.config import EvalConfig
+from vpd.stages.config import EvalConfig, PolicyName
 from vpd.stages.drafter.checkpoint import load_drafter
 from vpd.stages.drafter.target_pieces import TargetPieces
+from vpd.stages.evaluate.branches import POLICIES
 from vpd.stages.evaluate.replay import Replay
 from vpd.stages.extract.target import load_target
 from vpd.stages.train.checkpoints import find_drafter
@@ -18,13 +19,20 @@ SETTINGS = ("first", "first_tree", "first_as_second", "d2sd")
 
 
 def check_replay_equals_decoding(
-    target_folder: Path, cache_folder: Path, first: Path, vp: Path, *, num_sequences: int, max_new_tokens: int
+    target_folder: Path,
+    cache_folder: Path,
+    first: Path,
+    vp: Path,
+    *,
+    policy: PolicyName,
+    num_sequences: int,
+    max_new_tokens: int,
 ) -> dict[str, float]:
     cache = Cache.open(cache_folder)
     # Of a conversation, only the last turn is a plain continuation of its prompt.
     single = [row for row in cache.rows if row.num_supervised == row.num_tokens + 1 - row.prompt_len]
     rows = single[:num_sequences]
-    config = EvalConfig(k=3, policies=["paper"])
+    config = EvalConfig(k=3, policies=[policy])
     report = Replay(cache, find_drafter(first), find_drafter(vp), config).run(rows)
     target = load_target(str(target_folder))
     decoder = LiveDecoder(
@@ -34,21 +42,25 @@ def check_replay_equals_decoding(
         second=load_drafter(find_drafter(vp)),
         layer_ids=cache.manifest.layer_ids,
         eos_token_ids=target.eos_token_ids,
+        policy=policy,
         k=config.k,
     )
-    cycles = dict.fromkeys(SETTINGS, 0)
+    # Without a second pass, every policy is the same.
+    decoded = SETTINGS if policy == "paper" else SETTINGS[2:]
+    cycles = dict.fromkeys(decoded, 0)
     for row in rows:
         tokens = cache.read(row).token_ids_S.tolist()
-        for setting in SETTINGS:
+        for setting in decoded:
             response, count = decoder.decode(tokens[: row.prompt_len], max_new_tokens, setting)
             assert response == tokens[row.prompt_len :], "decoding with drafts must give the target's greedy tokens"
             cycles[setting] += count
-    assert report.num_cycles == cycles
+    assert {setting: report.num_cycles[setting] for setting in decoded} == cycles
     return report.alpha
 
 
-def test_tiny_target(tiny_target_run: dict[str, Path]):
-    alpha = check_replay_equals_decoding(**tiny_target_run, num_sequences=10, max_new_tokens=24)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_tiny_target(tiny_target_run: dict[str, Path], policy: PolicyName):
+    alpha = check_replay_equals_decoding(**tiny_target_run, policy=policy, num_sequences=7, max_new_tokens=24)
     # The oracle must have seen accepted drafts, and a gain of the second pass.
     assert alpha["first"] > 1.1
     assert alpha["d2sd"] > alpha["first"]
@@ -56,6 +68,7 @@ def test_tiny_target(tiny_target_run: dict[str, Path]):
 
 @pytest.mark.engine
 @pytest.mark.smollm2
-def test_smollm2(smollm2_run: dict[str, Path]):
-    alpha = check_replay_equals_decoding(**smollm2_run, num_sequences=2, max_new_tokens=24)
+@pytest.mark.parametrize("policy", ["paper", "runner-up"])
+def test_smollm2(smollm2_run: dict[str, Path], policy: PolicyName):
+    alpha = check_replay_equals_decoding(**smollm2_run, policy=policy, num_sequences=2, max_new_tokens=24)
     assert alpha["first"] > 1.1

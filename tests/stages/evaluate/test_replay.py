@@ -35,10 +35,6 @@ def set_sizes(monkeypatch: pytest.MonkeyPatch, tokens_per_batch: int, blocks_per
     monkeypatch.setattr(replay_module, "BLOCKS_PER_PASS", blocks_per_pass)
 
 
-def transpose(found: list[dict[Way, int]]) -> dict[Way, list[int]]:
-    return {way: [lens[way] for lens in found] for way in found[0]}
-
-
 @pytest.mark.parametrize(("tokens_per_batch", "blocks_per_pass", "num_batches"), SIZES)
 @pytest.mark.parametrize("second", SEVERAL_SECONDS)
 def test_accept_lengths_are_those_of_the_slow_decode(
@@ -51,8 +47,7 @@ def test_accept_lengths_are_those_of_the_slow_decode(
 ):
     set_sizes(monkeypatch, tokens_per_batch, blocks_per_pass)
     report = world.run(world.talks, second, k=3, max_k=MAX_K)
-    seconds = {"first_as_second": FIRST, "d2sd": second}
-    expected = transpose([world.slow_lens(seconds, anchor, world.ranked(anchor)) for anchor in world.anchors()])
+    expected = world.expected(second, False)
     found = report.by_way()
     assert list(found) == list(expected)
     assert [way for way in found if found[way] != expected[way]] == []
@@ -71,8 +66,7 @@ def test_recorded_first_drafts_replace_the_drafter(
 ):
     set_sizes(monkeypatch, tokens_per_batch, blocks_per_pass)
     report = world.run(world.talks, second, world.drafts, k=3, max_k=MAX_K)
-    anchors = world.anchors()
-    expected = transpose([world.slow_lens({"d2sd": second}, anchor, world.recorded(anchor)) for anchor in anchors])
+    expected = world.expected(second, True)
     found = report.by_way()
     assert list(found) == list(expected)
     assert [way for way in found if found[way] != expected[way]] == []
@@ -83,7 +77,7 @@ def test_recorded_first_drafts_replace_the_drafter(
     drafted = as_drafted.by_way()
     same_order = [
         all(slow_branches(policy, world.ranked(a)) == slow_branches(policy, world.recorded(a)) for policy in POLICIES)
-        for a in anchors
+        for a in world.anchors()
     ]
     assert np.mean(same_order) > 0.9
     for way in found:

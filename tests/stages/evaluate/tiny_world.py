@@ -16,7 +16,7 @@ from slow_decode import POLICIES, Ranked, SlowDrafter, slow_accept_length, slow_
 from tiny import SHAPE as ANY_SHAPE
 from tiny import make_manifest
 from torch import Tensor
-from vpd.data.cache.drafts import FirstDrafts
+from vpd.data.cache.drafts import DraftedSequence, FirstDrafts
 from vpd.data.cache.index import SequenceRow
 from vpd.data.cache.reader import CachedSequence
 from vpd.data.cache.store import Cache
@@ -105,7 +105,9 @@ class World:
         self.folder, self.pieces = folder, pieces
         self.cache = Cache.open(folder / "cache")
         self.sequence: Callable[[str], CachedSequence] = cache(lambda seq_id: self.cache.read(self.row(seq_id)))
+        self.drafted: Callable[[str], DraftedSequence] = cache(lambda seq_id: self.drafts.read(self.row(seq_id)))
         self.slow: Callable[[str, Second], SlowDrafter] = cache(self._slow)
+        self.expected: Callable[[Second, bool], dict[Way, list[int]]] = cache(self._expected)
 
     def row(self, seq_id: str) -> SequenceRow:
         (row,) = [row for row in self.cache.rows if row.seq_id == seq_id]
@@ -152,11 +154,18 @@ class World:
 
     def recorded(self, anchor: Anchor) -> Ranked:
         """The same as it was recorded, with the rounding of the probabilities."""
-        drafted = self.drafts.read(self.row(anchor.seq_id))
+        drafted = self.drafted(anchor.seq_id)
         rows = zip(
             drafted.probs_TGA[anchor.position].tolist(), drafted.tokens_TGA[anchor.position].tolist(), strict=True
         )
         return [list(zip(probs, tokens, strict=True)) for probs, tokens in rows]
+
+    def _expected(self, second: Second, recorded: bool) -> dict[Way, list[int]]:
+        """Accept lengths of every way at all anchors, by the slow decode."""
+        seconds = {"d2sd": second} if recorded else {"first_as_second": Second("first"), "d2sd": second}
+        ranked = self.recorded if recorded else self.ranked
+        found = [self.slow_lens(seconds, anchor, ranked(anchor)) for anchor in self.anchors()]
+        return {way: [lens[way] for lens in found] for way in found[0]}
 
     def slow_lens(
         self, seconds: dict[str, Second], anchor: Anchor, ranked: Ranked, max_k: int = MAX_K

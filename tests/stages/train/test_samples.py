@@ -2,83 +2,36 @@
 
 # S tokens of a sequence, T with a state, K layers, H hidden width, N blocks, G block size
 import math
-from collections import Counter
 from collections.abc import Mapping
-from types import MappingProxyType, SimpleNamespace
-from typing import Any, NamedTuple, cast
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import make_cached, make_index, make_row
-from vpd.data.cache.drafts import FirstDrafts
-from vpd.data.cache.index import SequenceRow
-from vpd.data.cache.reader import CachedSequence
-from vpd.data.cache.store import Cache
+from recorded import (
+    ARGMAX,
+    MASK,
+    TOKEN,
+    G,
+    make_cache,
+    make_config,
+    make_drafts,
+    make_sequence,
+    parse_mask,
+    prefixes,
+    training_blocks,
+)
 from vpd.data.errors import CacheNotFoundError
-from vpd.stages.config import TrainConfig
 from vpd.stages.train.samples import (
     DataOrder,
-    TrainingBlocks,
     draw_blocks,
     feature_rms,
     is_held_out,
     label_tokens,
     split_rows,
 )
-
-G, MASK = 5, 999
-TOKEN, ARGMAX = 100, 500
-"""Position p holds token TOKEN + p, and the target's own choice there is ARGMAX + p: nothing passes for another."""
-
-
-def parse_mask(turns: str) -> list[bool]:
-    """`..aaa.`: dots are prompt tokens, letters an assistant's."""
-    return [letter != "." for letter in turns]
-
-
-def make_sequence(turns: str, *, final_token: bool = False, seq_id: str = "s", seed: int = 0) -> CachedSequence:
-    """A sequence; with `final_token` its last token is one that the target never saw."""
-    mask = parse_mask(turns)
-    T = len(mask) - final_token
-    row = make_row(
-        seq_id,
-        T,
-        prompt_len=turns.index("a") if "a" in turns else len(turns),
-        num_supervised=sum(mask),
-        final_token_id=TOKEN + T if final_token else None,
-        finish_reason="stop" if final_token else "given",
-    )
-    hidden_TKH = torch.randn(T, 2, 3, generator=torch.Generator().manual_seed(seed)).bfloat16()
-    token_ids, argmax = ([base + p for p in range(count)] for base, count in ((TOKEN, len(mask)), (ARGMAX + 1, T)))
-    return make_cached(row, hidden_TKH, token_ids, mask, argmax)
-
-
-def make_drafts(accept_len_T: list[int]) -> FirstDrafts:
-    """First drafts of which only the accept lengths are there."""
-    found = torch.tensor(accept_len_T, dtype=torch.uint8)
-    return cast(FirstDrafts, SimpleNamespace(accept_lengths=lambda row: found))
-
-
-def make_cache(sequences: list[CachedSequence]) -> Cache:
-    """A cache that has these sequences in memory."""
-    by_id = {sequence.row.seq_id: sequence for sequence in sequences}
-    rows = make_index(sequence.row for sequence in sequences)
-
-    def read(row: SequenceRow) -> CachedSequence:
-        return by_id[row.seq_id]
-
-    return cast(Cache, SimpleNamespace(rows=rows, place="cache", read=read, read_tokens=read))
-
-
-def make_config(**settings: Any) -> TrainConfig:
-    return TrainConfig.model_validate({"prefix": {"sampler": "geometric"}, **settings})
-
-
-def draw(sequence: CachedSequence, config: TrainConfig, step: int = 0, drafts: FirstDrafts | None = None):
-    return draw_blocks(sequence, drafts, config, G, MASK, step)
-
 
 # Held-out sequences
 
@@ -166,7 +119,7 @@ class Case(NamedTuple):
     accept_len: list[int] | None = None
 
 
-BOUNDARY = {"prefix": {"sampler": "boundary", "prior_share": 0.5}}
+BOUNDARY = {"prefix": {"sampler": "mixture", "mixture": {"boundary": 1, "geometric": 1}}}
 CASES = [
     Case("one-turn", "...aaaaaaaaa"),
     Case("several-turns", "..aaaa.aa...aaaaaaaa.a"),
@@ -205,8 +158,7 @@ def test_blocks_are_those_of_the_recorded_sequence(case: Case, step: int):
     config = make_config(**case.settings)
     sequence = make_sequence(case.turns, final_token=case.final_token)
     drafts = make_drafts(case.accept_len) if case.accept_len else None
-    blocks = draw(sequence, config, step, drafts)
-    assert blocks is not None
+    blocks = training_blocks(sequence, config, step, drafts)
 
     num_context = min(sequence.row.num_tokens, config.max_len)
     # One token past the states that are read can still be a label.
@@ -217,84 +169,40 @@ def test_blocks_are_those_of_the_recorded_sequence(case: Case, step: int):
     assert set(anchors) <= set(candidates)
     assert len(anchors) == min(config.num_anchors, len(candidates))
     assert torch.equal(blocks.features_TD, sequence.hidden_TKH[:num_context].reshape(num_context, 6))
+    assert (blocks.num_tokens, blocks.num_blocks) == ([num_context], [len(anchors)])
 
     label_base = ARGMAX if config.labels == "argmax" else TOKEN
-    sums = []
     for n, anchor in enumerate(anchors):
         labelled = labelled_positions(mask, anchor)
         ids = blocks.block_ids_NG[n].tolist()
-        visible = [token for token in ids if token != MASK]
-        prefix = len(visible) - 1
+        prefix = sum(token != MASK for token in ids) - 1
         assert ids == [TOKEN + anchor + k for k in range(prefix + 1)] + [MASK] * (G - 1 - prefix)
         assert prefix < len(labelled)
-        assert blocks.first_masked_NG[n].tolist() == [k == prefix + 1 for k in range(G)]
-        raw = [0.0] * G
+        assert blocks.labels.first_masked_NG[n].tolist() == [k == prefix + 1 for k in range(G)]
+        weights = [0.0] * G
         for position in labelled:
             k = position - anchor
             if k > prefix:
-                raw[k] = math.exp(-(k - prefix - 1) / config.tau)
-                assert blocks.labels_NG[n, k] == label_base + position
-        sums.append(sum(raw))
-        divisor = sum(raw) if config.normalise == "block" else 1.0
-        assert blocks.weights_NG[n].tolist() == pytest.approx([weight / divisor for weight in raw], rel=1e-5)
-    expected = len(anchors) if config.normalise == "block" else sum(sums)
-    assert float(blocks.denominator) == pytest.approx(expected, rel=1e-5)
-    if config.normalise == "block":
-        assert float(blocks.weights_NG.sum()) == pytest.approx(len(anchors), rel=1e-5)
-
-
-def prefixes(blocks: TrainingBlocks | None) -> list[int]:
-    assert blocks is not None
-    return [sum(token != MASK for token in ids) - 1 for ids in blocks.block_ids_NG.tolist()]
+                weights[k] = math.exp(-(k - prefix - 1) / config.tau)
+                assert blocks.labels.labels_NG[n, k] == label_base + position
+        assert blocks.labels.weights_NG[n].tolist() == pytest.approx(weights, rel=1e-5)
 
 
 def test_a_first_drafter_sees_the_anchor_alone():
     config = make_config(objective="dflash")
-    assert prefixes(draw(make_sequence("..aaaaaaaa"), config)) == [0] * 7
+    assert prefixes(training_blocks(make_sequence("..aaaaaaaa"), config)) == [0] * 7
 
 
 def test_the_accept_length_at_the_anchor_is_the_prefix():
     # Rows of the drafts are positions of the sequence; 9 and 8 stand where no block may look.
     accept_len = [9, 9, 0, 3, 1, 2, 0, 0, 9, 2, 1, 8, 8]
-    config = make_config(prefix={"sampler": "boundary", "prior_share": 0.0})
-    blocks = draw(make_sequence("..aaaaaa.aaaa"), config, 0, make_drafts(accept_len))
-    assert blocks is not None
+    config = make_config(prefix={"sampler": "boundary"})
+    blocks = training_blocks(make_sequence("..aaaaaa.aaaa"), config, 0, make_drafts(accept_len))
     assert blocks.anchors_N.tolist() == [2, 3, 4, 5, 6, 9, 10, 11]
     found = dict(zip(blocks.anchors_N.tolist(), prefixes(blocks), strict=True))
     assert {anchor: found[anchor] for anchor in (2, 3, 4, 6, 9, 10)} == {2: 0, 3: 3, 4: 1, 6: 0, 9: 2, 10: 1}
     assert found[5] < 2
     assert found[11] == 0
-
-
-def same(one: TrainingBlocks | None, other: TrainingBlocks | None) -> bool:
-    assert one is not None
-    assert other is not None
-    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in TrainingBlocks.__slots__)
-
-
-@pytest.mark.parametrize("objective", ["dflash", "vp"])
-def test_draws_depend_on_seed_step_and_sequence_alone(objective: str):
-    turns = "." + "a" * 60
-    config = make_config(objective=objective, num_anchors=20, seed=3)
-    first = draw(make_sequence(turns), config, step=4)
-    torch.rand(3)
-    draw(make_sequence(turns, seq_id="other"), config, step=5)
-    assert same(draw(make_sequence(turns), config, step=4), first)
-    assert not same(draw(make_sequence(turns), config, step=5), first)
-    assert not same(draw(make_sequence(turns, seq_id="other"), config, step=4), first)
-    assert not same(draw(make_sequence(turns), config.model_copy(update={"seed": 4}), step=4), first)
-
-
-def test_every_anchor_is_drawn_equally_often():
-    sequence, config = make_sequence("..aaaaaaa"), make_config(num_anchors=2)
-    counts: Counter[int] = Counter()
-    for step in range(300):
-        blocks = draw(sequence, config, step)
-        assert blocks is not None
-        counts.update(blocks.anchors_N.tolist())
-    assert set(counts) == set(range(2, 8))
-    # Two of six: each anchor is in a draw with probability 1/3.
-    assert all(abs(count - 100) < 4.5 * (300 * 1 / 3 * 2 / 3) ** 0.5 for count in counts.values())
 
 
 @pytest.mark.parametrize(
@@ -307,7 +215,8 @@ def test_every_anchor_is_drawn_equally_often():
     ],
 )
 def test_a_sequence_without_anchor_gives_nothing(turns: str, final_token: bool, max_len: int):
-    assert draw(make_sequence(turns, final_token=final_token), make_config(max_len=max_len)) is None
+    config = make_config(max_len=max_len)
+    assert draw_blocks(make_sequence(turns, final_token=final_token), None, config, G, step=0) is None
 
 
 @pytest.mark.parametrize("labels", ["recorded", "argmax"])
@@ -320,8 +229,7 @@ def test_label_tokens_hold_every_label(labels: str):
     tokens = label_tokens(cache, cache.rows).tolist()
     assert tokens == sorted(set(tokens))
     for sequence in sequences:
-        blocks = draw(sequence, make_config(labels=labels))
-        assert blocks is not None
+        blocks = training_blocks(sequence, make_config(labels=labels)).labels
         assert set(blocks.labels_NG[blocks.weights_NG > 0].tolist()) <= set(tokens)
 
 

@@ -1,0 +1,242 @@
+"""Statistics of a replay against loops over anchors and sequences."""
+
+# N anchors, S sequences, C ways of decoding, J drafted positions
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from slow_decode import slow_count
+from vpd.stages.evaluate.report import AnchorFacts, ReplayReport, Way
+
+J, MAX_K = 4, 3
+WAYS = [
+    Way("first", None, 0),
+    *(Way("first_tree", None, k) for k in range(MAX_K + 1)),
+    *(Way("d2sd", policy, k) for policy in ("paper", "runner-up") for k in range(MAX_K + 1)),
+]
+BATCHES = [[[6, 3], [9], [1]], [[12]], [[2, 2, 2], [7]]]
+"""Anchors of every response of every sequence of a batch."""
+LENS = [lens for batch in BATCHES for lens in batch]
+
+
+def random_batch(num_recorded: list[int], generator: np.random.Generator) -> tuple[np.ndarray, AnchorFacts]:
+    """Accept lengths and facts at anchors after which this many tokens are recorded."""
+    N = len(num_recorded)
+    num_recorded_N = np.minimum(num_recorded, J)
+    first_len_N = np.minimum(generator.integers(J + 1, size=N), num_recorded_N)
+    ways_NC = first_len_N[:, None] + generator.integers(3, size=(N, len(WAYS)))
+    ways_NC = np.minimum(ways_NC, num_recorded_N[:, None])
+    ways_NC[:, 0] = first_len_N
+    failed_N = first_len_N < num_recorded_N
+    boundary_N, pair_N = (np.where(failed_N, generator.integers(-1, MAX_K + 2, size=N), -1) for _ in range(2))
+    # Bins have both ends in them, 1 among them.
+    confidence_NJ = generator.integers(21, size=(N, J)).astype(np.float32) / 20
+    return ways_NC, AnchorFacts(first_len_N, confidence_NJ, num_recorded_N, boundary_N, pair_N)
+
+
+@pytest.fixture
+def batches() -> list[tuple[np.ndarray, AnchorFacts]]:
+    generator = np.random.default_rng(5)
+    found = []
+    for batch in BATCHES:
+        num_recorded = [n - i for lens in batch for n in lens for i in range(n)]
+        found.append(random_batch(num_recorded, generator))
+    return found
+
+
+@pytest.fixture
+def report(batches: list[tuple[np.ndarray, AnchorFacts]]) -> ReplayReport:
+    found = ReplayReport(WAYS, "runner-up", 2, J + 1)
+    for (accept_lens_NC, facts), lens in zip(batches, BATCHES, strict=True):
+        found.add(accept_lens_NC, lens, facts)
+    return found
+
+
+def anchors_of(batches: list[tuple[np.ndarray, AnchorFacts]]) -> list[dict]:
+    """One record for each anchor."""
+    found = []
+    for accept_lens_NC, facts in batches:
+        for n, accept_lens in enumerate(accept_lens_NC.tolist()):
+            record = {"accept_lens": dict(zip(WAYS, accept_lens, strict=True))}
+            record |= {name[:-2]: values[n].tolist() for name, values in facts._asdict().items() if name[-2:] == "_N"}
+            found.append(record | {"confidence": facts.confidence_NJ[n].tolist()})
+    return found
+
+
+def slow_cycles(batches: list[tuple[np.ndarray, AnchorFacts]]) -> list[dict[Way, int]]:
+    """Cycles of every sequence."""
+    anchors = iter(anchors_of(batches))
+    found = []
+    for lens in LENS:
+        responses = [[next(anchors)["accept_lens"] for _ in range(n)] for n in lens]
+        found.append({way: sum(slow_count(lambda i, r=r: r[i][way], len(r) + 1) for r in responses) for way in WAYS})
+    return found
+
+
+def test_cycles_and_alpha(report: ReplayReport, batches: list[tuple[np.ndarray, AnchorFacts]]):
+    cycles = slow_cycles(batches)
+    totals = {way: sum(each[way] for each in cycles) for way in WAYS}
+    num_tokens = sum(map(sum, LENS))
+    assert report.num_tokens_S == [sum(lens) for lens in LENS]
+    assert (report.num_tokens, report.num_responses) == (num_tokens, sum(map(len, LENS)))
+    assert [row.tolist() for row in report.cycles_SC] == [[each[way] for way in WAYS] for each in cycles]
+    assert report.alphas().tolist() == [num_tokens / totals[way] for way in WAYS]
+    chosen = {"first": WAYS[0], "first_tree": Way("first_tree", None, 2), "d2sd": Way("d2sd", "runner-up", 2)}
+    assert report.num_cycles == {setting: totals[way] for setting, way in chosen.items()}
+    assert report.alpha == {setting: num_tokens / totals[way] for setting, way in chosen.items()}
+    assert report.cycles_of_reported() == {setting: [row[way] for row in cycles] for setting, way in chosen.items()}
+
+
+def slow_quantile(values: list[float], share: float) -> float:
+    """Between neighbours, in proportion."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def test_intervals_are_those_of_a_bootstrap_sequence_by_sequence(
+    report: ReplayReport, batches: list[tuple[np.ndarray, AnchorFacts]]
+):
+    cycles = slow_cycles(batches)
+    samples = np.random.default_rng(0).integers(len(LENS), size=(1000, len(LENS))).tolist()
+    low_C, high_C = report.intervals()
+    for way, low, high in zip(WAYS, low_C, high_C, strict=True):
+        alphas = [sum(sum(LENS[s]) for s in sample) / sum(cycles[s][way] for s in sample) for sample in samples]
+        assert (low, high) == pytest.approx((slow_quantile(alphas, 0.025), slow_quantile(alphas, 0.975)))
+
+
+def test_intervals_hold_alpha_and_repeat(report: ReplayReport):
+    low_C, high_C = report.intervals()
+    assert (low_C, high_C) == report.intervals()
+    assert all(low < alpha < high for low, alpha, high in zip(low_C, report.alphas(), high_C, strict=True))
+
+
+def test_one_sequence_leaves_no_doubt():
+    report = ReplayReport(WAYS, "paper", 1, J + 1)
+    accept_lens_NC, facts = random_batch([3, 2, 1], np.random.default_rng(0))
+    report.add(accept_lens_NC, [[3]], facts)
+    assert report.intervals() == (report.alphas().tolist(), report.alphas().tolist())
+
+
+def test_recovery_by_boundary(report: ReplayReport, batches: list[tuple[np.ndarray, AnchorFacts]]):
+    expected = []
+    for boundary in range(1, J + 1):
+        gains = []
+        for anchor in anchors_of(batches):
+            # The response goes on at the boundary, so that the draft failed there.
+            if anchor["first_len"] == boundary - 1 and anchor["num_recorded"] >= boundary:
+                gains.append(anchor["accept_lens"][Way("d2sd", "runner-up", 2)] - anchor["first_len"])
+        assert gains
+        expected.append(
+            {
+                "boundary": boundary,
+                "num_anchors": len(gains),
+                "recovered": sum(gain > 0 for gain in gains) / len(gains),
+                "gained_tokens": pytest.approx(sum(gains) / len(gains)),
+            }
+        )
+    assert report.recovery() == expected
+
+
+def test_a_boundary_that_never_happens_is_left_out():
+    report = ReplayReport(WAYS, "paper", 1, J + 1)
+    first_len_N, num_recorded_N = np.array([0, 2, 1]), np.array([4, 4, 1])
+    facts = AnchorFacts(first_len_N, np.full((3, J), 0.5), num_recorded_N, np.full(3, -1), np.full(3, -1))
+    report.add(np.tile(first_len_N[:, None], len(WAYS)), [[3]], facts)
+    assert [(row["boundary"], row["num_anchors"], row["gained_tokens"]) for row in report.recovery()] == [
+        (1, 1, 0.0),
+        (3, 1, 0.0),
+    ]
+
+
+def test_calibration_bin_by_bin(report: ReplayReport, batches: list[tuple[np.ndarray, AnchorFacts]]):
+    pairs = []
+    for anchor in anchors_of(batches):
+        # The target checks the accepted tokens and the one after them, if the response has it.
+        for position in range(min(anchor["first_len"] + 1, anchor["num_recorded"])):
+            pairs.append((anchor["confidence"][position], position < anchor["first_len"]))
+    bins = []
+    for b in range(10):
+        inside = [pair for pair in pairs if b <= int(pair[0] * 10) <= b + (b == 9)]
+        assert inside
+        confidence, accepted = (sum(values) / len(inside) for values in zip(*inside, strict=True))
+        bins.append(
+            {"num_positions": len(inside), "confidence": pytest.approx(confidence), "accepted": pytest.approx(accepted)}
+        )
+    found = report.calibration()
+    assert found["bins"] == bins
+    assert sum(each["num_positions"] for each in found["bins"]) == len(pairs)
+    gaps = [abs(each["confidence"] - each["accepted"]) * each["num_positions"] for each in found["bins"]]
+    assert found["ece"] == pytest.approx(sum(gaps) / len(pairs))
+
+
+@pytest.mark.parametrize(
+    ("confidences", "ece"),
+    [
+        # One draft: two tokens right, the third wrong, the fourth never reached.
+        pytest.param([1.0, 1.0, 0.0, 0.9], 0.0, id="as-sure-as-right"),
+        pytest.param([0.0, 0.0, 1.0, 0.9], 1.0, id="the-reverse"),
+        pytest.param([0.65, 0.65, 0.65, 0.0], 1 / 60, id="two-in-three"),
+    ],
+)
+def test_calibration_error_written_out(confidences: list[float], ece: float):
+    report = ReplayReport(WAYS, "paper", 1, J + 1)
+    facts = AnchorFacts(np.array([2]), np.array([confidences]), np.array([4]), np.array([-1]), np.array([-1]))
+    report.add(np.full((1, len(WAYS)), 2), [[1]], facts)
+    assert report.calibration()["ece"] == pytest.approx(ece)
+
+
+def test_hits_by_number_of_branches(report: ReplayReport, batches: list[tuple[np.ndarray, AnchorFacts]]):
+    failed = [anchor for anchor in anchors_of(batches) if anchor["first_len"] < anchor["num_recorded"]]
+    expected = {}
+    for name in ("boundary", "pair"):
+        launched = [sum(anchor[f"{name}_rank"] in range(k) for anchor in failed) for k in range(MAX_K + 1)]
+        expected[name] = [pytest.approx(count / len(failed)) for count in launched]
+        assert launched == sorted(launched)
+        assert 0 < launched[1] < launched[-1] < len(failed)
+    assert report.hits() == expected
+
+
+def test_drafts_that_never_fail_have_no_boundary_to_hit():
+    report = ReplayReport(WAYS, "paper", 1, J + 1)
+    never = np.full(2, -1)
+    report.add(
+        np.array([[2], [1]]).repeat(len(WAYS), axis=1),
+        [[2]],
+        AnchorFacts(np.array([2, 1]), np.full((2, J), 0.5), np.array([2, 1]), never, never),
+    )
+    assert report.hits() == {"boundary": [0.0] * (MAX_K + 1), "pair": [0.0] * (MAX_K + 1)}
+    assert report.recovery() == []
+
+
+def test_the_report_as_json_holds_plain_values(report: ReplayReport):
+    report.skipped.update(["no response", "no response"])
+    found = report.to_json()
+    assert json.loads(json.dumps(found)) == found
+    low_C, high_C = report.intervals()
+    intervals = {way: list(bounds) for way, *bounds in zip(WAYS, low_C, high_C, strict=True)}
+    reported = {way.setting: way for way in report.reported}
+    assert found == {
+        "alpha": report.alpha,
+        "interval": {setting: intervals[way] for setting, way in reported.items()},
+        "policy": "runner-up",
+        "k": 2,
+        "block_size": J + 1,
+        "num_cycles": report.num_cycles,
+        "num_tokens": report.num_tokens,
+        "num_sequences": len(LENS),
+        "num_responses": report.num_responses,
+        "skipped": {"no response": 2},
+        "by_way": [
+            {"setting": way.setting, "policy": way.policy, "k": way.k, "alpha": alpha, "interval": intervals[way]}
+            for way, alpha in zip(WAYS, report.alphas().tolist(), strict=True)
+        ],
+        "recovery": report.recovery(),
+        "calibration": report.calibration(),
+        "hits": report.hits(),
+        "sequences": {"num_tokens": report.num_tokens_S, "num_cycles": report.cycles_of_reported()},
+    }
+    assert report.skipped == Counter({"no response": 2})
