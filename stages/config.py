@@ -153,7 +153,7 @@ class DrafterSection(Section):
     """Base of RoPE; > 0, none = the target's."""
 
 
-PolicyName = Literal["paper", "exclude", "runner-up"]
+PolicyName = Literal["paper", "exclude", "runner-up", "reranked"]
 PlainSampler = Literal["geometric", "visible-geometric", "boundary", "past-boundary", "posterior", "topk"]
 
 
@@ -280,11 +280,12 @@ class EvalConfig(Section):
 
     k: Branches = 4
     """Branches beside the first draft in each cycle; in 0..64."""
-    policies: Annotated[list[PolicyName], Field(min_length=1)] = ["runner-up"]
+    policies: Annotated[list[PolicyName], Field(min_length=1)] = ["reranked"]
     """Branch policies; the first gives alpha, the others are listed beside it.
 
     paper: the k likeliest prefix lengths; exclude: the same, the first draft's next token ruled out; runner-up: the
-    k likeliest pairs of prefix length and alternative token, which the second drafter then sees.
+    k likeliest pairs of prefix length and alternative token, which the second drafter then sees; reranked: the same,
+    the alternatives from both drafters, which takes one more pass of the second.
     """
     max_k: Branches = 8
     """Alpha is also listed for every number of branches up to this (or up to k); in 0..64."""

@@ -77,7 +77,11 @@ class LiveDecoder:
             return [draft, *([*kept, *draft[len(kept) :]] for kept, _ in self.branches("runner-up", top))]
         second = self.second if setting == "d2sd" else self.first
         candidates = [draft]
-        for kept, excluded in self.branches(self.policy, top):
+        if self.policy == "reranked":
+            chosen = self.reranked(second, anchor, top, features, position)
+        else:
+            chosen = self.branches(self.policy, top)
+        for kept, excluded in chosen:
             filled = self.fill(second, [anchor, *kept], features, position)[len(kept) :]
             new = [int(tokens[0]) for tokens, _ in filled]
             if new and new[0] == excluded:
@@ -104,15 +108,33 @@ class LiveDecoder:
         best = sorted(scored, key=lambda branch: branch[0], reverse=True)[: self.k]
         return [(kept, excluded) for _, kept, excluded in best]
 
+    def reranked(
+        self, second: Drafter, anchor: int, top: list[tuple[Tensor, Tensor]], features: Tensor, position: int
+    ) -> list[tuple[list[int], None]]:
+        """Pairs of a length and a token there, of what the second drafter would put after the 4 likeliest lengths."""
+        draft = [int(tokens[0]) for tokens, _ in top]
+        confidence = [float(probs[0]) for _, probs in top]
+        posterior = [math.prod(confidence[:i]) * (1 - confidence[i]) for i in range(len(draft))]
+        scored = []
+        for i in sorted(range(len(draft)), key=lambda i: -posterior[i])[:4]:
+            known = dict(zip(top[i][0].tolist()[:5], top[i][1].tolist(), strict=False))
+            tokens, probs = self.fill(second, [anchor, *draft[:i]], features, position)[i]
+            for token, prob in zip(tokens.tolist(), probs.tolist(), strict=True):
+                if token != draft[i]:
+                    score = math.prod(confidence[:i]) * (known.get(token, 0.0) + prob) / 2
+                    scored.append((score, [*draft[:i], token]))
+        best = sorted(scored, key=lambda pair: pair[0], reverse=True)[: self.k]
+        return [(kept, None) for _, kept in best]
+
     def fill(
         self, drafter: Drafter, visible: list[int], features: Tensor, position: int
     ) -> list[tuple[Tensor, Tensor]]:
-        """Five best tokens and probabilities of block positions 1..G-1; the context ends before the anchor."""
+        """Six best tokens and probabilities of block positions 1..G-1; the context ends before the anchor."""
         assert len(features) == position
         shape = drafter.shape
         block = visible + [shape.mask_token_id] * (shape.block_size - len(visible))
         embedded = self.pieces.embed_VH[torch.tensor([block])]
         hidden = drafter(embedded, torch.tensor([position]), drafter.context(features))[0]
         probs = (hidden[1:] @ self.pieces.head_VH.T).softmax(dim=-1)
-        best = probs.topk(5, dim=-1)
+        best = probs.topk(6, dim=-1)
         return list(zip(best.indices, best.values, strict=True))

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+NUM_ASKED = 4
+"""Prefix lengths at which `reranked` asks the second drafter."""
 NONE = -1
 """Stands for "no token": never equal to one."""
 
@@ -69,6 +71,41 @@ def runner_up(tokens_NJA: Tensor, probs_NJA: Tensor, num_branches: int) -> Branc
 
 Policy = Callable[[Tensor, Tensor, int], Branches]
 POLICIES: dict[str, Policy] = {"paper": paper, "exclude": exclude, "runner-up": runner_up}
+"""Those that need the first draft alone."""
+
+NextTokens = Callable[[Branches], tuple[Tensor, Tensor]]
+"""The second drafter's likeliest tokens [N, B, A] right after each branch's visible tokens, and their probabilities."""
+
+
+def reranked(tokens_NJA: Tensor, probs_NJA: Tensor, num_branches: int, next_tokens: NextTokens) -> Branches:
+    """As `runner_up`, but the second drafter, which sees the i draft tokens, also says what may stand at i + 1.
+
+    It is asked at the `NUM_ASKED` prefix lengths of largest r(i). A pair's score is (c_1 ... c_i) times the mean of
+    both drafters' probabilities of the token; the first one's is 0 for a token that is not among its alternatives.
+    """
+    asked = paper(tokens_NJA, probs_NJA, NUM_ASKED)
+    tokens_NBA, second_probs_NBA = next_tokens(asked)
+    at_NB1 = asked.prefix_len_NB[..., None]
+    first_tokens_NBA = tokens_NJA.gather(1, at_NB1.expand(-1, -1, tokens_NJA.shape[2]))
+    first_probs_NBA = probs_NJA.gather(1, at_NB1.expand(-1, -1, probs_NJA.shape[2]))
+    same_NBAA = tokens_NBA[..., None] == first_tokens_NBA[:, :, None]
+    agreed_NBA = (same_NBAA * first_probs_NBA[:, :, None]).sum(dim=3)
+    reached_NB = _reached(probs_NJA[..., 0]).gather(1, asked.prefix_len_NB)
+    scores_NBA = reached_NB[..., None] * (agreed_NBA + second_probs_NBA) / 2
+    scores_NBA = scores_NBA.masked_fill(tokens_NBA == first_tokens_NBA[..., :1], -1.0)
+    pairs_NB = _best(scores_NBA.flatten(1), num_branches)
+    return Branches(
+        prefix_len_NB=asked.prefix_len_NB.gather(1, pairs_NB // tokens_NBA.shape[2]),
+        alternative_NB=tokens_NBA.flatten(1).gather(1, pairs_NB),
+        excluded_NB=torch.full_like(pairs_NB, NONE),
+    )
+
+
+def launch(policy: str, tokens_NJA: Tensor, probs_NJA: Tensor, num_branches: int, next_tokens: NextTokens) -> Branches:
+    """The branches of a policy, by its name."""
+    if policy == "reranked":
+        return reranked(tokens_NJA, probs_NJA, num_branches, next_tokens)
+    return POLICIES[policy](tokens_NJA, probs_NJA, num_branches)
 
 
 def show_branches(draft_NJ: Tensor, branches: Branches) -> Tensor:

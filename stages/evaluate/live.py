@@ -22,8 +22,8 @@ from ..devices import choose_device
 from ..drafter.checkpoint import check_fits, load_drafter
 from ..drafter.model import Drafter
 from ..drafter.target_pieces import TargetPieces
-from .branches import NONE, POLICIES, show_branches
-from .redraft import OpenBranches, complete_branches, draft_anew
+from .branches import NONE, Branches, launch, show_branches
+from .redraft import OpenBranches, complete_branches, draft_anew, rank_next
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,18 +87,26 @@ class LiveDecoder:
             self.first, self.pieces, context, None, anchor_N, anchor_id_N, NUM_ALTERNATIVES
         )
         draft_NJ = tokens_NJA[..., 0]
-        branches = POLICIES[self.policy](tokens_NJA, probs_NJA, self.k)
-        num_branches = branches.prefix_len_NB.shape[1]
-        if not num_branches:
+        second_context = self.second.context(features_TD)
+
+        def opened(branches: Branches) -> OpenBranches:
+            num_branches = branches.prefix_len_NB.shape[1]
+            return OpenBranches(
+                anchor_N.expand(num_branches),
+                anchor_id_N.expand(num_branches),
+                show_branches(draft_NJ, branches)[0],
+                branches.visible_len_NB[0],
+                branches.excluded_NB[0],
+            )
+
+        def next_tokens(branches: Branches) -> tuple[Tensor, Tensor]:
+            found = rank_next(self.second, self.pieces, second_context, None, opened(branches), NUM_ALTERNATIVES + 1)
+            return found[0][None], found[1][None]
+
+        branches = launch(self.policy, tokens_NJA, probs_NJA, self.k, next_tokens)
+        if not branches.prefix_len_NB.shape[1]:
             return draft_NJ
-        opened = OpenBranches(
-            anchor_N.expand(num_branches),
-            anchor_id_N.expand(num_branches),
-            show_branches(draft_NJ, branches)[0],
-            branches.visible_len_NB[0],
-            branches.excluded_NB[0],
-        )
-        completed_BJ = complete_branches(self.second, self.pieces, self.second.context(features_TD), None, opened)
+        completed_BJ = complete_branches(self.second, self.pieces, second_context, None, opened(branches))
         padding = completed_BJ.shape[1] - draft_NJ.shape[1]
         return torch.cat([torch.nn.functional.pad(draft_NJ, (0, padding), value=NONE), completed_BJ])
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..drafter.drafting import fill_blocks
 from ..drafter.model import Context, Drafter
@@ -62,19 +63,63 @@ def complete_branches(
     Args:
         num_blocks: branches of each sequence in the context, which come one sequence after another; None: one sequence.
     """
-    R, G = len(branches.anchors_R), drafter.shape.block_size
+    G = drafter.shape.block_size
     width = max(branches.shown_RJ.shape[1], G - 1)
-    shown_RJ = torch.nn.functional.pad(branches.shown_RJ, (0, width - branches.shown_RJ.shape[1]), value=NONE)
+    shown_RJ = pad(branches.shown_RJ, (0, width - branches.shown_RJ.shape[1]), value=NONE)
     k_J = torch.arange(1, width + 1, device=shown_RJ.device)
     visible_len_R1 = branches.visible_len_R[:, None]
     masked_RJ = k_J > visible_len_R1
-    inside_RJ = torch.where(masked_RJ, drafter.shape.mask_token_id, shown_RJ)[:, : G - 1]
-    block_ids_RG = torch.cat([branches.anchor_ids_R[:, None], inside_RJ], dim=1)
-    wanted_RG = torch.cat([masked_RJ.new_zeros(R, 1), masked_RJ[:, : G - 1]], dim=1)
-    tokens_RGA, _ = fill_blocks(drafter, pieces, context, block_ids_RG, branches.anchors_R, wanted_RG, 2, num_blocks)
-    best_RJ, second_RJ = tokens_RGA[:, 1:].unbind(dim=2)
+    wanted_RJ = masked_RJ[:, : G - 1]
+    tokens_RJA, _ = _fill_branches(drafter, pieces, context, num_blocks, branches, shown_RJ, wanted_RJ, 2)
+    best_RJ, second_RJ = tokens_RJA.unbind(dim=2)
     excluded_R1 = branches.excluded_R[:, None]
     ruled_out_RJ = (k_J[: G - 1] == visible_len_R1 + 1) & (best_RJ == excluded_R1) & (excluded_R1 != NONE)
-    proposed_RJ = torch.where(ruled_out_RJ, second_RJ, best_RJ)
-    proposed_RJ = torch.nn.functional.pad(proposed_RJ, (0, width - (G - 1)), value=NONE)
+    proposed_RJ = pad(torch.where(ruled_out_RJ, second_RJ, best_RJ), (0, width - (G - 1)), value=NONE)
     return torch.where(masked_RJ, proposed_RJ, shown_RJ)
+
+
+def rank_next(
+    drafter: Drafter,
+    pieces: TargetPieces,
+    context: Context,
+    num_blocks: Sequence[int] | None,
+    branches: OpenBranches,
+    num_alternatives: int,
+) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens [R, A] right after the visible ones, best first, and their probabilities.
+
+    Where the visible tokens reach the end of the drafter's block: `NONE` with probability 0.
+    """
+    k_J = torch.arange(1, drafter.shape.block_size, device=branches.shown_RJ.device)
+    wanted_RJ = k_J == branches.visible_len_R[:, None] + 1
+    width = max(branches.shown_RJ.shape[1], drafter.shape.block_size - 1)
+    shown_RJ = pad(branches.shown_RJ, (0, width - branches.shown_RJ.shape[1]), value=NONE)
+    tokens_RJA, probs_RJA = _fill_branches(
+        drafter, pieces, context, num_blocks, branches, shown_RJ, wanted_RJ, num_alternatives
+    )
+    # All other positions hold zeros.
+    tokens_RA = tokens_RJA.sum(dim=1).masked_fill(~wanted_RJ.any(dim=1)[:, None], NONE)
+    return tokens_RA, probs_RJA.sum(dim=1)
+
+
+def _fill_branches(
+    drafter: Drafter,
+    pieces: TargetPieces,
+    context: Context,
+    num_blocks: Sequence[int] | None,
+    branches: OpenBranches,
+    shown_RJ: Tensor,
+    wanted_RJ: Tensor,
+    num_alternatives: int,
+) -> tuple[Tensor, Tensor]:
+    """Tokens and probabilities [R, G-1, A] at the wanted positions of the drafter's block, zeros elsewhere."""
+    G = drafter.shape.block_size
+    k_J = torch.arange(1, shown_RJ.shape[1] + 1, device=shown_RJ.device)
+    masked_RJ = k_J > branches.visible_len_R[:, None]
+    inside_RJ = torch.where(masked_RJ, drafter.shape.mask_token_id, shown_RJ)[:, : G - 1]
+    block_ids_RG = torch.cat([branches.anchor_ids_R[:, None], inside_RJ], dim=1)
+    wanted_RG = pad(wanted_RJ, (1, 0), value=False)
+    tokens_RGA, probs_RGA = fill_blocks(
+        drafter, pieces, context, block_ids_RG, branches.anchors_R, wanted_RG, num_alternatives, num_blocks
+    )
+    return tokens_RGA[:, 1:], probs_RGA[:, 1:]

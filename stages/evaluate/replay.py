@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -28,8 +29,8 @@ from ..devices import choose_device
 from ..drafter.checkpoint import check_fits, load_drafter
 from ..drafter.model import Context, Drafter
 from ..drafter.target_pieces import TargetPieces
-from .branches import POLICIES, Branches, runner_up, show_branches
-from .redraft import OpenBranches, complete_branches, draft_anew
+from .branches import Branches, launch, paper, runner_up, show_branches
+from .redraft import OpenBranches, complete_branches, draft_anew, rank_next
 from .report import AnchorFacts, ReplayReport, Way
 from .responses import find_responses, is_greedy, recorded_after
 
@@ -192,7 +193,8 @@ class Replay:
         columns = [first_len_N[:, None], self.best_of(first_len_N, swapped_NB)]
         for setting, drafter in self.seconds.items():
             for policy in self.config.policies:
-                branches = POLICIES[policy](tokens_NJA, probs_NJA, self.num_branches)
+                ask = partial(self.next_tokens, batch, draft_NJ, drafter, contexts[setting])
+                branches = launch(policy, tokens_NJA, probs_NJA, self.num_branches, ask)
                 lens_NB = self.complete(batch, draft_NJ, branches, drafter, contexts[setting])
                 columns.append(self.best_of(first_len_N, lens_NB))
         accept_lens_NC = torch.cat(columns, dim=1)
@@ -200,9 +202,7 @@ class Replay:
             first_len_N=first_len_N.cpu().numpy(),
             confidence_NJ=probs_NJA[..., 0].cpu().numpy(),
             num_recorded_N=(batch.recorded_NJ[:, : draft_NJ.shape[1]] >= 0).sum(dim=1).cpu().numpy(),
-            boundary_rank_N=self.rank(
-                POLICIES["paper"](tokens_NJA, probs_NJA, self.num_branches), batch, first_len_N
-            ).numpy(),
+            boundary_rank_N=self.rank(paper(tokens_NJA, probs_NJA, self.num_branches), batch, first_len_N).numpy(),
             pair_rank_N=self.rank(pairs, batch, first_len_N).numpy(),
         )
         self.report.add(accept_lens_NC.cpu().numpy(), batch.response_lens, facts)
@@ -238,16 +238,25 @@ class Replay:
         lens_NB = torch.zeros_like(right_len_NB)
         for chunk, num_blocks in passes(batch.sequence_N[rows_R], len(batch.num_tokens)):
             n, b = rows_R[chunk], columns_R[chunk]
-            chosen = OpenBranches(
-                batch.anchors_N[n],
-                batch.anchor_ids_N[n],
-                shown_NBJ[n, b],
-                visible_len_NB[n, b],
-                branches.excluded_NB[n, b],
-            )
+            chosen = open_branches(batch, shown_NBJ, branches, n, b)
             candidates_RJ = complete_branches(drafter, self.pieces, context, num_blocks, chosen)
             lens_NB[n, b] = leading_right(candidates_RJ, batch.recorded_NJ[n])
         return lens_NB
+
+    def next_tokens(
+        self, batch: Batch, draft_NJ: Tensor, drafter: Drafter, context: Context, branches: Branches
+    ) -> tuple[Tensor, Tensor]:
+        """What a drafter takes to follow each branch's visible tokens: tokens and probabilities [N, B, A]."""
+        N, B = branches.prefix_len_NB.shape
+        shown_NBJ = show_branches(draft_NJ, branches)
+        rows_R = torch.arange(N, device=self.device).repeat_interleave(B)
+        columns_R = torch.arange(B, device=self.device).repeat(N)
+        found = []
+        for chunk, num_blocks in passes(batch.sequence_N[rows_R], len(batch.num_tokens)):
+            chosen = open_branches(batch, shown_NBJ, branches, rows_R[chunk], columns_R[chunk])
+            found.append(rank_next(drafter, self.pieces, context, num_blocks, chosen, NUM_ALTERNATIVES + 1))
+        tokens_RA, probs_RA = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return tokens_RA.view(N, B, -1), probs_RA.view(N, B, -1)
 
     def best_of(self, first_len_N: Tensor, lens_NB: Tensor) -> Tensor:
         """The longest accepted candidate among the first draft and the first 0, 1, ... branches: [N, max branches + 1].
@@ -266,6 +275,17 @@ class Replay:
         right_NB = at_boundary_NB & (free_NB | (branches.alternative_NB == needed_NB)) & (needed_NB >= 0)
         place_N = right_NB.long().argmax(dim=1) if right_NB.shape[1] else torch.zeros_like(first_len_N)
         return torch.where(right_NB.any(dim=1), place_N, -1).cpu()
+
+
+def open_branches(batch: Batch, shown_NBJ: Tensor, branches: Branches, n: Tensor, b: Tensor) -> OpenBranches:
+    """Branches `b` of the anchors `n`."""
+    return OpenBranches(
+        batch.anchors_N[n],
+        batch.anchor_ids_N[n],
+        shown_NBJ[n, b],
+        branches.visible_len_NB[n, b],
+        branches.excluded_NB[n, b],
+    )
 
 
 def leading_right(candidates: Tensor, recorded: Tensor) -> Tensor:

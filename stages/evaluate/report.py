@@ -166,7 +166,7 @@ class ReplayReport:
             reached_NJ = positions_J <= np.minimum(facts.first_len_N, facts.num_recorded_N - 1)[:, None]
             confidences.append(facts.confidence_NJ[reached_NJ])
             accepted.append((positions_J < facts.first_len_N[:, None])[reached_NJ])
-        confidence, right = np.concatenate(confidences), np.concatenate(accepted)
+        confidence, right = np.concatenate(confidences).astype(float), np.concatenate(accepted)
         bin_of = np.minimum((confidence * NUM_BINS).astype(int), NUM_BINS - 1)
         bins = [
             {

@@ -47,7 +47,7 @@ def test_decoding_with_the_target_commits_the_cached_tokens_at_the_replayed_rate
 def test_people_get_the_same_in_words(place: Place):
     outcome = run_vpd(*place.evaluate("--holdout", 1, "--target", place.llama, "--live-prompts", 2))
     assert outcome.code == 0
-    for words in ("alpha first ", "alpha first_tree ", "runner-up", "2 of 2 responses are the cached ones"):
+    for words in ("alpha first ", "alpha first_tree ", "reranked", "2 of 2 responses are the cached ones"):
         assert words in outcome.out
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from vpd.stages.drafter.model import Drafter
 
 NUM_ALTERNATIVES = 5
-POLICIES = ("paper", "exclude", "runner-up")
+POLICIES = ("paper", "exclude", "runner-up", "reranked")
+NUM_ASKED = 4
 
 Ranked = list[list[tuple[float, int]]]
 """For every position, probabilities and tokens, best first."""
@@ -65,11 +66,25 @@ def slow_posterior(confidences: list[float]) -> list[float]:
     return [math.prod(confidences[:i]) * (1 - confidences[i]) for i in range(len(confidences))]
 
 
-def slow_branches(policy: str, ranked: Ranked) -> list[Branch]:
+Ask = Callable[[int], list[tuple[float, int]]]
+"""The second drafter's tokens right after so many draft tokens, best first; none past its block."""
+
+
+def slow_branches(policy: str, ranked: Ranked, ask: Ask | None = None) -> list[Branch]:
     """All branches that a policy can launch, best first; among equals, what comes earlier in the block."""
     draft = [best[0][1] for best in ranked]
     confidences = [best[0][0] for best in ranked]
-    if policy == "runner-up":
+    if policy == "reranked":
+        assert ask is not None
+        asked = sorted(range(len(draft)), key=lambda i: -slow_posterior(confidences)[i])[:NUM_ASKED]
+        scored = []
+        for i in asked:
+            of_first = {token: prob for prob, token in ranked[i][:NUM_ALTERNATIVES]}
+            for prob, token in ask(i)[: NUM_ALTERNATIVES + 1]:
+                if token != draft[i]:
+                    score = math.prod(confidences[:i]) * (of_first.get(token, 0.0) + prob) / 2
+                    scored.append((score, Branch(i, alternative=token)))
+    elif policy == "runner-up":
         scored = [
             (math.prod(confidences[:i]) * prob, Branch(i, alternative=token))
             for i, best in enumerate(ranked)
@@ -87,7 +102,13 @@ def slow_candidates(
     """The first draft and the candidate of every branch; without a second drafter, the draft's other tokens stay."""
     draft = [best[0][1] for best in ranked]
     candidates = [draft]
-    for i, alternative, excluded in slow_branches(policy, ranked):
+
+    def ask(num_kept: int) -> list[tuple[float, int]]:
+        assert second is not None
+        visible = (token, *draft[:num_kept])
+        return second.ranked(anchor, visible)[0] if len(visible) < second.block_size else []
+
+    for i, alternative, excluded in slow_branches(policy, ranked, ask):
         kept = draft[:i] if alternative is None else [*draft[:i], alternative]
         if second is None:
             candidates.append([*kept, *draft[len(kept) :]])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from slow_decode import Branch, Ranked, slow_branches, slow_posterior
 from torch import Tensor
 from vpd.stages.config import PolicyName
-from vpd.stages.evaluate.branches import NONE, POLICIES, Branches, boundary_posterior, show_branches
+from vpd.stages.evaluate.branches import NONE, POLICIES, Branches, boundary_posterior, launch, show_branches
 
 SHAPES = [
     pytest.param(6, 7, 5, id="block-of-8"),
@@ -42,7 +42,7 @@ def as_list(branches: Branches, n: int) -> list[Branch]:
 
 
 def test_the_configuration_offers_every_policy():
-    assert PolicyName.__args__ == tuple(POLICIES)
+    assert PolicyName.__args__ == (*POLICIES, "reranked")
 
 
 @pytest.mark.parametrize(("N", "J", "A"), SHAPES)
@@ -119,3 +119,26 @@ def test_a_branch_shows_the_draft_with_its_alternative(policy: str):
         for i, alternative, _ in as_list(branches, n):
             expected.append([*draft[:i], draft[i] if alternative is None else alternative, *draft[i + 1 :]])
         assert shown_NBJ[n].tolist() == expected
+
+
+@pytest.mark.parametrize("num_branches", [0, 1, 4, 20])
+def test_reranked_pairs_are_the_likeliest_by_both_drafters(num_branches: int):
+    tokens_NJA, probs_NJA = random_drafts(5, 7, 5)
+    generator = torch.Generator().manual_seed(1)
+    # The second drafter knows the draft's token, some of the first one's alternatives and others, anywhere in order.
+    second_probs_NJA = torch.rand(5, 7, 6, generator=generator).sort(dim=2, descending=True).values / 3
+    others_NJ2 = 1000 + torch.arange(5 * 7 * 2).view(5, 7, 2)
+    known_NJA = torch.cat([tokens_NJA[..., :4], others_NJ2], dim=2)
+    second_NJA = torch.stack([x[torch.randperm(6, generator=generator)] for x in known_NJA.flatten(0, 1)]).view(5, 7, 6)
+
+    def next_tokens(branches: Branches) -> tuple[Tensor, Tensor]:
+        assert bool((branches.alternative_NB == NONE).all())
+        at = branches.prefix_len_NB[..., None].expand(-1, -1, 6)
+        return second_NJA.gather(1, at), second_probs_NJA.gather(1, at)
+
+    found = launch("reranked", tokens_NJA, probs_NJA, num_branches, next_tokens)
+    for n in range(5):
+        asked = as_ranked(second_NJA[n], second_probs_NJA[n])
+        expected = slow_branches("reranked", as_ranked(tokens_NJA[n], probs_NJA[n]), asked.__getitem__)
+        assert len(expected) == 20  # 4 lengths with 6 tokens each, but for the draft's own
+        assert as_list(found, n) == expected[:num_branches]

@@ -75,12 +75,13 @@ def test_recorded_first_drafts_replace_the_drafter(
     as_drafted = world.run(world.talks, second, k=3, max_k=MAX_K)
     assert report.block_size == as_drafted.block_size
     drafted = as_drafted.by_way()
+    of_first_alone = [policy for policy in POLICIES if policy != "reranked"]
     same_order = [
-        all(slow_branches(policy, world.ranked(a)) == slow_branches(policy, world.recorded(a)) for policy in POLICIES)
+        all(slow_branches(name, world.ranked(a)) == slow_branches(name, world.recorded(a)) for name in of_first_alone)
         for a in world.anchors()
     ]
     assert np.mean(same_order) > 0.9
-    for way in found:
+    for way in (way for way in found if way.policy != "reranked"):
         pairs = zip(found[way], drafted[way], same_order, strict=True)
         assert all(ours == theirs for ours, theirs, same in pairs if same)
 
