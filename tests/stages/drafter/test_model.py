@@ -2,11 +2,12 @@
 
 # T context tokens, N blocks, G block size, M = N * G positions of all blocks, D context features (K layers x H)
 # H hidden width, d head width
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
 import torch
+from plain_drafter import plain_drafter, random_drafter, relative_error, rms_norm
 from torch import Tensor
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RotaryEmbedding
@@ -70,99 +71,11 @@ def make_shape(case: Case) -> DrafterShape:
     )
 
 
-def random_drafter(shape: DrafterShape, seed: int = 0) -> Drafter:
-    """Weights large enough that attention is far from uniform, and norms that are not one."""
-    generator = torch.Generator().manual_seed(seed)
-    drafter = Drafter(shape)
-    with torch.no_grad():
-        for parameter in drafter.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=1.5 * parameter.shape[1] ** -0.5, generator=generator)
-            else:
-                parameter.uniform_(0.5, 1.5, generator=generator)
-    return drafter
-
-
 def random_inputs(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     features_TD = torch.randn(case.num_context, case.num_context_layers * 12, generator=generator, dtype=dtype)
     blocks_NGH = torch.randn(len(case.anchors), case.block_size, 12, generator=generator, dtype=dtype)
     return features_TD, blocks_NGH, torch.tensor(case.anchors)
-
-
-# The plain implementation: one dense mask over [context ; all blocks], a loop over heads, formulas written out.
-
-
-def plain_drafter(
-    weights: Mapping[str, Tensor], shape: DrafterShape, features_TD: Tensor, blocks_NGH: Tensor, anchors: list[int]
-) -> Tensor:
-    (T, _), (N, G, H) = features_TD.shape, blocks_NGH.shape
-    eps = shape.rms_norm_eps
-    positions = [*range(T), *(anchor + k for anchor in anchors for k in range(G))]
-    seen = [
-        [position < anchor for position in range(T)] + [other == block for other in range(N) for _ in range(G)]
-        for block, anchor in enumerate(anchors)
-        for _ in range(G)
-    ]
-    context_TH = rms_norm(features_TD @ weights["fc.weight"].T, weights["hidden_norm.weight"], eps)
-    states_MH = blocks_NGH.reshape(N * G, H)
-    for i in range(shape.num_layers):
-        layer = {name.removeprefix(f"layers.{i}."): value for name, value in weights.items()}
-        normed_MH = rms_norm(states_MH, layer["input_layernorm.weight"], eps)
-        attended = plain_attention(layer, shape, context_TH, normed_MH, positions, torch.tensor(seen))
-        states_MH = states_MH + attended
-        normed_MH = rms_norm(states_MH, layer["post_attention_layernorm.weight"], eps)
-        gate, up = normed_MH @ layer["mlp.gate_proj.weight"].T, normed_MH @ layer["mlp.up_proj.weight"].T
-        states_MH = states_MH + (gate / (1 + torch.exp(-gate)) * up) @ layer["mlp.down_proj.weight"].T
-    return rms_norm(states_MH, weights["norm.weight"], eps).reshape(N, G, H)
-
-
-def plain_attention(
-    layer: Mapping[str, Tensor],
-    shape: DrafterShape,
-    context_TH: Tensor,
-    states_MH: Tensor,
-    positions: list[int],
-    seen: Tensor,
-) -> Tensor:
-    d, per_group = shape.head_dim, shape.num_attention_heads // shape.num_key_value_heads
-    everything = torch.cat([context_TH, states_MH])
-    own_positions = positions[len(context_TH) :]
-    mixed = []
-    for head in range(shape.num_attention_heads):
-        rows = slice(head * d, (head + 1) * d)
-        kv_rows = slice(head // per_group * d, (head // per_group + 1) * d)
-        query = states_MH @ layer["self_attn.q_proj.weight"][rows].T
-        key = everything @ layer["self_attn.k_proj.weight"][kv_rows].T
-        value = everything @ layer["self_attn.v_proj.weight"][kv_rows].T
-        query = rms_norm(query, layer["self_attn.q_norm.weight"], shape.rms_norm_eps)
-        key = rms_norm(key, layer["self_attn.k_norm.weight"], shape.rms_norm_eps)
-        query, key = turn(query, own_positions, shape.rope_theta), turn(key, positions, shape.rope_theta)
-        likeness = torch.where(seen, torch.exp(query @ key.T / d**0.5), 0.0)
-        mixed.append(likeness / likeness.sum(dim=1, keepdim=True) @ value)
-    return torch.cat(mixed, dim=1) @ layer["self_attn.o_proj.weight"].T
-
-
-def rms_norm(states: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return states / ((states * states).mean(dim=-1, keepdim=True) + eps).sqrt() * weight
-
-
-def turn(states_Md: Tensor, positions: list[int], theta: float) -> Tensor:
-    """RoPE: entries j and j + d/2 are a complex number, turned by position * theta^(-2j/d)."""
-    half = states_Md.shape[1] // 2
-    real, imaginary = [], []
-    for j in range(half):
-        angles = torch.tensor(positions, dtype=torch.float64) * theta ** (-j / half)
-        turned = torch.complex(states_Md[:, j], states_Md[:, j + half]) * torch.exp(1j * angles)
-        real.append(turned.real)
-        imaginary.append(turned.imag)
-    return torch.stack(real + imaginary, dim=1)
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Largest difference, relative to the largest entry."""
-    found, expected = found.detach(), expected.detach()
-    return float((found - expected).abs().max() / expected.abs().max())
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
@@ -295,3 +208,32 @@ def test_drawn_weights_depend_on_the_generator_alone():
             assert not torch.equal(value, states[2][name]), name
             # 120 entries and more: the standard deviation of their standard deviation is below 7 %.
             assert float(value.std()) == pytest.approx(0.02, rel=0.3), name
+
+
+@pytest.mark.parametrize("num_blocks", [[2, 3, 1], [3, 0, 2]], ids=["blocks-everywhere", "a-sequence-without-blocks"])
+def test_packed_sequences_are_what_each_is_alone(num_blocks: list[int]):
+    shape = make_shape(CASES[2])
+    drafter = random_drafter(shape).double()
+    generator = torch.Generator().manual_seed(5)
+    num_tokens = [7, 4, 9]
+    features = [torch.randn(count, 12, generator=generator, dtype=torch.float64) for count in num_tokens]
+    blocks = [torch.randn(count, 4, 12, generator=generator, dtype=torch.float64) for count in num_blocks]
+    anchors = [
+        torch.randint(tokens + 1, (count,), generator=generator)
+        for tokens, count in zip(num_tokens, num_blocks, strict=True)
+    ]
+    direction = [torch.randn(each.shape, generator=generator, dtype=torch.float64) for each in blocks]
+
+    context = drafter.context(torch.cat(features), num_tokens)
+    packed_NGH = drafter(torch.cat(blocks), torch.cat(anchors), context, num_blocks)
+    packed_gradients = torch.autograd.grad((packed_NGH * torch.cat(direction)).sum(), [*drafter.parameters()])
+
+    total = torch.zeros((), dtype=torch.float64)
+    alone = []
+    for features_TD, blocks_NGH, anchors_N, direction_NGH in zip(features, blocks, anchors, direction, strict=True):
+        if len(blocks_NGH):
+            alone.append(drafter(blocks_NGH, anchors_N, drafter.context(features_TD)))
+            total = total + (alone[-1] * direction_NGH).sum()
+    assert relative_error(packed_NGH, torch.cat(alone)) < TOLERANCE
+    for found, expected in zip(packed_gradients, torch.autograd.grad(total, [*drafter.parameters()]), strict=True):
+        assert relative_error(found, expected) < TOLERANCE

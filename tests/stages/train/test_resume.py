@@ -90,7 +90,15 @@ class Case(NamedTuple):
 
 CASES = [
     Case("dflash", DFLASH),
-    Case("boundary", {}),
+    Case("mixture", {}),
+    Case(
+        "posterior-failure-unlikelihood",
+        {"prefix_sampler": "posterior", "anchor_sampler": "failure", "unlikelihood": 0.1},
+    ),
+    Case(
+        "topk-chain-expected-length",
+        {"prefix_sampler": "topk", "anchor_sampler": "chain", "weights": "expected-length"},
+    ),
     Case("sampled-vocabulary", {"prefix_sampler": "visible-geometric", "num_sampled_tokens": 32, "labels": "argmax"}),
 ]
 
@@ -250,6 +258,16 @@ def test_thirty_steps_lower_the_loss(flags: Flags, drafted_cache: Path, tmp_path
     losses = [line["loss"] for line in metrics(tmp_path / "run")]
     assert len(losses) == 30
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_passes_do_not_change_the_loss(drafted_cache: Path, tmp_path: Path):
+    flags = {"anchor_sampler": "chain", "batch_size": 4}
+    for name, tokens_per_pass in (("one-by-one", 1), ("together", 65536)):
+        train(drafted_cache, tmp_path / name, **flags, tokens_per_pass=tokens_per_pass)
+    alone, together = ([line["loss"] for line in metrics(tmp_path / name)] for name in ("one-by-one", "together"))
+    assert len(alone) == 6
+    # Sums in another order, in float32, over six steps that build on each other.
+    assert together == pytest.approx(alone, rel=1e-4)
 
 
 def test_the_samplers_draw_different_prefixes(drafted_cache: Path, tmp_path: Path):
