@@ -73,10 +73,14 @@ def make_result(arm: str, seed: int, cycles: dict[str, list[int]]) -> dict[str, 
 def test_the_report_holds_lifts_and_ratios(tmp_path: Path):
     results = [
         # alpha 2 for the first drafter, 2.5 for its tree.
-        make_result(PAPER_ARM, 0, {"paper": [16, 24], "exclude": [16, 24], "runner-up": [10, 15]}),
-        # Means over two seeds: 25, 24 and 20 cycles for 100 tokens.
-        make_result(DEFAULT_ARM, 0, {"paper": [10, 16], "exclude": [10, 14], "runner-up": [8, 11]}),
-        make_result(DEFAULT_ARM, 1, {"paper": [10, 14], "exclude": [10, 14], "runner-up": [8, 13]}),
+        make_result(PAPER_ARM, 0, {"paper": [16, 24], "exclude": [16, 24], "runner-up": [10, 15], "reranked": [9, 14]}),
+        # Means over two seeds: 25, 24, 25 and 20 cycles for 100 tokens.
+        make_result(
+            DEFAULT_ARM, 0, {"paper": [10, 16], "exclude": [10, 14], "runner-up": [9, 15], "reranked": [8, 11]}
+        ),
+        make_result(
+            DEFAULT_ARM, 1, {"paper": [10, 14], "exclude": [10, 14], "runner-up": [9, 17], "reranked": [8, 13]}
+        ),
     ]
     (tmp_path / "results").mkdir()
     for i, result in enumerate(results):
@@ -91,7 +95,8 @@ def test_the_report_holds_lifts_and_ratios(tmp_path: Path):
     assert by_arm[PAPER_ARM]["paper"][0] == pytest.approx(0.5)
     assert by_arm[DEFAULT_ARM]["paper"][0] == pytest.approx(2.0)
     assert by_arm[DEFAULT_ARM]["exclude"][0] == pytest.approx(100 / 24 - 2)
-    assert by_arm[DEFAULT_ARM]["runner-up"][0] == pytest.approx(3.0)
+    assert by_arm[DEFAULT_ARM]["runner-up"][0] == pytest.approx(2.0)
+    assert by_arm[DEFAULT_ARM]["reranked"][0] == pytest.approx(3.0)
     assert [ratio[0] for ratio in found["ratios"].values()] == pytest.approx([6.0, 6.0])
     assert f"| {DEFAULT_ARM} | 2 | 2.000 [" in text
 
