@@ -22,7 +22,7 @@ from ..stages.drafter.checkpoint import drafter_fingerprint
 from ..stages.evaluate.replay import Replay
 from ..stages.evaluate.report import ReplayReport
 from ..stages.train.checkpoints import find_drafter
-from ..stages.train.samples import is_held_out, reads_boundaries
+from ..stages.train.samples import boundary_readers, is_held_out
 from . import commands
 from .config import load_config
 from .demo import make_target
@@ -69,7 +69,6 @@ ARMS = (
     Arm("boundary", prefix("boundary")),
     Arm("posterior", prefix("posterior")),
     Arm("topk", prefix("topk")),
-    Arm("past-boundary, expected-length", PAST | {"train.weights": "expected-length"}),
     Arm("geometric-0.6", prefix("geometric", beta=0.6)),
     Arm("geometric-0.8", prefix("geometric", beta=0.8)),
     Arm("geometric-1.0", prefix("geometric", beta=1.0)),
@@ -82,14 +81,11 @@ ARMS = (
     Arm("past-boundary, failure", PAST | {"train.anchor.sampler": "failure"}),
     Arm("past-boundary, batch", PAST | {"train.normalise": "batch"}),
     Arm("past-boundary, tau 3", PAST | {"train.tau": 3.0}),
-    Arm("past-boundary, until-failure", PAST | {"train.until_failure": True}),
-    Arm("boundary, unlikelihood", prefix("boundary") | {"train.unlikelihood": 0.1}),
     Arm("boundary, warm", prefix("boundary"), warm=True),
     Arm(
         "mixture, first draft visible",
         prefix("mixture", mixture={"past-boundary": 0.7, "geometric": 0.3}) | {"train.visible": "first-draft"},
     ),
-    Arm("past-boundary, warm, expected-length", PAST | {"train.weights": "expected-length"}, warm=True),
     Arm("past-boundary, warm, lr 3e-4", PAST | {"train.lr": 3e-4}, warm=True),
 )
 
@@ -135,7 +131,7 @@ def run_study(
     with ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         # What needs no first drafter trains beside it.
         for arm in ARMS:
-            if not (arm.warm or reads_boundaries(study.config(**arm.settings).train)):
+            if not (arm.warm or boundary_readers(study.config(**arm.settings).train)):
                 for seed in range(arm.num_seeds):
                     pool.submit(train_arm, study, arm, seed)
         console.rule("first drafter")

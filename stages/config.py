@@ -213,15 +213,6 @@ class TrainConfig(Section):
     """Decay length of the loss weights, in block positions (Eq. 7); > 0."""
     normalise: Literal["block", "batch"] = "block"
     """What the weighted loss is divided by: each block's weights (the paper) or the batch's (public code)."""
-    weights: Literal["decay", "expected-length"] = "decay"
-    """Loss weights of block positions: Eq. 7, or how much a position's probability adds to the expected accept length.
-
-    The latter follows D-PACE (arXiv 2605.18810) and moves with the drafter.
-    """
-    until_failure: bool = False
-    """Leave out the positions after the first one that the drafter itself gets wrong."""
-    unlikelihood: NonNegativeFloat = 0.0
-    """Weight of -log(1 - p) for the first draft's wrong token at its boundary; >= 0, 0 = off."""
     visible: Literal["recorded", "first-draft"] = "recorded"
     """Tokens of visible prefixes: the recorded ones, or the first draft's, which differ past the boundary."""
     labels: Literal["recorded", "argmax"] = "recorded"

@@ -12,7 +12,6 @@ from torch import Tensor
 from ..config import TrainConfig
 
 POSITIONS_PER_CHUNK = 1024
-SMALLEST_PROBABILITY = 1e-6
 
 
 def position_weights(labelled_NG: Tensor, prefix_len_N: Tensor, tau: float) -> Tensor:
@@ -20,26 +19,6 @@ def position_weights(labelled_NG: Tensor, prefix_len_N: Tensor, tau: float) -> T
     k_G = torch.arange(labelled_NG.shape[1], device=labelled_NG.device)
     distance_NG = k_G - prefix_len_N[:, None] - 1
     return torch.where(labelled_NG & (distance_NG >= 0), torch.exp(-distance_NG.clamp(min=0) / tau), 0.0)
-
-
-def expected_length_weights(probs_NG: Tensor, predicted_NG: Tensor) -> Tensor:
-    """What log p_k adds to the expected accept length: w_k = sum over m >= k of p_(l+1) ... p_m; [N, G].
-
-    The expected number of leading positions that are right is the sum over m of p_(l+1) ... p_m; these are its
-    derivatives, taken as constants (D-PACE, arXiv 2605.18810).
-
-    Args:
-        probs_NG: the drafter's probability of each label.
-        predicted_NG: bool, the labelled positions after the prefix, which follow one another; others get 0.
-    """
-    reached_NG = torch.where(predicted_NG, probs_NG, 1.0).cumprod(dim=1) * predicted_NG
-    return reached_NG.flip(1).cumsum(dim=1).flip(1) * predicted_NG
-
-
-def until_first_failure(right_NG: Tensor, predicted_NG: Tensor) -> Tensor:
-    """bool [N, G]: the predicted positions up to the first that is wrong, and that one."""
-    wrong_before_NG = (predicted_NG & ~right_NG).long().cumsum(dim=1) - (predicted_NG & ~right_NG).long()
-    return predicted_NG & (wrong_before_NG == 0)
 
 
 def normalised(weights_NG: Tensor, normalise: str) -> tuple[Tensor, Tensor]:
@@ -61,8 +40,6 @@ class BlockLabels(NamedTuple):
     """Eq. 7; 0 where there is no label."""
     first_masked_NG: Tensor
     """bool: the first predicted position of each block."""
-    rejected_NG: Tensor
-    """int64: the first draft's wrong token at its boundary, if that is predicted; -1 elsewhere."""
 
 
 class LossParts(NamedTuple):
@@ -78,39 +55,18 @@ class LossParts(NamedTuple):
 
 
 def block_loss(states_NGH: Tensor, blocks: BlockLabels, rows: HeadRows, config: TrainConfig) -> LossParts:
-    """The configured loss of the blocks' states: Eq. 7 of arXiv 2606.04446, and what the config adds to it."""
+    """Eq. 7 of arXiv 2606.04446 over the blocks' states, normalised as configured."""
     predicted_NG = blocks.weights_NG > 0
     losses = head_losses(states_NGH[predicted_NG], blocks.labels_NG[predicted_NG], rows)
     right_NG = torch.zeros_like(predicted_NG).masked_scatter(predicted_NG, losses.right_P)
-    weights_NG = blocks.weights_NG
-    if config.weights == "expected-length":
-        probs_P = losses.loss_P.detach().neg().exp()
-        probs_NG = torch.zeros_like(weights_NG).masked_scatter(predicted_NG, probs_P)
-        # In float32 a product of small probabilities may vanish, and the first position must not.
-        weights_NG = expected_length_weights(probs_NG.clamp(min=SMALLEST_PROBABILITY), predicted_NG)
-    if config.until_failure:
-        weights_NG = weights_NG * until_first_failure(right_NG, predicted_NG)
-    weights_NG, denominator = normalised(weights_NG, config.normalise)
-    loss_sum = (weights_NG[predicted_NG] * losses.loss_P).sum()
-    if config.unlikelihood:
-        loss_sum = loss_sum + config.unlikelihood * unlikelihood_loss(states_NGH, weights_NG, blocks.rejected_NG, rows)
+    weights_NG, denominator = normalised(blocks.weights_NG, config.normalise)
     return LossParts(
-        loss_sum,
+        (weights_NG[predicted_NG] * losses.loss_P).sum(),
         denominator,
         right_NG[blocks.first_masked_NG].sum(),
         blocks.first_masked_NG.sum(),
         predicted_NG.sum(),
     )
-
-
-def unlikelihood_loss(states_NGH: Tensor, weights_NG: Tensor, rejected_NG: Tensor, rows: HeadRows) -> Tensor:
-    """Sum of weight x -log(1 - p) over the rejected tokens of the first draft; those without a row are left out."""
-    wanted_NG = rejected_NG >= 0
-    if rows.row_of_token is not None:
-        wanted_NG = wanted_NG & (rows.row_of_token[rejected_NG.clamp(min=0)] >= 0)
-    loss_P = head_losses(states_NGH[wanted_NG], rejected_NG[wanted_NG], rows).loss_P
-    # -log(1 - exp(-x)); where p is 1 in float32 the loss is large, not infinite.
-    return (weights_NG[wanted_NG] * -torch.log(-torch.expm1(-loss_P.clamp(min=SMALLEST_PROBABILITY)))).sum()
 
 
 class HeadRows(NamedTuple):

@@ -16,7 +16,7 @@ from ..drafter.target_pieces import choose_mask_token, load_target_config, load_
 from ..evaluate.replay import Replay
 from .checkpoints import find_drafter
 from .loop import Trainer
-from .samples import reads_boundaries, require_anchor, split_rows
+from .samples import boundary_readers, require_anchor, split_rows
 
 DEFAULT_MAX_POSITIONS = 32768
 
@@ -64,13 +64,14 @@ def plan_first_drafts(cache: Cache, shape: DrafterShape, config: TrainConfig) ->
         CacheNotFoundError: it needs them, and the cache has none, or not for all its parts.
         ConfigError: they were made with another block size.
     """
-    if not reads_boundaries(config):
+    readers = boundary_readers(config)
+    if not readers:
         return None
     if not list_drafts(cache.storage):
         raise CacheNotFoundError(
-            f"these samplers need to know where the first draft fails, but {cache.place} holds no first drafts. Make "
-            f"them with vpd draft {cache.place} --first-drafter DIR, or choose --prefix-sampler geometric and "
-            "--anchor-sampler uniform."
+            f"{', '.join(readers)}: needs to know where the first draft fails, but {cache.place} holds no first "
+            f"drafts. Make them with vpd draft {cache.place} --first-drafter DIR, or choose --prefix-sampler geometric "
+            "and --anchor-sampler uniform."
         )
     drafts = FirstDrafts.open(cache, first_drafter_fingerprint(config))
     if drafts.block_size != shape.block_size:

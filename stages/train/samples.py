@@ -173,17 +173,22 @@ def draw_blocks(
     )
 
 
-def reads_boundaries(config: TrainConfig) -> bool:
-    """Whether training reads where the first draft failed."""
-    of_prefix = samplers_in_use(config.prefix) & prefix.READ_BOUNDARIES
-    wanted = config.anchor.sampler in anchors.READ_BOUNDARIES
-    return wanted or (config.objective == "vp" and bool(of_prefix or reads_draft_tokens(config)))
+def boundary_readers(config: TrainConfig) -> list[str]:
+    """The settings for which training reads where the first draft failed."""
+    found = []
+    if config.objective == "vp":
+        found = [f"prefix sampler {n}" for n in sorted(samplers_in_use(config.prefix) & prefix.READ_BOUNDARIES)]
+        if config.visible == "first-draft":
+            found.append("visible first-draft")
+    if config.anchor.sampler in anchors.READ_BOUNDARIES:
+        found.append(f"anchor sampler {config.anchor.sampler}")
+    return found
 
 
 def reads_draft_tokens(config: TrainConfig) -> bool:
     """Whether training reads the first draft's tokens and confidences too."""
     of_prefix = samplers_in_use(config.prefix) & prefix.READ_CONFIDENCES
-    return config.objective == "vp" and bool(of_prefix or config.unlikelihood or config.visible == "first-draft")
+    return config.objective == "vp" and bool(of_prefix or config.visible == "first-draft")
 
 
 def pack(
@@ -198,7 +203,7 @@ def pack(
     def packed_or_none(name: str) -> Tensor | None:
         return None if getattr(sequences[0], name) is None else packed(name)
 
-    tokens_NG, labelled_NG, labels_NG = packed("tokens_NG"), packed("labelled_NG"), packed("labels_NG")
+    tokens_NG, labelled_NG = packed("tokens_NG"), packed("labelled_NG")
     accept_len_N, draft_NJ = packed_or_none("accept_len_N"), packed_or_none("draft_NJ")
     facts = BlockFacts(labelled_NG.sum(dim=1), accept_len_N, packed_or_none("confidence_NJ"))
     if config.objective == "dflash":
@@ -217,33 +222,11 @@ def pack(
         anchors_N=packed("anchors_N"),
         block_ids_NG=show_prefix(visible_NG, prefix_len_N, mask_token_id),
         labels=BlockLabels(
-            labels_NG=labels_NG,
+            labels_NG=packed("labels_NG"),
             weights_NG=position_weights(labelled_NG, prefix_len_N, config.tau),
             first_masked_NG=k_G == prefix_len_N[:, None] + 1,
-            rejected_NG=_rejected(labels_NG, draft_NJ, accept_len_N, facts.num_labels_N, prefix_len_N),
         ),
     )
-
-
-def _rejected(
-    labels_NG: Tensor,
-    draft_NJ: Tensor | None,
-    accept_len_N: Tensor | None,
-    num_labels_N: Tensor,
-    prefix_len_N: Tensor,
-) -> Tensor:
-    """The first draft's wrong token at block position L+1 where that is labelled and predicted, else -1; [N, G].
-
-    It is not wrong where it is the label, as the target's argmax may be.
-    """
-    if draft_NJ is None or accept_len_N is None:
-        return torch.full_like(labels_NG, -1)
-    accept_len_N = accept_len_N.long()
-    known_N = (accept_len_N != NOT_DRAFTED) & (accept_len_N < num_labels_N) & (prefix_len_N <= accept_len_N)
-    k_G = torch.arange(draft_NJ.shape[1] + 1, device=draft_NJ.device)
-    at_boundary_NG = (k_G == accept_len_N[:, None] + 1) & known_N[:, None]
-    drafted_NG = torch.cat([draft_NJ[:, :1], draft_NJ], dim=1)
-    return torch.where(at_boundary_NG & (drafted_NG != labels_NG), drafted_NG, -1)
 
 
 def _labels(sequence: CachedSequence, tokens_NG: Tensor, anchors_N: Tensor, config: TrainConfig) -> Tensor:

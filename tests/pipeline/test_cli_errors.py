@@ -147,11 +147,6 @@ WRONG = [
         ["does not fit the cache", "context layers"],
     ),
     Wrong(
-        "drafters-of-two-block-sizes",
-        lambda place: place.evaluate("--drafter", place.drafter(block_size=8)),
-        ["the first drafter has block size 4, the VP-Drafter 8", "Train the VP-Drafter"],
-    ),
-    Wrong(
         "block-size-of-the-drafts-is-another",
         lambda place: place.train(place.drafted, block_size=8),
         ["have block size 4", "drafter.block_size is 8", "Set drafter.block_size to 4"],
@@ -181,7 +176,7 @@ WRONG = [
     Wrong(
         "boundary-without-first-drafts",
         lambda place: place.train(place.cache),
-        ["prefix sampler boundary", "holds no first drafts", "vpd draft", "--prefix-sampler geometric"],
+        ["prefix sampler past-boundary", "holds no first drafts", "vpd draft", "--prefix-sampler geometric"],
     ),
     Wrong(
         "first-drafts-of-another-name",

@@ -329,21 +329,18 @@ TRAIN_VALUES = {
     "anchor.sampler": "chain",
     "anchor.uniform_share": "0.5",
     "normalise": "batch",
-    "weights": "expected-length",
     "visible": "first-draft",
     "labels": "argmax",
     "schedule": "linear",
     "precision": "bf16",
     "betas": "0.8,0.9",
 }
-SWITCHES = {"until_failure"}
-"""Settings whose flag takes no value."""
 
 
 @pytest.mark.parametrize("key", [key for key in leaf_fields(TrainConfig) if key != "prefix.mixture"])
 def test_every_training_setting_has_a_flag(key: str):
-    text = [] if key in SWITCHES else [TRAIN_VALUES.get(key, "1")]
-    overrides = run(TrainConfig, "train", f"--{key.replace('.', '-').replace('_', '-')}", *text)
+    text = TRAIN_VALUES.get(key, "1")
+    overrides = run(TrainConfig, "train", f"--{key.replace('.', '-').replace('_', '-')}", text)
     assert list(overrides) == [f"train.{key}"]
     if key != "holdout":
         dumped = load_config(None, overrides).train.model_dump()

@@ -16,7 +16,6 @@ from vpd.stages.train.objective import (
     LossParts,
     VocabularySampler,
     block_loss,
-    expected_length_weights,
     position_weights,
 )
 
@@ -71,41 +70,22 @@ def test_the_first_predicted_position_weighs_one():
     assert float(weights[0, 3]) == pytest.approx(math.exp(-1 / 7))
 
 
-@settings(deadline=None, max_examples=60)
-@given(some_blocks(), st.integers(0, 100))
-def test_expected_length_weights_are_derivatives_of_the_expected_accept_length(blocks: Blocks, seed: int):
-    probs_NG = torch.rand(blocks.labelled_NG.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    predicted_NG = blocks.weights_NG > 0
-    log_probs_NG = probs_NG.log().requires_grad_()
-    expected_length = torch.zeros((), dtype=torch.float64)
-    for n, (labels, prefix) in enumerate(zip(blocks.num_labels, blocks.prefixes, strict=True)):
-        for last in range(prefix + 1, labels + 1):
-            # The positions up to `last` are all right, which adds one to the accept length.
-            expected_length = expected_length + log_probs_NG[n, prefix + 1 : last + 1].sum().exp()
-    (expected_NG,) = torch.autograd.grad(expected_length, log_probs_NG)
-    found_NG = expected_length_weights(probs_NG, predicted_NG)
-    torch.testing.assert_close(found_NG, expected_NG, rtol=1e-12, atol=1e-14)
-
-
 # The whole loss
 
 N, G, V, H = 6, 6, 19, 7
 NUM_LABELS, PREFIXES = [5, 5, 5, 3, 1, 5], [0, 2, 4, 1, 0, 0]
-REJECTED_AT = {0: 3, 1: 3, 3: 2, 4: 1}
-"""Block position of the first draft's wrong token, for some blocks."""
 
 
 class World(NamedTuple):
     states_NGH: Tensor
     labels_NG: Tensor
-    rejected_NG: Tensor
     head_VH: Tensor
 
     def labels(self, config: TrainConfig) -> BlockLabels:
         k_G, prefix_N = torch.arange(G), torch.tensor(PREFIXES)
         labelled_NG = (k_G > 0) & (k_G <= torch.tensor(NUM_LABELS)[:, None])
         weights_NG = position_weights(labelled_NG, prefix_N, config.tau)
-        return BlockLabels(self.labels_NG, weights_NG, k_G == prefix_N[:, None] + 1, self.rejected_NG)
+        return BlockLabels(self.labels_NG, weights_NG, k_G == prefix_N[:, None] + 1)
 
 
 @pytest.fixture
@@ -117,10 +97,7 @@ def world() -> World:
     # The drafter is right at these: all through one block, up to a point in others.
     for block, positions in {0: range(6), 1: range(4), 3: [2], 5: [1, 2]}.items():
         labels_NG[block, positions] = likeliest_NG[block, positions]
-    rejected_NG = torch.full((N, G), -1)
-    for block, position in REJECTED_AT.items():
-        rejected_NG[block, position] = (labels_NG[block, position] + 1 + block) % V
-    return World(states_NGH, labels_NG, rejected_NG, head_VH)
+    return World(states_NGH, labels_NG, head_VH)
 
 
 class Softmax(NamedTuple):
@@ -160,18 +137,8 @@ def slow_loss(world: World, states_NGH: Tensor, softmax: Softmax, config: TrainC
         log_probs = {k: softmax.log_probs(world.head_VH, states_NGH[n, k]) for k in positions}
         loss = {k: -log_probs[k][int(world.labels_NG[n, k])] for k in positions}
         right = {k: softmax.likeliest(world.head_VH, states_NGH[n, k]) == int(world.labels_NG[n, k]) for k in positions}
-        if config.weights == "decay":
-            weight = {k: math.exp(-(k - PREFIXES[n] - 1) / config.tau) for k in positions}
-        else:
-            prob = {k: math.exp(-float(loss[k].detach())) for k in positions}
-            reached = {k: math.prod(prob[i] for i in positions if i <= k) for k in positions}
-            weight = {k: sum(reached[m] for m in positions if m >= k) for k in positions}
-        if config.until_failure:
-            weight = {k: w for k, w in weight.items() if all(right[i] for i in positions if i < k)}
+        weight = {k: math.exp(-(k - PREFIXES[n] - 1) / config.tau) for k in positions}
         total = sum(w * loss[k] for k, w in weight.items())
-        for k in weight.keys() & {REJECTED_AT.get(n)}:
-            if (token := int(world.rejected_NG[n, k])) in softmax.stands_for:
-                total = total - config.unlikelihood * weight[k] * (1 - log_probs[k][token].exp()).log()
         sums.append(total)
         weight_sums.append(sum(weight.values()))
         first_right.append(right[PREFIXES[n] + 1])
@@ -190,10 +157,6 @@ class Option(NamedTuple):
 OPTIONS = [
     Option("decay", {}),
     Option("short-decay", {"tau": 1.5}),
-    Option("expected-length", {"weights": "expected-length"}),
-    Option("until-failure", {"until_failure": True}),
-    Option("unlikelihood", {"unlikelihood": 0.7}),
-    Option("all", {"weights": "expected-length", "until_failure": True, "unlikelihood": 2.0}),
 ]
 
 
@@ -236,28 +199,3 @@ def test_the_cases_differ(world: World):
             for _, softmax in (whole(world), sampled(world)):
                 losses.add(float(slow_loss(world, world.states_NGH.double(), softmax, config)[0]))
     assert len(losses) == 2 * 2 * len(OPTIONS)
-
-
-@pytest.mark.parametrize("normalise", ["block", "batch"])
-def test_labels_that_are_all_but_impossible_still_teach(world: World, normalise: str):
-    """Probabilities below what float32 holds, whose products are the weights."""
-    config = TrainConfig.model_validate({"weights": "expected-length", "normalise": normalise})
-    states_NGH = (200 * world.states_NGH).requires_grad_()
-    labels = world.labels(config)
-    labels = labels._replace(labels_NG=(states_NGH @ world.head_VH.T).argmin(dim=2))
-    parts = block_loss(states_NGH, labels, whole(world)[0], config)
-    (gradient_NGH,) = torch.autograd.grad(parts.loss_sum / parts.denominator, states_NGH)
-    assert bool(gradient_NGH.isfinite().all())
-    assert bool((gradient_NGH[labels.first_masked_NG] != 0).any(dim=1).all())
-
-
-def test_a_rejected_token_that_is_all_but_certain_gives_a_finite_loss(world: World):
-    config = TrainConfig(unlikelihood=1.0)
-    states_NGH = (200 * world.states_NGH).requires_grad_()
-    likeliest_NG = (states_NGH @ world.head_VH.T).argmax(dim=2)
-    labels = world.labels(config)
-    labels = labels._replace(rejected_NG=torch.where(labels.rejected_NG >= 0, likeliest_NG, -1))
-    parts = block_loss(states_NGH, labels, whole(world)[0], config)
-    (gradient_NGH,) = torch.autograd.grad(parts.loss_sum, states_NGH)
-    assert bool(parts.loss_sum.isfinite())
-    assert bool(gradient_NGH.isfinite().all())

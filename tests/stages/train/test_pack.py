@@ -1,7 +1,6 @@
 """Blocks of a pass: what first drafts add to them, and that they are the same in any company."""
 
 # G block size
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -9,54 +8,16 @@ import torch
 from recorded import DRAFT, MASK, TOKEN, G, draw, make_config, make_drafts, make_sequence, prefixes, training_blocks
 from vpd.data.cache.drafts import NOT_DRAFTED, FirstDrafts
 from vpd.data.cache.reader import CachedSequence
-from vpd.stages.train.samples import TrainingBlocks, pack, reads_boundaries, reads_draft_tokens
+from vpd.stages.train.samples import TrainingBlocks, boundary_readers, pack, reads_draft_tokens
 
 REJECTIONS = [0, 3, 4, 2, NOT_DRAFTED, 1, 2, 0, 0, 0, 1, 1, 0]
 """Accept lengths in `DRAFTED`: 2 is right to its last position, 4 was not drafted, 6 and 11 to the end of the turn."""
 DRAFTED = "aaaaaaaaa.aaa"
-REJECTED_AT = {0: 1, 1: 4, 3: 3, 5: 2, 7: 1, 10: 2}
-"""Block position of the wrong token, where there is one."""
-
-
-@pytest.mark.parametrize("sampler", ["geometric", "boundary", "past-boundary"])
-def test_the_rejected_token_is_that_of_the_boundary_unless_it_is_visible(sampler: str):
-    config = make_config(unlikelihood=1.0, prefix={"sampler": sampler})
-    blocks = training_blocks(make_sequence(DRAFTED), config, 0, make_drafts(REJECTIONS))
-    found = blocks.labels.rejected_NG.tolist()
-    for anchor, prefix, row in zip(blocks.anchors_N.tolist(), prefixes(blocks), found, strict=True):
-        expected = [-1] * G
-        k = REJECTED_AT.get(anchor, 0)
-        if k > prefix:
-            expected[k] = DRAFT + 10 * anchor + k
-        assert row == expected, anchor
-    count = sum(token >= 0 for row in found for token in row)
-    assert count == len(REJECTED_AT) if sampler == "boundary" else count < len(REJECTED_AT)
-
-
-def test_a_rejected_token_that_is_the_label_is_not_unlikely():
-    """The recorded token differs from the draft, but the target's own choice, which is the label, does not."""
-    sequence = make_sequence(DRAFTED)
-    accept_len = [0] * len(DRAFTED)
-    argmax_T = torch.tensor([DRAFT + 10 * p + 1 for p in range(len(DRAFTED))])
-    config = make_config(unlikelihood=1.0, prefix={"sampler": "boundary"})
-    for labels, expected in (("recorded", True), ("argmax", False)):
-        blocks = training_blocks(
-            replace(sequence, target_argmax_T=argmax_T),
-            config.model_copy(update={"labels": labels}),
-            drafts=make_drafts(accept_len),
-        )
-        assert bool((blocks.labels.rejected_NG >= 0).any()) == expected
-
-
-@pytest.mark.parametrize("settings", [{}, {"objective": "dflash", "anchor": {"sampler": "chain"}, "unlikelihood": 1.0}])
-def test_nothing_is_rejected_where_drafts_are_not_read(settings: dict[str, Any]):
-    blocks = training_blocks(make_sequence(DRAFTED), make_config(**settings), 0, make_drafts(REJECTIONS))
-    assert blocks.labels.rejected_NG.tolist() == [[-1] * G] * len(blocks.anchors_N)
 
 
 @pytest.mark.parametrize("visible", ["recorded", "first-draft"])
 def test_visible_tokens_are_the_recorded_or_the_first_drafts(visible: str):
-    config = make_config(visible=visible, unlikelihood=1.0)
+    config = make_config(visible=visible)
     blocks = training_blocks(make_sequence(DRAFTED), config, 0, make_drafts(REJECTIONS))
     for anchor, prefix, row in zip(blocks.anchors_N.tolist(), prefixes(blocks), blocks.block_ids_NG, strict=True):
         drafted = visible == "first-draft" and REJECTIONS[anchor] != NOT_DRAFTED
@@ -83,9 +44,10 @@ READS = [
     Reads("mixture-not-in-use", {"prefix": {"sampler": "geometric", "mixture": {"topk": 1}}}, False, False),
     Reads("chain", {"anchor": {"sampler": "chain"}}, True, False),
     Reads("failure", {"anchor": {"sampler": "failure"}}, True, False),
-    Reads("unlikelihood", {"unlikelihood": 0.1}, True, True),
     Reads("first-draft-visible", {"visible": "first-draft"}, True, True),
-    Reads("first-drafter", {"objective": "dflash", "prefix": {"sampler": "topk"}, "unlikelihood": 1}, False, False),
+    Reads(
+        "first-drafter", {"objective": "dflash", "prefix": {"sampler": "topk"}, "visible": "first-draft"}, False, False
+    ),
     Reads("chain-of-first-drafter", {"objective": "dflash", "anchor": {"sampler": "chain"}}, True, False),
 ]
 
@@ -93,14 +55,14 @@ READS = [
 @pytest.mark.parametrize("case", READS, ids=lambda case: case.id)
 def test_drafts_are_read_where_a_setting_needs_them(case: Reads):
     config = make_config(**case.settings)
-    assert (reads_boundaries(config), reads_draft_tokens(config)) == (case.boundaries, case.tokens)
+    assert (bool(boundary_readers(config)), reads_draft_tokens(config)) == (case.boundaries, case.tokens)
 
 
 # What a draw depends on
 
 MIXED = {
     "prefix": {"sampler": "mixture", "mixture": {"posterior": 1, "past-boundary": 1, "topk": 1, "geometric": 1}},
-    "unlikelihood": 1.0,
+    "visible": "first-draft",
 }
 DRAWS = {
     "dflash": {"objective": "dflash"},

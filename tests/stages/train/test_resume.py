@@ -92,13 +92,10 @@ CASES = [
     Case("dflash", DFLASH),
     Case("mixture", {}),
     Case(
-        "posterior-failure-unlikelihood",
-        {"prefix_sampler": "posterior", "anchor_sampler": "failure", "unlikelihood": 0.1},
+        "posterior-failure-first-draft",
+        {"prefix_sampler": "posterior", "anchor_sampler": "failure", "visible": "first-draft"},
     ),
-    Case(
-        "topk-chain-expected-length",
-        {"prefix_sampler": "topk", "anchor_sampler": "chain", "weights": "expected-length"},
-    ),
+    Case("topk-chain", {"prefix_sampler": "topk", "anchor_sampler": "chain"}),
     Case("sampled-vocabulary", {"prefix_sampler": "visible-geometric", "num_sampled_tokens": 32, "labels": "argmax"}),
 ]
 
