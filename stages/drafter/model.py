@@ -9,23 +9,16 @@ tokens of a block are visible.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .attention import Attend, LayerContext, make_layout, plan_attention
 from .shape import DrafterShape
 
 INIT_STD = 0.02
-
-
-class LayerContext(NamedTuple):
-    """A layer's keys and values of the context states, computed once per sequence."""
-
-    key_kTd: Tensor
-    value_kTd: Tensor
 
 
 class Context(NamedTuple):
@@ -36,21 +29,16 @@ class Context(NamedTuple):
     """Tokens of each sequence; T in all."""
 
 
-class Group(NamedTuple):
-    """Blocks of one sequence, and the rows of the packed context that belong to it."""
-
-    blocks: slice
-    rows: slice
-    bias_NT: Tensor
-    """0 where a block sees a token of its sequence, -inf elsewhere."""
-
-
 class Drafter(nn.Module):
     """Predicts every position of a block at once; embedding and LM head are the target's and not part of it."""
 
-    def __init__(self, shape: DrafterShape):
+    def __init__(self, shape: DrafterShape, attention: str = "structured"):
+        """
+        Args:
+            attention: how blocks attend: eager, structured or flex.
+        """
         super().__init__()
-        self.shape = shape
+        self.shape, self.attention = shape, attention
         eps = shape.rms_norm_eps
         self.fc = nn.Linear(len(shape.target_layer_ids) * shape.hidden_size, shape.hidden_size, bias=False)
         self.hidden_norm = RMSNorm(shape.hidden_size, eps=eps)
@@ -93,10 +81,11 @@ class Drafter(nn.Module):
         num_blocks = (len(blocks_NGH),) if num_blocks is None else tuple(num_blocks)
         offsets_G = torch.arange(blocks_NGH.shape[1], device=blocks_NGH.device)
         rope = rotary(anchors_N[:, None] + offsets_G, self.shape, blocks_NGH.dtype)
-        groups = group_blocks(anchors_N, context.num_tokens, num_blocks, blocks_NGH.dtype)
+        layout = make_layout(anchors_N, context.num_tokens, num_blocks, blocks_NGH.shape[1])
+        attend = plan_attention(self.attention, layout, blocks_NGH.dtype)
         states_NGH = blocks_NGH
         for layer, layer_context in zip(self.layers, context.layers, strict=True):
-            states_NGH = layer(states_NGH, rope, layer_context, groups)
+            states_NGH = layer(states_NGH, rope, layer_context, attend)
         return self.norm(states_NGH)
 
 
@@ -115,10 +104,8 @@ class DrafterLayer(nn.Module):
         self.input_layernorm = RMSNorm(shape.hidden_size, eps=shape.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(shape.hidden_size, eps=shape.rms_norm_eps)
 
-    def forward(
-        self, states_NGH: Tensor, rope: tuple[Tensor, Tensor], context: LayerContext, groups: list[Group]
-    ) -> Tensor:
-        states_NGH = states_NGH + self.self_attn(self.input_layernorm(states_NGH), rope, context, groups)
+    def forward(self, states_NGH: Tensor, rope: tuple[Tensor, Tensor], context: LayerContext, attend: Attend) -> Tensor:
+        states_NGH = states_NGH + self.self_attn(self.input_layernorm(states_NGH), rope, context, attend)
         return states_NGH + self.mlp(self.post_attention_layernorm(states_NGH))
 
 
@@ -134,11 +121,7 @@ class SwiGLU(nn.Module):
 
 
 class BlockAttention(nn.Module):
-    """Each block attends to the context before its anchor and, in both directions, to itself.
-
-    The scores of a sequence's N blocks and T tokens are [N, G, T + G]: blocks never meet, nor do sequences, so no
-    mask over all positions exists.
-    """
+    """Each block attends to the context before its anchor and, in both directions, to itself."""
 
     def __init__(self, shape: DrafterShape):
         super().__init__()
@@ -156,59 +139,16 @@ class BlockAttention(nn.Module):
         key_Tkd, value_Tkd = self._keys_values(states_TH, rope)
         return LayerContext(key_Tkd.transpose(0, 1), value_Tkd.transpose(0, 1))
 
-    def forward(
-        self, states_NGH: Tensor, rope: tuple[Tensor, Tensor], context: LayerContext, groups: list[Group]
-    ) -> Tensor:
+    def forward(self, states_NGH: Tensor, rope: tuple[Tensor, Tensor], context: LayerContext, attend: Attend) -> Tensor:
         N, G, _ = states_NGH.shape
-        k, r, d = self.num_kv_heads, self.num_heads // self.num_kv_heads, self.head_dim
-        query_NGhd = rotate(self.q_norm(self.q_proj(states_NGH).view(N, G, self.num_heads, d)), rope)
-        # The r query heads of a key-value head go beside each other: [k, N, G * r, d].
-        query_kNRd = query_NGhd.view(N, G, k, r, d).permute(2, 0, 1, 3, 4).reshape(k, N, G * r, d) * d**-0.5
+        query_NGhd = self.q_proj(states_NGH).view(N, G, self.num_heads, self.head_dim)
         key_NGkd, value_NGkd = self._keys_values(states_NGH, rope)
-        key_kNGd, value_kNGd = (x.permute(2, 0, 1, 3) for x in (key_NGkd, value_NGkd))
-        mixed = [
-            attend(
-                query_kNRd[:, group.blocks],
-                key_kNGd[:, group.blocks],
-                value_kNGd[:, group.blocks],
-                LayerContext(context.key_kTd[:, group.rows], context.value_kTd[:, group.rows]),
-                group.bias_NT,
-            )
-            for group in groups
-        ]
-        mixed_kNRd = mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=1)
-        mixed_NGH = mixed_kNRd.view(k, N, G, r, d).permute(1, 2, 0, 3, 4).reshape(N, G, -1)
-        return self.o_proj(mixed_NGH)
+        mixed_NGhd = attend(rotate(self.q_norm(query_NGhd), rope), key_NGkd, value_NGkd, context)
+        return self.o_proj(mixed_NGhd.flatten(2))
 
     def _keys_values(self, states: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         split = (*states.shape[:-1], self.num_kv_heads, self.head_dim)
         return rotate(self.k_norm(self.k_proj(states).view(split)), rope), self.v_proj(states).view(split)
-
-
-def attend(query_kNRd: Tensor, key_kNGd: Tensor, value_kNGd: Tensor, context: LayerContext, bias_NT: Tensor) -> Tensor:
-    """Attention [k, N, R, d] of a sequence's blocks to its context and to themselves, R = G * r rows a block."""
-    k, N, R, d = query_kNRd.shape
-    context_scores = (query_kNRd.flatten(1, 2) @ context.key_kTd.transpose(1, 2)).view(k, N, R, -1)
-    context_scores = context_scores + bias_NT[:, None, :]
-    own_scores = query_kNRd @ key_kNGd.transpose(2, 3)
-    weights = torch.cat([context_scores, own_scores], dim=-1).softmax(dim=-1, dtype=torch.float32)
-    to_context, to_own = weights.to(value_kNGd.dtype).split([bias_NT.shape[1], key_kNGd.shape[2]], dim=-1)
-    return (to_context.flatten(1, 2) @ context.value_kTd).view(k, N, R, d) + to_own @ value_kNGd
-
-
-def group_blocks(
-    anchors_N: Tensor, num_tokens: Sequence[int], num_blocks: Sequence[int], dtype: torch.dtype
-) -> list[Group]:
-    """The blocks of each packed sequence that has any."""
-    groups = []
-    block_ends, row_ends = [0, *accumulate(num_blocks)], [0, *accumulate(num_tokens)]
-    for blocks, rows in zip(pairwise(block_ends), pairwise(row_ends), strict=True):
-        if blocks[0] < blocks[1]:
-            rows_T = torch.arange(rows[1] - rows[0], device=anchors_N.device)
-            hidden_NT = rows_T >= anchors_N[slice(*blocks), None]
-            bias_NT = torch.zeros_like(hidden_NT, dtype=dtype).masked_fill_(hidden_NT, float("-inf"))
-            groups.append(Group(slice(*blocks), slice(*rows), bias_NT))
-    return groups
 
 
 def rotary(positions: Tensor, shape: DrafterShape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,227 @@
+"""Attention of blocks to the context before their anchors and, in both directions, to themselves; three ways, by name.
+
+Blocks never meet, nor do packed sequences. All ways give the same values and gradients.
+"""
+
+# T context tokens, N blocks, G block size, Q = N * G block positions, R = G * r rows of a block
+# h query heads, k key-value heads, r = h / k, d head width
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+BLOCKS_PER_GROUP = 16
+TILE = 128
+"""Rows and columns of a tile of flex attention's block mask."""
+
+
+class LayerContext(NamedTuple):
+    """A layer's keys and values of the context states, computed once per sequence."""
+
+    key_kTd: Tensor
+    value_kTd: Tensor
+
+
+class Layout(NamedTuple):
+    """Which rows of the packed context each block sees: starts_N[n] up to, but not including, ends_N[n]."""
+
+    starts_N: Tensor
+    ends_N: Tensor
+    num_tokens: int
+    block_size: int
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, LayerContext], Tensor]
+"""From query [N, G, h, d], key and value of the blocks [N, G, k, d], and the context, to [N, G, h, d]."""
+
+
+def make_layout(anchors_N: Tensor, num_tokens: Sequence[int], num_blocks: Sequence[int], block_size: int) -> Layout:
+    """The layout of sequences packed one after another.
+
+    Args:
+        anchors_N: int64, positions in their sequences.
+        num_tokens: context tokens of each sequence.
+        num_blocks: blocks of each sequence, which come one sequence after another.
+    """
+    first_rows = torch.tensor([0, *accumulate(num_tokens)][:-1])
+    starts_N = first_rows.repeat_interleave(torch.tensor(num_blocks)).to(anchors_N.device)
+    return Layout(starts_N, starts_N + anchors_N, sum(num_tokens), block_size)
+
+
+class EagerAttention:
+    """The reference: one softmax over a dense mask of all block positions and all that they might see."""
+
+    def __init__(self, layout: Layout):
+        N, G = len(layout.starts_N), layout.block_size
+        block_Q = torch.arange(N, device=layout.starts_N.device).repeat_interleave(G)
+        rows_T = torch.arange(layout.num_tokens, device=block_Q.device)
+        in_context_QT = (rows_T >= layout.starts_N[block_Q, None]) & (rows_T < layout.ends_N[block_Q, None])
+        self.hidden = torch.cat([in_context_QT, block_Q[:, None] == block_Q], dim=1).logical_not()
+
+    def __call__(self, query_NGhd: Tensor, key_NGkd: Tensor, value_NGkd: Tensor, context: LayerContext) -> Tensor:
+        query, key, value = packed_heads(query_NGhd, key_NGkd, value_NGkd, context)
+        r = len(query) // len(key)
+        scores = query @ key.repeat_interleave(r, dim=0).transpose(1, 2) * query.shape[-1] ** -0.5
+        weights = scores.masked_fill(self.hidden, float("-inf")).softmax(dim=-1, dtype=torch.float32)
+        mixed_hQd = weights.to(value.dtype) @ value.repeat_interleave(r, dim=0)
+        return mixed_hQd.transpose(0, 1).reshape(query_NGhd.shape)
+
+
+class Group(NamedTuple):
+    """Blocks of one sequence, and the context rows that at least one of them sees."""
+
+    blocks: slice
+    rows: slice
+    bias_NT: Tensor
+    """0 where a block sees a row, -inf elsewhere."""
+
+
+class StructuredAttention:
+    """Scores [n, G, rows + G] for a few neighbouring blocks at a time: no mask over all positions exists.
+
+    The cost grows with blocks times the context before them; blocks in the order of their anchors cost least.
+    """
+
+    def __init__(self, layout: Layout, dtype: torch.dtype):
+        self.groups = list(group_blocks(layout, dtype))
+
+    def __call__(self, query_NGhd: Tensor, key_NGkd: Tensor, value_NGkd: Tensor, context: LayerContext) -> Tensor:
+        N, G, h, d = query_NGhd.shape
+        k = key_NGkd.shape[2]
+        # The r query heads of a key-value head go beside each other: [k, N, R, d].
+        query_kNRd = query_NGhd.view(N, G, k, h // k, d).permute(2, 0, 1, 3, 4).reshape(k, N, -1, d) * d**-0.5
+        key_kNGd, value_kNGd = (x.permute(2, 0, 1, 3) for x in (key_NGkd, value_NGkd))
+        mixed = [
+            attend_group(
+                query_kNRd[:, group.blocks],
+                key_kNGd[:, group.blocks],
+                value_kNGd[:, group.blocks],
+                LayerContext(context.key_kTd[:, group.rows], context.value_kTd[:, group.rows]),
+                group.bias_NT,
+            )
+            for group in self.groups
+        ]
+        mixed_kNRd = mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=1)
+        return mixed_kNRd.view(k, N, G, h // k, d).permute(1, 2, 0, 3, 4).reshape(N, G, h, d)
+
+
+def group_blocks(layout: Layout, dtype: torch.dtype) -> Iterator[Group]:
+    """Neighbouring blocks of one sequence, at most `BLOCKS_PER_GROUP` of them together."""
+    starts, ends = layout.starts_N.tolist(), layout.ends_N.tolist()
+    begin = 0
+    while begin < len(starts):
+        end = begin + 1
+        while end < len(starts) and end - begin < BLOCKS_PER_GROUP and starts[end] == starts[begin]:
+            end += 1
+        rows = slice(starts[begin], max(ends[begin:end]))
+        rows_T = torch.arange(rows.start, rows.stop, device=layout.ends_N.device)
+        hidden_NT = rows_T >= layout.ends_N[begin:end, None]
+        bias_NT = torch.zeros_like(hidden_NT, dtype=dtype).masked_fill_(hidden_NT, float("-inf"))
+        yield Group(slice(begin, end), rows, bias_NT)
+        begin = end
+
+
+def attend_group(
+    query_kNRd: Tensor, key_kNGd: Tensor, value_kNGd: Tensor, context: LayerContext, bias_NT: Tensor
+) -> Tensor:
+    """Attention [k, N, R, d] of a group's blocks to their context and to themselves."""
+    k, N, R, d = query_kNRd.shape
+    context_scores = (query_kNRd.flatten(1, 2) @ context.key_kTd.transpose(1, 2)).view(k, N, R, -1)
+    context_scores = context_scores + bias_NT[:, None, :]
+    own_scores = query_kNRd @ key_kNGd.transpose(2, 3)
+    weights = torch.cat([context_scores, own_scores], dim=-1).softmax(dim=-1, dtype=torch.float32)
+    to_context, to_own = weights.to(value_kNGd.dtype).split([bias_NT.shape[1], key_kNGd.shape[2]], dim=-1)
+    return (to_context.flatten(1, 2) @ context.value_kTd).view(k, N, R, d) + to_own @ value_kNGd
+
+
+class FlexAttention:
+    """PyTorch's flex attention, which skips the tiles that nobody sees: the way for a GPU."""
+
+    def __init__(self, layout: Layout):
+        self.mask = make_block_mask(layout)
+
+    def __call__(self, query_NGhd: Tensor, key_NGkd: Tensor, value_NGkd: Tensor, context: LayerContext) -> Tensor:
+        query, key, value = packed_heads(query_NGhd, key_NGkd, value_NGkd, context)
+        # On a GPU the kernel exists in compiled form alone; within a compiled layer it is part of that.
+        alone = query.is_cuda and not torch.compiler.is_compiling()
+        attend = compiled_flex_attention() if alone else flex_attention
+        mixed = attend(query[None], key[None], value[None], block_mask=self.mask, enable_gqa=True)
+        assert isinstance(mixed, Tensor)
+        return mixed[0].transpose(0, 1).reshape(query_NGhd.shape)
+
+
+@functools.cache
+def compiled_flex_attention() -> Callable[..., Any]:
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def make_block_mask(layout: Layout) -> BlockMask:
+    """The tiles [Q / TILE, (T + Q) / TILE] that hold anything to see, found from the blocks' bounds alone."""
+    N, G, T = len(layout.starts_N), layout.block_size, layout.num_tokens
+    device = layout.starts_N.device
+    own_N = T + G * torch.arange(N, device=device)
+    starts_N, ends_N = layout.starts_N, layout.ends_N
+    tile_starts_J = TILE * torch.arange(-(-(T + N * G) // TILE), device=device)
+    tile_ends_J = tile_starts_J + TILE
+
+    def overlaps(starts_N: Tensor, ends_N: Tensor) -> Tensor:
+        occupied_N1 = (starts_N < ends_N)[:, None]
+        return occupied_N1 & (starts_N[:, None] < tile_ends_J) & (ends_N[:, None] > tile_starts_J)
+
+    seen_NJ = overlaps(starts_N, ends_N) | overlaps(own_N, own_N + G)
+    whole_NJ = (starts_N[:, None] <= tile_starts_J) & (tile_ends_J <= ends_N[:, None])
+    # The blocks that have positions in each row of tiles: first .. last.
+    row_starts_I = TILE * torch.arange(-(-N * G // TILE), device=device)
+    first_I = row_starts_I // G
+    last_I = ((row_starts_I + TILE - 1) // G).clamp(max=N - 1)
+
+    def count(blocks_NJ: Tensor) -> Tensor:
+        until_NJ = torch.cat([blocks_NJ.new_zeros(1, blocks_NJ.shape[1]), blocks_NJ]).cumsum(dim=0)
+        return until_NJ[last_I + 1] - until_NJ[first_I]
+
+    full_IJ = count(whole_NJ) == (last_I - first_I + 1)[:, None]
+    partial_IJ = (count(seen_NJ) > 0) & ~full_IJ
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        block = query // G
+        in_context = (key >= starts_N[block]) & (key < ends_N[block])
+        return in_context | ((key >= own_N[block]) & (key < own_N[block] + G))
+
+    return BlockMask.from_kv_blocks(
+        *ordered_tiles(partial_IJ),
+        *ordered_tiles(full_IJ),
+        BLOCK_SIZE=TILE,
+        mask_mod=sees,
+        seq_lengths=(N * G, T + N * G),
+    )
+
+
+def ordered_tiles(wanted_IJ: Tensor) -> tuple[Tensor, Tensor]:
+    """Number [1, 1, I] and columns [1, 1, I, J] of the wanted tiles of each row, the wanted ones first."""
+    columns_IJ = wanted_IJ.int().argsort(dim=1, descending=True, stable=True)
+    return wanted_IJ.sum(dim=1, dtype=torch.int32)[None, None], columns_IJ.int()[None, None]
+
+
+def packed_heads(
+    query_NGhd: Tensor, key_NGkd: Tensor, value_NGkd: Tensor, context: LayerContext
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query [h, Q, d]; key and value [k, T + Q, d], the context before the blocks."""
+    query_hQd, key_kQd, value_kQd = (x.flatten(0, 1).transpose(0, 1) for x in (query_NGhd, key_NGkd, value_NGkd))
+    return (
+        query_hQd,
+        torch.cat([context.key_kTd, key_kQd], dim=1),
+        torch.cat([context.value_kTd, value_kQd], dim=1),
+    )
+
+
+def plan_attention(name: str, layout: Layout, dtype: torch.dtype) -> Attend:
+    """What the layers of one forward pass share."""
+    if name == "flex":
+        return FlexAttention(layout)
+    return EagerAttention(layout) if name == "eager" else StructuredAttention(layout, dtype)
