@@ -25,6 +25,7 @@ from ..stages.config import (
 from ..stages.extract.estimate import CODECS
 from . import cache_commands, commands
 from .config import VpdConfig, from_drafter_json, load_config, parse_assignment
+from .launch import is_launched, launch
 from .options import collect_overrides, config_options
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -136,6 +137,9 @@ def draft(
 @click.option(
     "--drafter-config", type=PATH, help="A drafter's config.json in place of the drafter section; flags win over it."
 )
+@click.option(
+    "--num-processes", default=1, show_default=True, type=click.IntRange(1), help="Processes on this machine."
+)
 @common_options
 @config_options(DrafterSection, "drafter")
 @config_options(TrainConfig, "train")
@@ -145,12 +149,15 @@ def train(
     cache: str,
     out: Path,
     drafter_config: Path | None,
+    num_processes: int,
     source: str | None,
     assignments: tuple[str, ...],
     as_json: bool,
     **flags: Any,
 ) -> None:
     """Stage two: train a drafter from CACHE, without the target."""
+    if num_processes > 1 and not is_launched():
+        sys.exit(launch(num_processes, sys.argv[1:]))
     below = from_drafter_json(drafter_config) if drafter_config is not None else {}
     commands.train(cache, out, resolve(source, assignments, flags, below), as_json)
 

@@ -38,7 +38,8 @@ from ..stages.train.samples import is_held_out
 from .config import VpdConfig, config_yaml
 from .inspect import accept_length_histogram
 from .progress import ProgressReport
-from .run import SECTIONS, RunFolder, held_out_share
+from .run import RunFolder, held_out_share
+from .training import check_trackers, run_trainers
 
 DEFAULT_HOLDOUT = 0.05
 
@@ -129,28 +130,14 @@ def draft(place: str, first_drafter: Path, config: VpdConfig, as_json: bool) -> 
 
 def train(place: str, out: Path, config: VpdConfig, as_json: bool) -> None:
     cache = open_cache_for_reading(place, config)
-    settings = config.train
+    check_trackers(config.train)
     folder = RunFolder(out, config, cache)
-    trainer = make_trainer(cache, out, config.drafter, settings, config.read, config.eval)
-    if not as_json:
-        click.echo(config_yaml(config, SECTIONS), err=True)
-    folder.start(trainer.step)
-    remaining = trainer.num_steps - trainer.step
-
-    with ProgressReport("train", remaining, "labels") as progress:
-
-        def on_step(metrics: dict[str, Any]) -> None:
-            step = metrics["step"]
-            if step % settings.log_every == 0 or step == trainer.num_steps or "alpha" in metrics:
-                folder.log(metrics)
-            note = f"step {step}  loss {metrics['loss']:.3f}  first token right {metrics['first_accuracy']:.0%}"
-            if "alpha" in metrics:
-                note += f"  alpha {metrics['alpha']:.3f}"
-            progress.advance(metrics["num_labels"], note)
-
-        trainer.train(on_step)
+    trainer = make_trainer(cache, out, config.drafter, config.train, config.read, config.eval)
+    run_trainers([trainer], [folder], config, as_json)
     checkpoint = list_checkpoints(out)[-1]
-    emit({"run": str(out), "step": trainer.step, "checkpoint": str(checkpoint)}, as_json, f"trained: {checkpoint}")
+    result = {"run": str(out), "step": trainer.step, "checkpoint": str(checkpoint)}
+    if trainer.accelerator.is_main_process:
+        emit(result, as_json, f"trained: {checkpoint}")
 
 
 def evaluate(

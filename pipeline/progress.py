@@ -15,7 +15,12 @@ SECONDS_BETWEEN_LINES = 10.0
 class ProgressReport:
     """Counts finished units of a task, and units of work (tokens, anchors) for the rate."""
 
-    def __init__(self, task: str, total: int, work: str = ""):
+    def __init__(self, task: str, total: int, work: str = "", quiet: bool = False):
+        """
+        Args:
+            quiet: show nothing, as all but one of several processes should.
+        """
+        self._quiet = quiet
         self._task, self._total, self._work, self._note = task, total, work, ""
         self._done = self._amount = 0
         self._started = time.monotonic()
@@ -28,7 +33,7 @@ class ProgressReport:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=self._console,
-            disable=not self._console.is_terminal,
+            disable=quiet or not self._console.is_terminal,
         )
         self._bar_task = self._bar.add_task(task, total=total, note="")
         self._over = threading.Event()
@@ -36,7 +41,7 @@ class ProgressReport:
 
     def __enter__(self) -> ProgressReport:
         self._bar.start()
-        if not self._console.is_terminal:
+        if not (self._quiet or self._console.is_terminal):
             self._lines.start()
         return self
 

@@ -19,8 +19,22 @@ from .config import VpdConfig, config_yaml, load_config
 
 CONFIG, PROVENANCE, METRICS = "config.yaml", "provenance.json", "metrics.jsonl"
 SECTIONS = ("drafter", "train")
-FREE_SETTINGS = frozenset({"train.log_every", "train.save_every", "train.keep"})
-"""Settings that a resumed run may change: they do not touch what is computed."""
+FREE_SETTINGS = frozenset(
+    f"train.{name}"
+    for name in (
+        "attention",
+        "compile",
+        "eval_limit",
+        "keep",
+        "log_every",
+        "non_finite",
+        "save_every",
+        "sharding",
+        "tokens_per_pass",
+        "trackers",
+    )
+)
+"""Settings that a resumed run may change: but for rounding, they do not touch what is computed."""
 PACKAGES = ("vpd", "torch", "transformers", "accelerate", "zarr", "pyarrow", "safetensors")
 
 
@@ -46,6 +60,10 @@ class RunFolder:
         lines = path.read_text().splitlines() if path.is_file() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
         write_text_durably(path, "".join(f"{line}\n" for line in kept))
+
+    def settings(self) -> dict[str, Any]:
+        """The run's settings by section."""
+        return {name: getattr(self._config, name).model_dump() for name in SECTIONS}
 
     def log(self, metrics: dict[str, Any]) -> None:
         with open(self.folder / METRICS, "a") as file:

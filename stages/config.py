@@ -217,12 +217,16 @@ class TrainConfig(Section):
     """Tokens of visible prefixes: the recorded ones, or the first draft's, which differ past the boundary."""
     labels: Literal["recorded", "argmax"] = "recorded"
     """What a block must predict: the recorded tokens or the target's argmax."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW for all weights, or Muon for the matrices and AdamW for the rest."""
     lr: PositiveFloat = 6e-4
-    """Peak learning rate of AdamW; > 0."""
+    """Peak learning rate; > 0. Muon's steps are scaled to need the same as AdamW's."""
     weight_decay: NonNegativeFloat = 0.0
-    """Weight decay of AdamW; >= 0."""
+    """Weight decay of the matrices; >= 0. Norms have none."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
     """Two decay rates of AdamW's moments; each in [0, 1)."""
+    ema: BelowOne = 0.0
+    """Decay of a moving average of the weights, which checkpoints then hold; in [0, 1), 0 = off."""
     clip: PositiveFloat = 1.0
     """Largest gradient norm; > 0."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -233,8 +237,8 @@ class TrainConfig(Section):
     """Visits to every training sequence; > 0."""
     max_steps: Count | None = None
     """Number of optimizer steps, in place of epochs; >= 1."""
-    batch_size: Count = 4
-    """Sequences per optimizer step and process; >= 1."""
+    batch_tokens: Count = 32768
+    """Context tokens per optimizer step, over all processes; >= 1. A step takes whole sequences."""
     tokens_per_pass: Count = 65536
     """Context tokens and block positions that one forward pass takes, which bounds memory; >= 1.
 
@@ -247,7 +251,18 @@ class TrainConfig(Section):
     seed: NonNegative = 0
     """Seed of initial weights, order, anchors and prefix lengths; >= 0."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
-    """What the forward pass computes in; auto = bf16 on a GPU that has it."""
+    """What the forward pass computes in; auto = bf16 on a GPU that has it. Weights are float32."""
+    attention: Literal["auto", "eager", "structured", "flex"] = "auto"
+    """How blocks attend, with equal results: flex attention, small groups of blocks, or a dense mask.
+
+    auto = flex on a GPU, structured elsewhere. eager is the reference.
+    """
+    compile: bool = False
+    """Compile the drafter's layers; with flex attention, or eager."""
+    sharding: Literal["none", "fsdp2"] = "none"
+    """Whether several processes each hold all of the drafter and its optimizer, or a shard."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """What a step does whose loss or gradient is not finite: end the run, or change nothing and count."""
     num_sampled_tokens: NonNegative = 0
     """Other tokens per step in a sampled softmax; >= 0, 0 = the whole vocabulary.
 
@@ -260,6 +275,8 @@ class TrainConfig(Section):
     """Optimizer steps between checkpoints; >= 1."""
     keep: Count = 2
     """Number of latest checkpoints kept, beside the one of best alpha; >= 1."""
+    trackers: list[Literal["tensorboard", "trackio", "wandb"]] = []
+    """Where metrics go beside the run's metrics.jsonl."""
     eval_limit: NonNegative = 0
     """Held-out sequences replayed at every checkpoint, as the eval section says, to find the best; >= 0, 0 = none."""
     init: str | None = None

@@ -53,6 +53,11 @@ class Drafter(nn.Module):
             elif isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
 
+    def compile_layers(self) -> None:
+        """Has PyTorch compile what is computed per layer, for any number of tokens and blocks."""
+        for layer in self.layers:
+            layer.compile(fullgraph=True, dynamic=True)
+
     def context(self, features_TD: Tensor, num_tokens: Sequence[int] | None = None) -> Context:
         """Keys and values of every layer for the context features [T, D].
 

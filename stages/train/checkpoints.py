@@ -15,7 +15,7 @@ from ...data.errors import DrafterError
 from ..drafter.checkpoint import CONFIG, WEIGHTS
 
 CHECKPOINTS, STATE, BEST = "checkpoints", "training_state.pt", "best.json"
-STATE_VERSION = 1
+STATE_VERSION = 2
 NAME = re.compile(r"step-(\d+)")
 
 
@@ -72,7 +72,7 @@ def find_drafter(folder: str | Path) -> Path:
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
-    """What `STATE` holds: version, step, weights (float32), optimizer and schedule.
+    """What `STATE` holds: version, step, weights (float32), their average, optimizers and schedules.
 
     Raises:
         DrafterError: it is missing or of another version.

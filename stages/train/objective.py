@@ -1,6 +1,6 @@
 """The objective: Eq. 7 of the D2SD paper, with a head that never holds all logits at once."""
 
-# N blocks, G block size, P labelled positions, V rows of the head, H hidden width
+# N blocks, G block size, J = G-1, P labelled positions, V rows of the head, H hidden width
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -38,20 +38,18 @@ class BlockLabels(NamedTuple):
     labels_NG: Tensor
     weights_NG: Tensor
     """Eq. 7; 0 where there is no label."""
-    first_masked_NG: Tensor
-    """bool: the first predicted position of each block."""
 
 
 class LossParts(NamedTuple):
-    """A pass's share of a step's loss, each a scalar tensor."""
+    """A pass's share of a step's loss and of what is told about it."""
 
     loss_sum: Tensor
     """Carries the gradient; the step's loss is the sum of these over the sum of `denominator`."""
     denominator: Tensor
-    num_right: Tensor
-    """Blocks whose first predicted token is right."""
-    num_blocks: Tensor
-    num_labels: Tensor
+    accepted_J: Tensor
+    """Blocks whose first j + 1 predicted tokens are right, j = 0..G-2."""
+    predicted_J: Tensor
+    """Blocks that predict so many."""
 
 
 def block_loss(states_NGH: Tensor, blocks: BlockLabels, rows: HeadRows, config: TrainConfig) -> LossParts:
@@ -60,13 +58,18 @@ def block_loss(states_NGH: Tensor, blocks: BlockLabels, rows: HeadRows, config: 
     losses = head_losses(states_NGH[predicted_NG], blocks.labels_NG[predicted_NG], rows)
     right_NG = torch.zeros_like(predicted_NG).masked_scatter(predicted_NG, losses.right_P)
     weights_NG, denominator = normalised(blocks.weights_NG, config.normalise)
+    loss_sum = (weights_NG[predicted_NG] * losses.loss_P).sum()
+    accepted_NG = predicted_NG & (right_NG | ~predicted_NG).long().cumprod(dim=1).bool()
     return LossParts(
-        (weights_NG[predicted_NG] * losses.loss_P).sum(),
-        denominator,
-        right_NG[blocks.first_masked_NG].sum(),
-        blocks.first_masked_NG.sum(),
-        predicted_NG.sum(),
+        loss_sum, denominator, _by_distance(accepted_NG, predicted_NG), _by_distance(predicted_NG, predicted_NG)
     )
+
+
+def _by_distance(chosen_NG: Tensor, predicted_NG: Tensor) -> Tensor:
+    """How many positions are chosen, by how many predicted ones come before them; float64 [G-1]."""
+    distance_NG = (predicted_NG.long().cumsum(dim=1) - 1).clamp(min=0)
+    counts_J = torch.zeros(predicted_NG.shape[1] - 1, device=predicted_NG.device, dtype=torch.float64)
+    return counts_J.scatter_add_(0, distance_NG.flatten(), chosen_NG.flatten().double())
 
 
 class HeadRows(NamedTuple):

@@ -15,8 +15,8 @@ from ..drafter.shape import DrafterShape, rope_parameters
 from ..drafter.target_pieces import choose_mask_token, load_target_config, load_tokenizer
 from ..evaluate.replay import Replay
 from .checkpoints import find_drafter
-from .loop import Trainer
 from .samples import boundary_readers, require_anchor, split_rows
+from .trainer import Trainer
 
 DEFAULT_MAX_POSITIONS = 32768
 

@@ -1,4 +1,4 @@
-"""Training data: which sequences a step reads, and the blocks drawn from each."""
+"""Training data: the sequences held out, and the blocks drawn from each of the others."""
 
 # S tokens of a sequence, T with a state, M anchors to choose from, N blocks, G block size, J = G-1, D context features
 from __future__ import annotations
@@ -22,15 +22,10 @@ from ..drafter.blocks import anchors_of, block_tokens, show_prefix
 from . import anchors, prefix
 from .anchors import AnchorFacts, choose_anchors
 from .objective import BlockLabels, position_weights
+from .order import counter_generator
 from .prefix import BlockFacts, draw_prefixes, samplers_in_use
 
 HASH_RANGE = 1 << 64
-
-
-def counter_generator(*key: object) -> torch.Generator:
-    """A generator that depends on the key alone, so that a resumed run draws what an unbroken one would."""
-    seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little")
-    return torch.Generator().manual_seed(seed)
 
 
 def is_held_out(seq_id: str, share: float) -> bool:
@@ -56,33 +51,9 @@ def split_rows(cache: Cache, share: float) -> tuple[SequenceIndex, SequenceIndex
 
 
 @dataclass(frozen=True, slots=True)
-class DataOrder:
-    """Every epoch is a permutation by (seed, epoch); a step reads the next sequences of it."""
-
-    num_sequences: int
-    sequences_per_step: int
-    seed: int
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return max(1, self.num_sequences // self.sequences_per_step)
-
-    def indices(self, step: int) -> list[int]:
-        """Indices of the sequences of a 0-based step; the rest of an epoch that fills no step is left out.
-
-        With fewer sequences than a step takes, a step reads all of them, once.
-        """
-        epoch, position = divmod(step, self.steps_per_epoch)
-        order = torch.randperm(self.num_sequences, generator=counter_generator(self.seed, "epoch", epoch)).tolist()
-        return order[position * self.sequences_per_step : (position + 1) * self.sequences_per_step]
-
-
-@dataclass(frozen=True, slots=True)
 class SequenceBlocks:
-    """The blocks that start in one sequence, before their prefixes are chosen; on the CPU but for the features."""
+    """The blocks that start in one sequence, before their prefixes are chosen; on the CPU."""
 
-    features_TD: Tensor
-    """bfloat16 context features, on the training device."""
     anchors_N: Tensor
     tokens_NG: Tensor
     """Recorded tokens."""
@@ -101,6 +72,7 @@ class TrainingBlocks:
     """The blocks of the sequences of one pass, all on the training device."""
 
     features_TD: Tensor
+    """bfloat16 context features."""
     num_tokens: list[int]
     """Context tokens of each sequence."""
     num_blocks: list[int]
@@ -135,17 +107,12 @@ def draw_blocks(
     config: TrainConfig,
     block_size: int,
     step: int,
-    device: torch.device | str = "cpu",
 ) -> SequenceBlocks | None:
     """Chooses a sequence's anchors; None if it has none within `max_len`.
 
     What is drawn depends on seed, step and sequence alone.
-
-    Args:
-        device: where the states are decoded.
     """
     generator = counter_generator(config.seed, step, sequence.row.seq_id)
-    num_context = min(sequence.row.num_tokens, config.max_len)
     token_ids_S, loss_mask_S = (x[: config.max_len + 1] for x in (sequence.token_ids_S, sequence.loss_mask_S))
     anchors_M = anchors_within(sequence, config.max_len)
     if not len(anchors_M):
@@ -160,8 +127,6 @@ def draw_blocks(
         drafted = drafts.read(sequence.row)
         draft_NJ, confidence_NJ = drafted.tokens_TGA[anchors_N, :, 0].long(), drafted.probs_TGA[anchors_N, :, 0].float()
     return SequenceBlocks(
-        # A copy: the reader fills its buffer again while later sequences of the pass are drawn.
-        features_TD=sequence.hidden(device)[:num_context].flatten(1).clone(),
         anchors_N=anchors_N,
         tokens_NG=tokens_NG,
         labelled_NG=labelled_MG[chosen_N],
@@ -192,10 +157,20 @@ def reads_draft_tokens(config: TrainConfig) -> bool:
 
 
 def pack(
-    sequences: Sequence[SequenceBlocks], config: TrainConfig, block_size: int, mask_token_id: int
+    sequences: Sequence[SequenceBlocks],
+    features_TD: Tensor,
+    num_tokens: list[int],
+    config: TrainConfig,
+    block_size: int,
+    mask_token_id: int,
 ) -> TrainingBlocks:
-    """Puts the blocks of several sequences one after another on the training device, and draws their prefixes there."""
-    device = sequences[0].features_TD.device
+    """Puts the blocks of several sequences one after another on the training device, and draws their prefixes there.
+
+    Args:
+        features_TD: the sequences' context features, one after another, on the training device.
+        num_tokens: context tokens of each sequence.
+    """
+    device = features_TD.device
 
     def packed(name: str) -> Tensor:
         return torch.cat([getattr(sequence, name) for sequence in sequences]).to(device)
@@ -214,17 +189,15 @@ def pack(
     if config.visible == "first-draft" and draft_NJ is not None and accept_len_N is not None:
         drafted_NG = torch.cat([tokens_NG[:, :1], draft_NJ], dim=1)
         visible_NG = torch.where((accept_len_N != NOT_DRAFTED)[:, None], drafted_NG, tokens_NG)
-    k_G = torch.arange(block_size, device=device)
     return TrainingBlocks(
-        features_TD=packed("features_TD"),
-        num_tokens=[len(sequence.features_TD) for sequence in sequences],
+        features_TD=features_TD,
+        num_tokens=num_tokens,
         num_blocks=[len(sequence.anchors_N) for sequence in sequences],
         anchors_N=packed("anchors_N"),
         block_ids_NG=show_prefix(visible_NG, prefix_len_N, mask_token_id),
         labels=BlockLabels(
             labels_NG=packed("labels_NG"),
             weights_NG=position_weights(labelled_NG, prefix_len_N, config.tau),
-            first_masked_NG=k_G == prefix_len_N[:, None] + 1,
         ),
     )
 

@@ -334,19 +334,34 @@ TRAIN_VALUES = {
     "schedule": "linear",
     "precision": "bf16",
     "betas": "0.8,0.9",
+    "optimizer": "muon",
+    "ema": "0.5",
+    "attention": "flex",
+    "sharding": "fsdp2",
+    "non_finite": "skip",
+    "trackers": "tensorboard,wandb",
 }
+SWITCHES = {"compile"}
+"""Settings whose flag takes no value."""
 
 
 @pytest.mark.parametrize("key", [key for key in leaf_fields(TrainConfig) if key != "prefix.mixture"])
 def test_every_training_setting_has_a_flag(key: str):
-    text = TRAIN_VALUES.get(key, "1")
-    overrides = run(TrainConfig, "train", f"--{key.replace('.', '-').replace('_', '-')}", text)
+    text = [] if key in SWITCHES else [TRAIN_VALUES.get(key, "1")]
+    overrides = run(TrainConfig, "train", f"--{key.replace('.', '-').replace('_', '-')}", *text)
     assert list(overrides) == [f"train.{key}"]
     if key != "holdout":
         dumped = load_config(None, overrides).train.model_dump()
         for part in key.split("."):
             dumped = dumped[part]
-        others = {"betas": (0.8, 0.9), "init": "1", "first_drafter": "1", "anchor.uniform_share": 0.5}
+        others = {
+            "betas": (0.8, 0.9),
+            "init": "1",
+            "first_drafter": "1",
+            "anchor.uniform_share": 0.5,
+            "ema": 0.5,
+            "trackers": ["tensorboard", "wandb"],
+        }
         assert dumped == others.get(key, TRAIN_VALUES.get(key, 1))
 
 
@@ -370,7 +385,7 @@ def test_flag_with_a_wrong_value_or_name_is_refused(args: list[str]):
 
 def test_help_is_the_first_sentence_and_the_default():
     text = " ".join(run(TrainConfig, "train", "--help")["help"].split())
-    assert "--lr FLOAT Peak learning rate of AdamW; > 0. [default: 0.0006]" in text
+    assert "--lr FLOAT Peak learning rate; > 0. [default: 0.0006]" in text
     assert "Ratio of the geometric prior over prefix lengths (Eq. 6); in (0, 1]. [default: 0.9]" in text
     assert "Number of optimizer steps, in place of epochs; >= 1. [default: none]" in text
     assert "|topk|mixture] Where prefix lengths come from. [default: mixture]" in text

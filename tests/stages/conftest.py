@@ -22,7 +22,7 @@ TINY = {
 }
 TRAINING = {
     "drafter.num_layers": 1,
-    "train.batch_size": 4,
+    "train.batch_tokens": 200,
     "train.holdout": 0.0,
     "train.lr": 3e-3,
     "train.prefix.sampler": "boundary",

@@ -79,7 +79,20 @@ def training_blocks(
     sequence: CachedSequence, config: TrainConfig, step: int = 0, drafts: FirstDrafts | None = None
 ) -> TrainingBlocks:
     """The blocks of a pass that holds this sequence alone."""
-    return pack([draw(sequence, config, step, drafts)], config, G, MASK)
+    return pack_all([sequence], [draw(sequence, config, step, drafts)], config)
+
+
+def pack_all(
+    sequences: list[CachedSequence],
+    drawn: list[SequenceBlocks],
+    config: TrainConfig,
+    block_size: int = G,
+    mask_token_id: int = MASK,
+) -> TrainingBlocks:
+    """The blocks of a pass that holds these sequences."""
+    features = [sequence.hidden_TKH[: config.max_len].flatten(1) for sequence in sequences]
+    num_tokens = [len(each) for each in features]
+    return pack(drawn, torch.cat(features), num_tokens, config, block_size, mask_token_id)
 
 
 def prefixes(blocks: TrainingBlocks) -> list[int]:

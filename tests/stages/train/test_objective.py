@@ -2,6 +2,7 @@
 
 # N blocks, G block size, V vocabulary, H hidden width
 import math
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import pytest
@@ -85,7 +86,7 @@ class World(NamedTuple):
         k_G, prefix_N = torch.arange(G), torch.tensor(PREFIXES)
         labelled_NG = (k_G > 0) & (k_G <= torch.tensor(NUM_LABELS)[:, None])
         weights_NG = position_weights(labelled_NG, prefix_N, config.tau)
-        return BlockLabels(self.labels_NG, weights_NG, k_G == prefix_N[:, None] + 1)
+        return BlockLabels(self.labels_NG, weights_NG)
 
 
 @pytest.fixture
@@ -129,9 +130,9 @@ def sampled(world: World) -> tuple[HeadRows, Softmax]:
     return rows, Softmax({token: 1.0 if token in occurring.tolist() else share for token in present})
 
 
-def slow_loss(world: World, states_NGH: Tensor, softmax: Softmax, config: TrainConfig) -> tuple[Tensor, list[bool]]:
-    """The mean loss, and whether each block's first predicted token is right."""
-    sums, weight_sums, first_right = [], [], []
+def slow_loss(world: World, states_NGH: Tensor, softmax: Softmax, config: TrainConfig) -> tuple[Tensor, list[int]]:
+    """The mean loss, and how many of each block's first predicted tokens are right."""
+    sums, weight_sums, accepted = [], [], []
     for n in range(N):
         positions = range(PREFIXES[n] + 1, NUM_LABELS[n] + 1)
         log_probs = {k: softmax.log_probs(world.head_VH, states_NGH[n, k]) for k in positions}
@@ -141,12 +142,10 @@ def slow_loss(world: World, states_NGH: Tensor, softmax: Softmax, config: TrainC
         total = sum(w * loss[k] for k, w in weight.items())
         sums.append(total)
         weight_sums.append(sum(weight.values()))
-        first_right.append(right[PREFIXES[n] + 1])
+        accepted.append(len(list(takewhile(right.__getitem__, positions))))
     if config.normalise == "block":
-        return torch.stack(
-            [total / weight for total, weight in zip(sums, weight_sums, strict=True)]
-        ).mean(), first_right
-    return torch.stack(sums).sum() / sum(weight_sums), first_right
+        return torch.stack([total / weight for total, weight in zip(sums, weight_sums, strict=True)]).mean(), accepted
+    return torch.stack(sums).sum() / sum(weight_sums), accepted
 
 
 class Option(NamedTuple):
@@ -176,19 +175,20 @@ def test_loss_and_gradient_are_those_of_the_loop(
     parts = [
         block_loss(states_NGH[part], BlockLabels(*(field[part] for field in labels)), rows, config) for part in passes
     ]
-    totals = LossParts(*(torch.stack(found).sum() for found in zip(*parts, strict=True)))
+    totals = LossParts(*(torch.stack(found).sum(dim=0) for found in zip(*parts, strict=True)))
     loss = totals.loss_sum / totals.denominator
     (gradient_NGH,) = torch.autograd.grad(loss, states_NGH)
 
     slow_NGH = world.states_NGH.double().requires_grad_()
-    expected, first_right = slow_loss(world, slow_NGH, softmax, config)
+    expected, accepted = slow_loss(world, slow_NGH, softmax, config)
     (expected_NGH,) = torch.autograd.grad(expected, slow_NGH)
     # Sums of some ten float32 terms below 10.
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     torch.testing.assert_close(gradient_NGH.double(), expected_NGH, rtol=1e-5, atol=2e-6)
-    assert (int(totals.num_right), int(totals.num_blocks)) == (sum(first_right), N)
-    assert 0 < sum(first_right) < N
-    assert int(totals.num_labels) == sum(NUM_LABELS) - sum(PREFIXES)
+    predicted = [labels - prefix for labels, prefix in zip(NUM_LABELS, PREFIXES, strict=True)]
+    assert totals.accepted_J.tolist() == [sum(length > j for length in accepted) for j in range(G - 1)]
+    assert totals.predicted_J.tolist() == [sum(length > j for length in predicted) for j in range(G - 1)]
+    assert len({*accepted}) > 3
 
 
 def test_the_cases_differ(world: World):

@@ -5,10 +5,21 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from recorded import DRAFT, MASK, TOKEN, G, draw, make_config, make_drafts, make_sequence, prefixes, training_blocks
+from recorded import (
+    DRAFT,
+    TOKEN,
+    G,
+    draw,
+    make_config,
+    make_drafts,
+    make_sequence,
+    pack_all,
+    prefixes,
+    training_blocks,
+)
 from vpd.data.cache.drafts import NOT_DRAFTED, FirstDrafts
 from vpd.data.cache.reader import CachedSequence
-from vpd.stages.train.samples import TrainingBlocks, boundary_readers, pack, reads_draft_tokens
+from vpd.stages.train.samples import TrainingBlocks, boundary_readers, reads_draft_tokens
 
 REJECTIONS = [0, 3, 4, 2, NOT_DRAFTED, 1, 2, 0, 0, 0, 1, 1, 0]
 """Accept lengths in `DRAFTED`: 2 is right to its last position, 4 was not drafted, 6 and 11 to the end of the turn."""
@@ -105,11 +116,12 @@ def test_a_sequence_has_the_same_blocks_in_any_pass(settings: dict[str, Any], or
     config = make_config(**settings, num_anchors=8)
     turns = ["..aaaaaaa.aaaa", "." + "a" * 40, "aaa"]
     sequences = [make_sequence(text, seq_id=f"s{i}", seed=i) for i, text in enumerate(turns)]
-    drawn = [draw(sequences[i], config, 2, drafts_of(sequences[i])) for i in order]
-    together = pack(drawn, config, G, MASK)
+    chosen = [sequences[i] for i in order]
+    drawn = [draw(sequence, config, 2, drafts_of(sequence)) for sequence in chosen]
+    together = pack_all(chosen, drawn, config)
     assert together.num_tokens == [len(turns[i]) for i in order]
     assert together.num_blocks == [len(blocks.anchors_N) for blocks in drawn]
-    alone = [pack([blocks], config, G, MASK) for blocks in drawn]
+    alone = [pack_all([sequence], [blocks], config) for sequence, blocks in zip(chosen, drawn, strict=True)]
     for name in ("features_TD", "anchors_N", "block_ids_NG"):
         assert torch.equal(getattr(together, name), torch.cat([getattr(blocks, name) for blocks in alone])), name
     for name, found in together.labels._asdict().items():

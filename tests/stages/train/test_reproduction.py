@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 from plain_drafter import plain_drafter, random_drafter, relative_error
-from recorded import make_config
+from recorded import make_config, pack_all
 from tiny import SHAPE, make_cached, make_row
 from torch import Tensor
 from vpd.data.cache.reader import CachedSequence
 from vpd.stages.config import TrainConfig
 from vpd.stages.train.objective import HeadRows, block_loss
-from vpd.stages.train.samples import SequenceBlocks, TrainingBlocks, draw_blocks, pack
+from vpd.stages.train.samples import SequenceBlocks, TrainingBlocks, draw_blocks
 
 G, V, H, K = SHAPE.block_size, SHAPE.vocab_size, SHAPE.hidden_size, len(SHAPE.target_layer_ids)
 MASK = SHAPE.mask_token_id
@@ -41,7 +41,7 @@ def draw(config: TrainConfig) -> tuple[list[CachedSequence], list[SequenceBlocks
     drawn = [draw_blocks(sequence, None, config, G, 0) for sequence in sequences]
     kept = [each for each in drawn if each is not None]
     assert len(kept) == len(sequences)
-    return sequences, kept, pack(kept, config, G, MASK)
+    return sequences, kept, pack_all(sequences, kept, config, G, MASK)
 
 
 def written_out(

@@ -25,7 +25,6 @@ from recorded import (
 )
 from vpd.data.errors import CacheNotFoundError
 from vpd.stages.train.samples import (
-    DataOrder,
     draw_blocks,
     feature_rms,
     is_held_out,
@@ -72,40 +71,6 @@ def test_a_cache_with_nothing_to_train_on_is_refused():
     cache = make_cache([make_sequence("...a")])
     with pytest.raises(CacheNotFoundError, match="sequences to train on in cache, found none: 1 sequences"):
         split_rows(cache, 0.0)
-
-
-# Order
-
-
-@settings(deadline=None, max_examples=40)
-@given(st.integers(1, 25), st.integers(1, 8), st.integers(0, 3), st.integers(1, 4))
-def test_an_epoch_visits_each_sequence_at_most_once(num_sequences: int, per_step: int, seed: int, num_processes: int):
-    order = DataOrder(num_sequences, per_step, seed)
-    for epoch in range(3):
-        visited: list[int] = []
-        for step in range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch):
-            indices = order.indices(step)
-            assert len(indices) == min(per_step, num_sequences)
-            # Every process works it out for itself, from scratch, and takes every n-th.
-            shares = [
-                DataOrder(num_sequences, per_step, seed).indices(step)[process::num_processes]
-                for process in range(num_processes)
-            ]
-            assert sorted(index for share in shares for index in share) == sorted(indices)
-            visited += indices
-        assert len(set(visited)) == len(visited)
-        assert set(visited) <= set(range(num_sequences))
-        assert num_sequences - len(visited) < per_step
-
-
-def test_order_changes_with_the_epoch_and_the_seed():
-    orders = [DataOrder(50, 50, seed).indices(step) for seed, step in ((0, 0), (0, 1), (1, 0), (1, 1))]
-    assert len({tuple(order) for order in orders}) == 4
-
-
-def test_what_an_epoch_leaves_out_comes_in_another():
-    order = DataOrder(7, 3, seed=0)
-    assert {index for step in range(20) for index in order.indices(step)} == set(range(7))
 
 
 # Blocks
@@ -178,7 +143,6 @@ def test_blocks_are_those_of_the_recorded_sequence(case: Case, step: int):
         prefix = sum(token != MASK for token in ids) - 1
         assert ids == [TOKEN + anchor + k for k in range(prefix + 1)] + [MASK] * (G - 1 - prefix)
         assert prefix < len(labelled)
-        assert blocks.labels.first_masked_NG[n].tolist() == [k == prefix + 1 for k in range(G)]
         weights = [0.0] * G
         for position in labelled:
             k = position - anchor

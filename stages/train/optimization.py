@@ -1,0 +1,50 @@
+"""Optimizers, their schedules, and the average of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+from torch.optim import AdamW, Muon, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from transformers import get_scheduler
+
+from ..config import TrainConfig
+
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+def make_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
+    """AdamW for all, or Muon for the matrices and AdamW for the rest; weight decay is for matrices alone."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in parameters if parameter.dim() == 2]
+    others = [parameter for parameter in parameters if parameter.dim() != 2]
+    if config.optimizer == "muon":
+        # Scaled so that a step is as large as AdamW's, at whose learning rates it then works.
+        muon = Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+        return [muon, AdamW(others, lr=config.lr, betas=config.betas, weight_decay=0.0)]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return [AdamW(groups, lr=config.lr, betas=config.betas)]
+
+
+def make_schedules(optimizers: Iterable[Optimizer], config: TrainConfig, num_steps: int) -> list[LRScheduler]:
+    num_warmup = round(config.warmup * num_steps)
+    return [get_scheduler(SCHEDULES[config.schedule], each, num_warmup, num_steps) for each in optimizers]
+
+
+class WeightAverage:
+    """The exponential moving average of a model's weights, beside which it trains."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+    def update(self, model: nn.Module, step: int) -> None:
+        """After a 1-based step. Early steps count more, so that the random start is soon forgotten."""
+        decay = min(self.decay, step / (step + 9))
+        weights = [parameter.detach() for parameter in model.parameters()]
+        get_ema_multi_avg_fn(decay)([*self.weights.values()], weights, step)

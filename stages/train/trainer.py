@@ -1,0 +1,280 @@
+"""One training run: a drafter, and what changes its weights."""
+
+# T context tokens, N blocks, G block size, D context features, H hidden width, J = G-1
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ...data.cache.drafts import FirstDrafts
+from ...data.cache.index import SequenceIndex
+from ...data.cache.store import Cache
+from ...data.errors import ConfigError, VpdError
+from ..config import ReadConfig, TrainConfig
+from ..drafter.checkpoint import load_drafter, save_drafter
+from ..drafter.model import Drafter
+from ..drafter.shape import DrafterShape
+from ..drafter.target_pieces import TargetPieces
+from .checkpoints import (
+    STATE,
+    STATE_VERSION,
+    checkpoint_path,
+    find_drafter,
+    keep_latest,
+    list_checkpoints,
+    load_state,
+    note_alpha,
+)
+from .feed import BlockPlan
+from .objective import BlockLabels, HeadRows, VocabularySampler, block_loss
+from .optimization import WeightAverage, make_optimizers, make_schedules
+from .order import DataOrder, counter_generator
+from .parallel import ParallelDrafter
+from .samples import TrainingBlocks, feature_rms, label_tokens
+
+NAMES_SHOWN = 16
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one optimizer step saw, over all processes."""
+
+    loss: float
+    grad_norm: float
+    accepted_J: list[float]
+    """Blocks whose first j + 1 predicted tokens are right."""
+    predicted_J: list[float]
+    """Blocks that predict so many."""
+
+    @property
+    def is_finite(self) -> bool:
+        return bool(torch.isfinite(torch.tensor([self.loss, self.grad_norm])).all())
+
+    @property
+    def num_labels(self) -> int:
+        return round(sum(self.predicted_J))
+
+
+class Trainer:
+    """Everything that a run holds: drafter, optimizers, schedules, data order."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        rows: SequenceIndex,
+        drafts: FirstDrafts | None,
+        shape: DrafterShape,
+        config: TrainConfig,
+        run: Path,
+        read: ReadConfig,
+        evaluate: Callable[[Path], float] | None = None,
+    ):
+        """
+        Args:
+            evaluate: the acceptance length of a checkpoint on held-out sequences; None: it is not asked for.
+        """
+        self.evaluate = evaluate
+        self.cache, self.rows, self.drafts, self.shape = cache, rows, drafts, shape
+        self.config, self.run, self.read = config, run, read
+        self.accelerator = Accelerator(
+            mixed_precision=choose_precision(config.precision),
+            log_with=[*config.trackers] or None,
+            project_dir=run if config.trackers else None,
+        )
+        self.device = self.accelerator.device
+        dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
+        self.pieces = TargetPieces.load(cache.target_folder, device=self.device, dtype=dtype)
+        self.feature_rms_D = feature_rms(cache, rows).to(self.device)
+        drafter = make_drafter(shape, config, self.feature_rms_D.cpu()).to(self.device).train()
+        drafter.attention = choose_attention(config, self.device)
+        if config.compile:
+            drafter.compile_layers()
+        self.drafter = ParallelDrafter(drafter, self.accelerator, config.sharding)
+        self.order = DataOrder.of(rows, config.max_len, config.batch_tokens, config.seed)
+        self.num_steps = config.max_steps or max(1, round(config.epochs * self.order.steps_per_epoch))
+        self.optimizers = make_optimizers(self.drafter.module, config)
+        self.schedules = make_schedules(self.optimizers, config, self.num_steps)
+        self.average = WeightAverage(self.drafter.module, config.ema) if config.ema else None
+        self.vocabulary = None
+        if config.num_sampled_tokens:
+            self.vocabulary = VocabularySampler(
+                self.pieces.head_VH, label_tokens(cache, rows), config.num_sampled_tokens
+            )
+        self.step = self.num_skipped = 0
+
+    @property
+    def plan(self) -> BlockPlan:
+        return BlockPlan(self.config, self.drafts, self.shape.block_size, self.shape.mask_token_id)
+
+    def resume(self) -> None:
+        """Goes on from the run's latest checkpoint, if there is one, made by any number of processes."""
+        checkpoints = list_checkpoints(self.run)
+        if not checkpoints:
+            return
+        state = load_state(checkpoints[-1])
+        self.drafter.load_weights(state["weights"])
+        self.feature_rms_D = state["feature_rms"].to(self.device)
+        self.drafter.load_optimizer_state(self.optimizers, state["optimizer"])
+        for schedule, found in zip(self.schedules, state["schedules"], strict=True):
+            schedule.load_state_dict(found)
+        if self.average is not None:
+            self.average.weights = self.drafter.like_parameters(state["average"])
+        self.step, self.num_skipped = state["step"], state["num_skipped"]
+
+    def begin_step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        self._rows = self._head_rows()
+        self._totals = torch.zeros(2 + 2 * (self.shape.block_size - 1), device=self.device, dtype=torch.float64)
+
+    def add_pass(self, blocks: TrainingBlocks | None, last: bool) -> None:
+        """Adds a pass's gradient of the summed loss. None: there is nothing, but other processes may have a pass."""
+        with self.drafter.summing(last):
+            if blocks is None:
+                if self.accelerator.num_processes > 1:
+                    self.accelerator.backward(0.0 * self._states(self._idle_blocks()).sum())
+                return
+            parts = block_loss(self._states(blocks), blocks.labels, self._rows, self.config)
+            self.accelerator.backward(parts.loss_sum)
+        self._totals += torch.cat([part.detach().double().flatten() for part in parts])
+
+    def finish_step(self) -> StepResult | None:
+        """Changes the weights; None if no sequence of the step has an anchor."""
+        totals = cast(Tensor, self.accelerator.reduce(self._totals, "sum")).tolist()
+        (loss_sum, denominator), counts = totals[:2], totals[2:]
+        self.step += 1
+        result = None
+        if denominator:
+            grad_norm = self.drafter.finish_gradients(denominator, self.config.clip)
+            J = len(counts) // 2
+            result = StepResult(loss_sum / denominator, grad_norm, counts[:J], counts[J:])
+        if result is not None and not result.is_finite:
+            if self.config.non_finite == "stop":
+                raise self._not_finite(result)
+            self.num_skipped += 1
+        for optimizer in self.optimizers:
+            if result is None or not result.is_finite:
+                optimizer.zero_grad()  # without gradients a step changes nothing
+            optimizer.step()
+        for schedule in self.schedules:
+            schedule.step()
+        if self.average is not None:
+            self.average.update(self.drafter.module, self.step)
+        return result
+
+    def save(self) -> dict[str, float]:
+        """Writes a checkpoint, with all processes at work; returns its acceptance length, if that is asked for."""
+        weights = self.drafter.weights()
+        optimizer = self.drafter.optimizer_state(self.optimizers)
+        average = None if self.average is None else self.drafter.whole(self.average.weights)
+        found: dict[str, float] = {}
+        if self.accelerator.is_main_process:
+            state = {
+                "version": STATE_VERSION,
+                "step": self.step,
+                "num_skipped": self.num_skipped,
+                "weights": weights,
+                "average": average,
+                "feature_rms": self.feature_rms_D.cpu(),
+                "optimizer": optimizer,
+                "schedules": [schedule.state_dict() for schedule in self.schedules],
+            }
+            found = self._write(weights if average is None else average, state)
+        self.accelerator.wait_for_everyone()
+        return found
+
+    def _write(self, weights: dict[str, Tensor], state: dict[str, Any]) -> dict[str, float]:
+        vp = self.config.objective == "vp"
+        config = self.shape.to_json(
+            training_mode="vp_drafter" if vp else "dflash",
+            prefix_weight_base=self.config.prefix.beta if vp else None,
+        )
+        path = checkpoint_path(self.run, self.step)
+        public = {**weights, "fc.weight": weights["fc.weight"] / self.feature_rms_D.cpu()}
+        save_drafter(public, path, config, {STATE: state})
+        found = {}
+        if self.evaluate is not None:
+            found["alpha"] = self.evaluate(path)
+            note_alpha(self.run, self.step, found["alpha"])
+        keep_latest(self.run, self.config.keep)
+        return found
+
+    def _states(self, blocks: TrainingBlocks) -> Tensor:
+        with self.accelerator.autocast():
+            return self.drafter.module(
+                blocks.features_TD.float() / self.feature_rms_D,
+                blocks.num_tokens,
+                self.pieces.embed_VH[blocks.block_ids_NG],
+                blocks.anchors_N,
+                blocks.num_blocks,
+            )
+
+    def _idle_blocks(self) -> TrainingBlocks:
+        """One block over one token, which stand for nothing."""
+        zeros_NG = torch.zeros(1, self.shape.block_size, dtype=torch.int64, device=self.device)
+        features_TD = torch.zeros(1, len(self.feature_rms_D), device=self.device)
+        labels = BlockLabels(zeros_NG, zeros_NG.float())
+        return TrainingBlocks(features_TD, [1], [1], zeros_NG[:, 0], zeros_NG, labels)
+
+    def _head_rows(self) -> HeadRows:
+        if self.vocabulary is None:
+            return HeadRows(self.pieces.head_VH, None, None)
+        return self.vocabulary.draw(counter_generator(self.config.seed, "vocabulary", self.step))
+
+    def _not_finite(self, result: StepResult) -> VpdError:
+        indices = self.order.indices(self.step - 1)
+        names = [self.rows[index].seq_id for index in indices[:NAMES_SHOWN]]
+        others = f" and {len(indices) - len(names)} others" if len(indices) > len(names) else ""
+        return VpdError(
+            f"step {self.step}: the loss or its gradient is not finite (loss {result.loss}, gradient norm "
+            f"{result.grad_norm}); no step was taken. Sequences: {', '.join(names)}{others}. Check these, lower "
+            "train.lr, or set train.non_finite to skip."
+        )
+
+
+def make_drafter(shape: DrafterShape, config: TrainConfig, feature_rms_D: Tensor) -> Drafter:
+    """A new drafter, or the one that `train.init` names, for context features divided by `feature_rms_D`.
+
+    Checkpoints hold the weights for the features as they are.
+    """
+    if config.init is not None:
+        drafter = load_drafter(find_drafter(config.init))
+        if replace(drafter.shape, block_size=shape.block_size, mask_token_id=shape.mask_token_id) != shape:
+            differing = [n for n in DrafterShape.__slots__ if getattr(drafter.shape, n) != getattr(shape, n)]
+            raise VpdError(
+                f"the drafter {config.init} given as train.init differs from this run's in {', '.join(differing)}. "
+                "Set the drafter section to its values."
+            )
+        drafter.fc.weight.mul_(feature_rms_D)
+        return drafter.requires_grad_(True)
+    drafter = Drafter(shape)
+    drafter.init_weights(counter_generator(config.seed, "weights"))
+    return drafter
+
+
+def choose_precision(name: str) -> str:
+    if name == "auto":
+        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    return {"float32": "no", "bf16": "bf16"}[name]
+
+
+def choose_attention(config: TrainConfig, device: torch.device) -> str:
+    """
+    Raises:
+        ConfigError: it can't be compiled.
+    """
+    name = config.attention
+    if name == "auto":
+        name = "flex" if device.type == "cuda" else "structured"
+    if config.compile and name == "structured":
+        raise ConfigError(
+            "train.compile: expected attention flex or eager, found structured, whose loop over blocks has another "
+            "form in every pass. Leave compile off, or set train.attention."
+        )
+    return name
