@@ -27,6 +27,7 @@ from . import cache_commands, commands
 from .config import VpdConfig, from_drafter_json, load_config, parse_assignment
 from .launch import is_launched, launch
 from .options import collect_overrides, config_options
+from .sweep import plan_runs, run_workers
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
@@ -160,6 +161,40 @@ def train(
         sys.exit(launch(num_processes, sys.argv[1:]))
     below = from_drafter_json(drafter_config) if drafter_config is not None else {}
     commands.train(cache, out, resolve(source, assignments, flags, below), as_json)
+
+
+@main.command()
+@click.argument("cache")
+@click.option("--out", required=True, type=PATH, help="Folder of the runs, new or to be continued.")
+@click.option(
+    "--vary", multiple=True, required=True, metavar="KEY=[A,B]", help="Values of a setting; all combinations."
+)
+@click.option("--together", default=4, show_default=True, type=click.IntRange(1), help="Runs that share one pass.")
+@click.option("--num-workers", default=1, show_default=True, type=click.IntRange(1), help="Processes, one GPU each.")
+@click.option("--worker-index", type=click.IntRange(0), help="Do this worker's share alone, as on another machine.")
+@common_options
+@reporting_errors
+def sweep(
+    cache: str,
+    out: Path,
+    vary: tuple[str, ...],
+    together: int,
+    num_workers: int,
+    worker_index: int | None,
+    source: str | None,
+    assignments: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Train a drafter from CACHE for every combination of settings; tell the acceptance length of each."""
+    shared = dict(map(parse_assignment, assignments))
+    runs = plan_runs(out, vary, lambda settings: load_config(source, shared | settings))
+    if num_workers > 1 and worker_index is None:
+        if code := run_workers(num_workers, sys.argv[1:]):
+            sys.exit(code)
+    else:
+        commands.sweep(cache, runs[worker_index or 0 :: num_workers], together, as_json)
+    if worker_index is None:
+        commands.show_sweep(runs, as_json)
 
 
 @main.command("eval")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
+from rich.console import Console
 
 from ..data.cache.drafts import FirstDrafts
 from ..data.cache.files import write_text_durably
@@ -39,6 +41,7 @@ from .config import VpdConfig, config_yaml
 from .inspect import accept_length_histogram
 from .progress import ProgressReport
 from .run import RunFolder, held_out_share
+from .sweep import SweepRun, collect, evaluate_run, show_runs, train_all
 from .training import check_trackers, run_trainers
 
 DEFAULT_HOLDOUT = 0.05
@@ -138,6 +141,23 @@ def train(place: str, out: Path, config: VpdConfig, as_json: bool) -> None:
     result = {"run": str(out), "step": trainer.step, "checkpoint": str(checkpoint)}
     if trainer.accelerator.is_main_process:
         emit(result, as_json, f"trained: {checkpoint}")
+
+
+def sweep(place: str, runs: Sequence[SweepRun], together: int, as_json: bool) -> None:
+    cache = open_cache_for_reading(place, runs[0].config)
+    train_all(cache, runs, together, as_json)
+    with ProgressReport("eval", len(runs)) as progress:
+        for run in runs:
+            evaluate_run(cache, run)
+            progress.advance(note=run.name)
+
+
+def show_sweep(runs: Sequence[SweepRun], as_json: bool) -> None:
+    results = collect(runs)
+    if as_json:
+        click.echo(json.dumps({"runs": results}))
+    else:
+        Console(highlight=False).print(show_runs(results))
 
 
 def evaluate(

@@ -1,4 +1,4 @@
-"""Starts a command once for each of several processes on this machine, as torchrun would."""
+"""Starts a command in several processes on this machine."""
 
 from __future__ import annotations
 
@@ -20,20 +20,30 @@ def is_launched() -> bool:
 
 
 def launch(num_processes: int, arguments: list[str]) -> int:
-    """Runs `vpd` with these arguments in every process; the exit code of the first to fail, else 0.
-
-    Where one fails, the others are asked to stop: they would wait for it forever.
-    """
+    """Runs `vpd` with these arguments in processes that work on one thing together; the exit code of `run_all`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_processes)}
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(num_processes),
+        "LOCAL_WORLD_SIZE": str(num_processes),
+    }
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
+    return run_all([(arguments, shared | rank) for rank in ranks])
+
+
+def run_all(commands: list[tuple[list[str], dict[str, str]]]) -> int:
+    """Runs `vpd` once for each of these arguments and additions to the environment, which share the cores.
+
+    Returns the exit code of the first to fail, else 0. Where one fails, the others are asked to stop.
+    """
+    threads = max(1, (os.cpu_count() or 1) // len(commands))
+    inherited = {"OMP_NUM_THREADS": str(threads)} | os.environ
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "vpd.pipeline.cli", *arguments],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(num_processes)
+        subprocess.Popen([sys.executable, "-m", "vpd.pipeline.cli", *arguments], env=inherited | added)
+        for arguments, added in commands
     ]
 
     def forward(number: int, frame: FrameType | None) -> None:

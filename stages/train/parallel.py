@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -74,8 +74,6 @@ class ParallelDrafter:
             mesh=init_device_mesh(self.accelerator.device.type, (self.accelerator.num_processes,)),
             mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy(),
         )
-        assert isinstance(self.module, FSDPModule)
-        self.module.set_gradient_divide_factor(1.0)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -89,9 +87,7 @@ class ParallelDrafter:
 
     def finish_gradients(self, denominator: float, clip: float) -> float:
         """Turns summed gradients into those of the mean loss, and clips them; returns their norm before."""
-        divisor = denominator
-        if isinstance(self.module, DistributedDataParallel):
-            divisor /= self.accelerator.num_processes  # it took the mean over processes
+        divisor = denominator / self.accelerator.num_processes  # the wrappers take means over processes
         for parameter in self.parameters:
             if parameter.grad is not None:
                 parameter.grad.div_(divisor)

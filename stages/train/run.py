@@ -12,7 +12,7 @@ from ...data.errors import CacheNotFoundError, ConfigError, DrafterError
 from ..config import DrafterSection, EvalConfig, ReadConfig, TrainConfig
 from ..drafter.checkpoint import check_fits, drafter_fingerprint
 from ..drafter.shape import DrafterShape, rope_parameters
-from ..drafter.target_pieces import choose_mask_token, load_target_config, load_tokenizer
+from ..drafter.target_pieces import TargetPieces, choose_mask_token, load_target_config, load_tokenizer
 from ..evaluate.replay import Replay
 from .checkpoints import find_drafter
 from .samples import boundary_readers, require_anchor, split_rows
@@ -94,8 +94,13 @@ def make_trainer(
     config: TrainConfig,
     read: ReadConfig | None = None,
     evaluation: EvalConfig | None = None,
+    pieces: TargetPieces | None = None,
 ) -> Trainer:
-    """Checks everything that can be checked before the first step, and resumes the run if it has checkpoints."""
+    """Checks everything that can be checked before the first step, and resumes the run if it has checkpoints.
+
+    Args:
+        pieces: the target's, where another trainer has loaded them.
+    """
     read = read or ReadConfig()
     shape = plan_shape(cache, section)
     check_fits(shape, cache.manifest, run)
@@ -105,7 +110,7 @@ def make_trainer(
     evaluate = None
     if config.eval_limit:
         evaluate = plan_evaluation(cache, held_out, config, read, evaluation or EvalConfig())
-    trainer = Trainer(cache, training, drafts, shape, config, run, read, evaluate)
+    trainer = Trainer(cache, training, drafts, shape, config, run, read, evaluate, pieces)
     trainer.resume()
     return trainer
 

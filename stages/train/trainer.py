@@ -74,22 +74,26 @@ class Trainer:
         run: Path,
         read: ReadConfig,
         evaluate: Callable[[Path], float] | None = None,
+        pieces: TargetPieces | None = None,
     ):
         """
         Args:
             evaluate: the acceptance length of a checkpoint on held-out sequences; None: it is not asked for.
+            pieces: the target's, where another trainer has loaded them.
         """
         self.evaluate = evaluate
         self.cache, self.rows, self.drafts, self.shape = cache, rows, drafts, shape
         self.config, self.run, self.read = config, run, read
         self.accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # several processes without a GPU are else not joined
             mixed_precision=choose_precision(config.precision),
             log_with=[*config.trackers] or None,
             project_dir=run if config.trackers else None,
         )
-        self.device = self.accelerator.device
+        device = self.accelerator.device
+        self.device = torch.device("cpu") if device.type == "cpu" else device  # cpu:0 is not a device everywhere
         dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
-        self.pieces = TargetPieces.load(cache.target_folder, device=self.device, dtype=dtype)
+        self.pieces = pieces or TargetPieces.load(cache.target_folder, device=self.device, dtype=dtype)
         self.feature_rms_D = feature_rms(cache, rows).to(self.device)
         drafter = make_drafter(shape, config, self.feature_rms_D.cpu()).to(self.device).train()
         drafter.attention = choose_attention(config, self.device)

@@ -1,0 +1,152 @@
+"""Several hyperparameter runs from one cache: those that read the same sequences train together, in one pass over it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from ..data.cache.drafts import FirstDrafts
+from ..data.cache.files import write_text_durably
+from ..data.cache.store import Cache
+from ..data.errors import ConfigError
+from ..stages.evaluate.replay import Replay
+from ..stages.train.checkpoints import find_drafter
+from ..stages.train.run import first_drafter_fingerprint, make_trainer
+from ..stages.train.samples import split_rows
+from ..stages.train.trainer import Trainer
+from .config import VpdConfig
+from .launch import run_all
+from .options import from_text, leaf_fields
+from .run import METRICS, SECTIONS, RunFolder
+from .training import check_trackers, run_trainers
+
+SHARED = ("seed", "batch_tokens", "tokens_per_pass", "max_len", "holdout", "log_every", "precision")
+"""Settings that runs trained together have in common, beside the number of steps."""
+EVALUATION = "eval.json"
+
+
+@dataclass(frozen=True, slots=True)
+class SweepRun:
+    """One run of a sweep."""
+
+    name: str
+    folder: Path
+    config: VpdConfig
+
+
+def combinations(texts: Sequence[str]) -> list[dict[str, Any]]:
+    """Every combination of the values in texts such as `train.lr=[3e-4,6e-4]`.
+
+    Raises:
+        ConfigError: a key has no list of values, or is none of a run's settings.
+    """
+    choices = [(key.strip(), from_text(values)) for key, _, values in (text.partition("=") for text in texts)]
+    for key, values in choices:
+        section = key.partition(".")[0]
+        if section not in SECTIONS or key not in leaf_fields(VpdConfig):
+            raise ConfigError(f"--vary: expected a setting of {' or '.join(SECTIONS)}, found {key!r}")
+        if not isinstance(values, list) or not values:
+            raise ConfigError(f"--vary {key}: expected a list of values, such as {key}=[1,2], found {values!r}")
+    keys = [key for key, _ in choices]
+    return [dict(zip(keys, found, strict=True)) for found in itertools.product(*(values for _, values in choices))]
+
+
+def run_name(settings: dict[str, Any]) -> str:
+    """`lr=0.0003,tau=4`: a folder's name."""
+    text = ",".join(f"{key.rpartition('.')[2]}={json.dumps(value)}" for key, value in settings.items())
+    return re.sub(r'[" ]', "", text).replace("/", "_")
+
+
+def plan_runs(out: Path, vary: Sequence[str], configure: Callable[[dict[str, Any]], VpdConfig]) -> list[SweepRun]:
+    """One run for each combination.
+
+    Args:
+        configure: from a combination's settings to those of its run.
+    """
+    return [SweepRun(run_name(each), out / run_name(each), configure(each)) for each in combinations(vary)]
+
+
+def run_workers(num_workers: int, arguments: list[str]) -> int:
+    """The same command in several processes, each with a GPU of its own and its share of the runs; an exit code."""
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+    return run_all(
+        [
+            ([*arguments, "--worker-index", str(i)], {"CUDA_VISIBLE_DEVICES": devices[i % len(devices)]})
+            for i in range(num_workers)
+        ]
+    )
+
+
+def train_all(cache: Cache, runs: Sequence[SweepRun], together: int, as_json: bool) -> None:
+    """Trains the runs to their last steps, at most `together` of them at once."""
+    for run in runs:
+        check_trackers(run.config.train)
+    alike: defaultdict[tuple[Any, ...], list[SweepRun]] = defaultdict(list)
+    for run in runs:
+        alike[tuple(getattr(run.config.train, name) for name in SHARED)].append(run)
+    for group in alike.values():
+        for start in range(0, len(group), together):
+            train_group(cache, group[start : start + together], as_json)
+
+
+def train_group(cache: Cache, runs: Sequence[SweepRun], as_json: bool) -> None:
+    """Trains runs that read the same sequences; those at the same step go on together."""
+    at_step: defaultdict[tuple[int, int], list[tuple[Trainer, RunFolder]]] = defaultdict(list)
+    pieces = None
+    for run in runs:
+        folder = RunFolder(run.folder, run.config, cache)
+        trainer = make_trainer(
+            cache, run.folder, run.config.drafter, run.config.train, run.config.read, run.config.eval, pieces
+        )
+        pieces = trainer.pieces
+        at_step[trainer.step, trainer.num_steps].append((trainer, folder))
+    for found in at_step.values():
+        trainers, folders = zip(*found, strict=True)
+        run_trainers(trainers, folders, runs[0].config, as_json)
+
+
+def evaluate_run(cache: Cache, run: SweepRun) -> None:
+    """Writes the run's acceptance lengths on its held-out sequences beside its checkpoints."""
+    config = run.config
+    held_out = split_rows(cache, config.train.holdout)[1]
+    checkpoint = find_drafter(run.folder)
+    if config.train.objective == "vp":
+        drafts = FirstDrafts.open(cache, first_drafter_fingerprint(config.train))
+        report = Replay(cache, drafts, checkpoint, config.eval, config.read).run(held_out)
+    else:
+        report = Replay(cache, checkpoint, None, config.eval, config.read).run(held_out)
+    found = {"run": run.name, "checkpoint": str(checkpoint), **report.to_json()}
+    write_text_durably(run.folder / EVALUATION, json.dumps(found, indent=2) + "\n")
+
+
+def collect(runs: Sequence[SweepRun]) -> list[dict[str, Any]]:
+    """Name, last loss and acceptance lengths of each run, the best first."""
+    results = []
+    for run in runs:
+        evaluation = json.loads((run.folder / EVALUATION).read_text())
+        last = json.loads((run.folder / METRICS).read_text().splitlines()[-1])
+        results.append({"run": run.name, "loss": last["loss"], **evaluation})
+    return sorted(results, key=lambda result: -[*result["alpha"].values()][-1])
+
+
+def show_runs(results: list[dict[str, Any]]) -> Table:
+    settings = [*results[0]["alpha"]]
+    table = Table("run", "loss", *(f"alpha {name}" for name in settings), title="vpd sweep", title_justify="left")
+    for result in results:
+        intervals = [*result["interval"].values()]
+        alphas = [
+            f"{alpha:.3f} [{low:.3f}, {high:.3f}]"
+            for alpha, (low, high) in zip(result["alpha"].values(), intervals, strict=True)
+        ]
+        table.add_row(result["run"], f"{result['loss']:.3f}", *alphas)
+    return table
