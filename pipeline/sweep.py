@@ -1,4 +1,4 @@
-"""Several hyperparameter runs from one cache: those that read the same sequences train together, in one pass over it."""
+"""Several runs from one cache: those that read the same sequences train together, in one pass over it."""
 
 from __future__ import annotations
 
@@ -140,13 +140,14 @@ def collect(runs: Sequence[SweepRun]) -> list[dict[str, Any]]:
 
 
 def show_runs(results: list[dict[str, Any]]) -> Table:
+    """A table, with the interval of the last alpha, by which the runs are sorted."""
     settings = [*results[0]["alpha"]]
-    table = Table("run", "loss", *(f"alpha {name}" for name in settings), title="vpd sweep", title_justify="left")
+    table = Table(title="vpd sweep", title_justify="left")
+    table.add_column("run", overflow="fold")
+    for name in ("loss", *(f"alpha {name}" for name in settings), "95 % interval"):
+        table.add_column(name)
     for result in results:
-        intervals = [*result["interval"].values()]
-        alphas = [
-            f"{alpha:.3f} [{low:.3f}, {high:.3f}]"
-            for alpha, (low, high) in zip(result["alpha"].values(), intervals, strict=True)
-        ]
-        table.add_row(result["run"], f"{result['loss']:.3f}", *alphas)
+        low, high = result["interval"][settings[-1]]
+        alphas = [f"{result['alpha'][name]:.3f}" for name in settings]
+        table.add_row(result["run"], f"{result['loss']:.3f}", *alphas, f"{low:.3f}, {high:.3f}")
     return table

@@ -23,7 +23,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
-    """Notes the first interrupt or termination, so that the step can end and be saved; a second interrupt is at once."""
+    """Notes the first interrupt or termination, so that the step can end and be saved; a second one is at once."""
 
     def __enter__(self) -> StopSignals:
         self.received: int | None = None

@@ -1,6 +1,6 @@
 """The objective: Eq. 7 of the D2SD paper, with a head that never holds all logits at once."""
 
-# N blocks, G block size, J = G-1, P labelled positions, V rows of the head, H hidden width
+# N blocks, G block size, J = G-1, P labelled positions, C of them in a chunk, V rows of the head, H hidden width
 from __future__ import annotations
 
 from dataclasses import dataclass
