@@ -22,7 +22,6 @@ from ..data.cache.verify import VerifyReport, count_parts
 from ..data.cache.verify import verify as verify_cache
 from ..data.errors import ConfigError
 from ..data.prompts import PromptSet, read_prompts
-from ..stages.config import ExtractConfig
 from ..stages.extract.estimate import (
     CODECS,
     Lengths,
@@ -34,7 +33,9 @@ from ..stages.extract.estimate import (
     run_pilot,
 )
 from ..stages.extract.run import make_chat, make_engine, plan_extraction, plan_layers, plan_manifest
-from ..stages.extract.target import load_target
+from ..stages.extract.target import Target, load_target
+from ..stages.train.cost import training_cost
+from ..stages.train.run import shape_for
 from .commands import emit
 from .config import VpdConfig
 from .inspect import describe_cache, format_bytes, make_console, print_cache
@@ -181,7 +182,8 @@ def estimate(target_name: str, prompt_files: tuple[Path, ...], out: str, config:
         some = choose_evenly(plan, wanted.pilot)
         pilot = run_pilot(lambda: make_engine(target, layer_ids, settings), some, manifest, settings, near)
     response = settings.response_tokens or (pilot.response_tokens if pilot is not None else None)
-    lengths = expected_lengths(plan.conversations, response, round(len(plan.conversations) * scale))
+    num_sequences = wanted.num_sequences or round(len(plan.conversations) * scale)
+    lengths = expected_lengths(plan.conversations, response, num_sequences)
     rate = wanted.tokens_per_second or (pilot.tokens_per_second if pilot is not None else None)
     result = {
         "cache": out,
@@ -195,11 +197,30 @@ def estimate(target_name: str, prompt_files: tuple[Path, ...], out: str, config:
         "free_bytes": free_bytes(storage),
         "tokens_per_second": rate,
         "hours": None if rate is None else lengths.total / rate / SECONDS_PER_HOUR,
+        "training": estimate_training(lengths, manifest, target, config),
     }
     if as_json:
         emit(result, True, "")
     else:
-        print_estimate(result, settings, make_console())
+        print_estimate(result, config, make_console())
+
+
+def estimate_training(
+    lengths: Lengths, manifest: CacheManifest, target: Target, config: VpdConfig
+) -> dict[str, Any] | None:
+    """What a run of `vpd train` over the cache will take; None without a sequence."""
+    if not len(lengths.num_tokens):
+        return None
+    wanted = config.estimate
+    shape = shape_for(manifest, target.config.to_dict(), config.drafter, mask_token_id=0)
+    cost = training_cost(shape, config.train, lengths.num_tokens, lengths.num_sequences)
+    found = {"num_steps": cost.num_steps, "num_tokens": round(cost.num_tokens), "flops": cost.flops}
+    if wanted.utilisation is None:
+        return found
+    hours = cost.gpu_hours(wanted.tflops, wanted.utilisation)
+    rate = cost.num_tokens / (hours * SECONDS_PER_HOUR)
+    bytes_per_token = cache_bytes(lengths, manifest, config.extract.codec) / lengths.total
+    return {**found, "gpu_hours": hours, "tokens_per_second": rate, "bytes_per_second": rate * bytes_per_token}
 
 
 def sample_records(prompts: PromptSet, number: int | None) -> PromptSet:
@@ -214,8 +235,9 @@ def bytes_by_codec(lengths: Lengths, manifest: CacheManifest, pilot: Pilot | Non
     return {codec: cache_bytes(lengths, manifest, codec, shares.get(codec)) for codec in CODECS}
 
 
-def print_estimate(found: dict[str, Any], settings: ExtractConfig, console: Console) -> None:
+def print_estimate(found: dict[str, Any], config: VpdConfig, console: Console) -> None:
     """The estimate as a table."""
+    settings, wanted = config.extract, config.estimate
     table = Table(title=f"extraction into {found['cache']}", show_header=False, title_justify="left")
     table.add_row("sequences", f"{found['num_sequences']} to come, {found['num_present']} there")
     length = f"at most: answers of up to {settings.max_new_tokens} tokens"
@@ -234,4 +256,14 @@ def print_estimate(found: dict[str, Any], settings: ExtractConfig, console: Cons
         table.add_row("hours", "unknown: give --tokens-per-second, or measure with --pilot")
     else:
         table.add_row("hours", f"{found['hours']:.2f} at {rate:.0f} tokens/s")
+    if training := found["training"]:
+        table.add_row("training", f"{training['num_steps']} steps, {training['flops']:.2e} operations at most")
+    if training and wanted.utilisation is None:
+        table.add_row("GPU hours", "unknown: give --utilisation, the share of a GPU's peak that training reaches")
+    elif training:
+        table.add_row(
+            "GPU hours", f"{training['gpu_hours']:.2f} at {wanted.utilisation:.0%} of {wanted.tflops:.0f} TFLOPS"
+        )
+        reading = f"{training['tokens_per_second']:.0f} tokens/s, {format_bytes(training['bytes_per_second'])}/s"
+        table.add_row("a GPU reads", f"{reading} as {found['codec']}")
     console.print(table)

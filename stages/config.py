@@ -108,10 +108,16 @@ class ReadConfig(Section):
 
 
 class EstimateConfig(Section):
-    """`estimate`: what an extraction will take."""
+    """`estimate`: what an extraction and a training run will take."""
 
     sample: Count | None = None
     """Number of records to tokenize, evenly chosen; the rest is taken to be alike; >= 1, none = all."""
+    num_sequences: Count | None = None
+    """Number of sequences that the records stand for; >= 1, none = one each."""
+    tflops: PositiveFloat = 989.0
+    """Peak of a training GPU in bf16, in TFLOPS; > 0. An H100 or H200 has 989."""
+    utilisation: Ratio | None = None
+    """Share of that peak which training reaches; in (0, 1], none = unknown. `make bench` measures it on a GPU."""
     tokens_per_second: PositiveFloat | None = None
     """Rate of the extraction; > 0, none = as piloted, else unknown."""
     pilot: NonNegative = 0

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..config import TrainConfig
 
-POSITIONS_PER_CHUNK = 1024
+LOGITS_PER_CHUNK = {"cpu": 1 << 23, "cuda": 1 << 27}
+"""Logits that exist at once. On a CPU as few as leave a matrix product its speed: they stay near the processor."""
 
 
 def position_weights(labelled_NG: Tensor, prefix_len_N: Tensor, tau: float) -> Tensor:
@@ -121,7 +122,7 @@ class HeadLosses(NamedTuple):
 
 
 def head_losses(states_PH: Tensor, labels_P: Tensor, rows: HeadRows) -> HeadLosses:
-    """Cross-entropy of the frozen head, chunk by chunk: logits of at most `POSITIONS_PER_CHUNK` exist."""
+    """Cross-entropy of the frozen head, chunk by chunk: at most `LOGITS_PER_CHUNK` logits exist."""
     if rows.row_of_token is not None:
         labels_P = rows.row_of_token[labels_P]
     return HeadLosses(*_ChunkedHead.apply(states_PH, labels_P, rows.head_VH, rows.log_scale_V))
@@ -137,19 +138,31 @@ class _ChunkedHead(torch.autograd.Function):
         loss_P = torch.empty(len(labels_P), device=states_PH.device, dtype=torch.float32)
         right_P = torch.empty_like(labels_P, dtype=torch.bool)
         gradient_PH = torch.empty_like(states_PH)
-        for start in range(0, len(labels_P), POSITIONS_PER_CHUNK):
-            chunk = slice(start, start + POSITIONS_PER_CHUNK)
-            states, labels = states_PH[chunk].to(head_VH.dtype), labels_P[chunk, None]
-            logits = (states @ head_VH.T).float()
-            right_P[chunk] = logits.argmax(dim=1) == labels[:, 0]
+        num_positions = max(1, LOGITS_PER_CHUNK[head_VH.device.type] // len(head_VH))
+        # All chunks use the same memory, of the head's type and of float32, which may be one and the same.
+        product_CV = head_VH.new_empty(min(num_positions, len(labels_P)), len(head_VH))
+        is_float32 = head_VH.dtype == torch.float32
+        logits_CV = product_CV if is_float32 else torch.empty_like(product_CV, dtype=torch.float32)
+        for start in range(0, len(labels_P), num_positions):
+            chunk = slice(start, start + num_positions)
+            labels = labels_P[chunk, None]
+            product, logits = product_CV[: len(labels)], logits_CV[: len(labels)]
+            torch.mm(states_PH[chunk].to(head_VH.dtype), head_VH.T, out=product)
+            if not is_float32:
+                logits.copy_(product)
+            likeliest = logits.argmax(dim=1, keepdim=True)
+            right_P[chunk] = (likeliest == labels)[:, 0]
             if log_scale_V is not None:
                 logits += log_scale_V
-            label_logit = logits.gather(1, labels)
-            log_sum = logits.logsumexp(dim=1, keepdim=True)
+            label_logit, likeliest_logit = logits.gather(1, labels), logits.gather(1, likeliest)
+            probs = torch.softmax(logits, dim=1, out=logits)
+            # The probability of the likeliest token is the one that never underflows.
+            log_sum = likeliest_logit - probs.gather(1, likeliest).log()
             loss_P[chunk] = (log_sum - label_logit)[:, 0]
-            gradient = logits.sub_(log_sum).exp_()
-            gradient.scatter_add_(1, labels, -torch.ones_like(label_logit))
-            gradient_PH[chunk] = (gradient.to(head_VH.dtype) @ head_VH).to(gradient_PH.dtype)
+            gradient = probs.scatter_add_(1, labels, -torch.ones_like(label_logit))
+            if not is_float32:
+                product.copy_(gradient)
+            gradient_PH[chunk] = product @ head_VH
         ctx.save_for_backward(gradient_PH)
         ctx.mark_non_differentiable(right_P)
         return loss_P, right_P

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ...data.cache.drafts import FirstDrafts, list_drafts
 from ...data.cache.index import SequenceIndex
+from ...data.cache.manifest import CacheManifest
 from ...data.cache.store import Cache
 from ...data.errors import CacheNotFoundError, ConfigError, DrafterError
 from ..config import DrafterSection, EvalConfig, ReadConfig, TrainConfig
@@ -27,8 +29,16 @@ def plan_shape(cache: Cache, section: DrafterSection) -> DrafterShape:
     Raises:
         DrafterError: the shape is impossible.
     """
-    target = load_target_config(cache.target_folder)
-    manifest = cache.manifest
+    mask_token_id = choose_mask_token(
+        section.mask_token_id, load_tokenizer(cache.target_folder), cache.manifest.vocab_size
+    )
+    return shape_for(cache.manifest, load_target_config(cache.target_folder), section, mask_token_id)
+
+
+def shape_for(
+    manifest: CacheManifest, target: dict[str, Any], section: DrafterSection, mask_token_id: int
+) -> DrafterShape:
+    """The drafter's shape for a cache of the target with this config."""
 
     def own_or_target(name: str) -> int:
         value = getattr(section, name) or target.get(name)
@@ -49,9 +59,7 @@ def plan_shape(cache: Cache, section: DrafterSection) -> DrafterShape:
         max_position_embeddings=target.get("max_position_embeddings", DEFAULT_MAX_POSITIONS),
         vocab_size=manifest.vocab_size,
         block_size=section.block_size,
-        mask_token_id=choose_mask_token(
-            section.mask_token_id, load_tokenizer(cache.target_folder), manifest.vocab_size
-        ),
+        mask_token_id=mask_token_id,
         target_layer_ids=manifest.layer_ids,
         num_target_layers=manifest.num_target_layers,
     )
