@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..config import TrainConfig
 
-LOGITS_PER_CHUNK = {"cpu": 1 << 23, "cuda": 1 << 27}
+LOGITS_ON_CPU, LOGITS_ON_GPU = 1 << 23, 1 << 27
 """Logits that exist at once. On a CPU as few as leave a matrix product its speed: they stay near the processor."""
 
 
@@ -122,7 +122,7 @@ class HeadLosses(NamedTuple):
 
 
 def head_losses(states_PH: Tensor, labels_P: Tensor, rows: HeadRows) -> HeadLosses:
-    """Cross-entropy of the frozen head, chunk by chunk: at most `LOGITS_PER_CHUNK` logits exist."""
+    """Cross-entropy of the frozen head, chunk by chunk: few logits exist at once."""
     if rows.row_of_token is not None:
         labels_P = rows.row_of_token[labels_P]
     return HeadLosses(*_ChunkedHead.apply(states_PH, labels_P, rows.head_VH, rows.log_scale_V))
@@ -138,7 +138,8 @@ class _ChunkedHead(torch.autograd.Function):
         loss_P = torch.empty(len(labels_P), device=states_PH.device, dtype=torch.float32)
         right_P = torch.empty_like(labels_P, dtype=torch.bool)
         gradient_PH = torch.empty_like(states_PH)
-        num_positions = max(1, LOGITS_PER_CHUNK[head_VH.device.type] // len(head_VH))
+        num_logits = LOGITS_ON_CPU if head_VH.device.type == "cpu" else LOGITS_ON_GPU
+        num_positions = max(1, num_logits // len(head_VH))
         # All chunks use the same memory, of the head's type and of float32, which may be one and the same.
         product_CV = head_VH.new_empty(min(num_positions, len(labels_P)), len(head_VH))
         is_float32 = head_VH.dtype == torch.float32

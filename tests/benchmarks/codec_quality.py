@@ -28,6 +28,7 @@ from vpd.pipeline.config import load_config
 from vpd.stages.evaluate.replay import Replay
 from vpd.stages.extract.estimate import CODECS
 from vpd.stages.train.checkpoints import find_drafter
+from vpd.stages.train.loop import run_together
 from vpd.stages.train.run import make_trainer
 from vpd.stages.train.samples import is_held_out
 
@@ -41,7 +42,7 @@ def train_and_replay(source: Cache, cache: Cache, run: Path, recipe: str, steps:
     config = load_config(recipe, {"train.objective": "dflash", "train.max_steps": steps, "train.seed": seed})
     losses: list[float] = []
     trainer = make_trainer(cache, run, config.drafter, config.train)
-    trainer.train(lambda metrics: losses.append(metrics["loss"]))
+    run_together([trainer], lambda _, metrics: losses.append(metrics["loss"]))
     seq_ids = source.rows.strings("seq_id")
     held_out = [i for i, seq_id in enumerate(seq_ids) if is_held_out(seq_id, config.train.holdout)]
     result = Replay(source, find_drafter(run), None, config.eval).run(source.rows.take(held_out)).to_json()

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/run.py [--out FILE] [--only NAME] ...
 
-They take about five minutes and 4 GiB of the disk below OUT, which is given back. Ratios compare what was measured in
+They take about seven minutes and 4 GiB of the disk below OUT, which is given back. Ratios compare what was measured in
 the same run, in turn; still, a machine that does nothing else gives the truest ones.
 """
 
@@ -20,9 +20,11 @@ import click
 sys.path.insert(1, str(Path(__file__).parents[1]))  # for `servers`
 
 from bench_codecs import bench_codecs
+from bench_feed import bench_feed
 from bench_open import bench_open
 from bench_read import bench_read
 from bench_remote import bench_remote
+from bench_train import bench_train
 from bench_write import bench_write
 from report import Figure, describe_machine, print_table, write_json
 from workload import QWEN3, SMOLLM2
@@ -32,6 +34,8 @@ BENCHMARKS: dict[str, list[Callable[[Path], list[Figure]]]] = {
     "read": [partial(bench_read, workload=workload) for workload in (QWEN3, SMOLLM2)],
     "open": [bench_open],
     "codecs": [bench_codecs],
+    "feed": [partial(bench_feed, workload=SMOLLM2)],
+    "train": [bench_train],
     "remote": [partial(bench_remote, workload=workload) for workload in (QWEN3, SMOLLM2)],
 }
 

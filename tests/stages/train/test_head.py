@@ -67,7 +67,7 @@ TOLERANCE = 1e-5
 def test_loss_and_gradient_are_those_of_the_full_cross_entropy(
     head: Head, rows_of, positions_per_chunk: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(objective, "POSITIONS_PER_CHUNK", positions_per_chunk)
+    monkeypatch.setattr(objective, "LOGITS_ON_CPU", positions_per_chunk * V)
     loss_P, gradient_PH, right = found_losses(head, rows_of(head))
     expected_P, expected_PH = full_losses(head)
     torch.testing.assert_close(loss_P.double(), expected_P, rtol=TOLERANCE, atol=TOLERANCE)
