@@ -15,8 +15,8 @@ SECONDS_TO_STOP = 60.0
 
 
 def is_launched() -> bool:
-    """Whether a launcher (torchrun, accelerate, SLURM with either, or this one) has started this process."""
-    return "WORLD_SIZE" in os.environ
+    """Whether a launcher (torchrun, accelerate, SLURM with either, or this one) has started this process and others."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def launch(num_processes: int, arguments: list[str]) -> int:

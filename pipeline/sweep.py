@@ -48,7 +48,7 @@ def combinations(texts: Sequence[str]) -> list[dict[str, Any]]:
     """Every combination of the values in texts such as `train.lr=[3e-4,6e-4]`.
 
     Raises:
-        ConfigError: a key has no list of values, or is none of a run's settings.
+        ConfigError: a key has no list of values, is none of a run's settings, or is given twice.
     """
     choices = [(key.strip(), from_text(values)) for key, _, values in (text.partition("=") for text in texts)]
     for key, values in choices:
@@ -58,7 +58,13 @@ def combinations(texts: Sequence[str]) -> list[dict[str, Any]]:
         if not isinstance(values, list) or not values:
             raise ConfigError(f"--vary {key}: expected a list of values, such as {key}=[1,2], found {values!r}")
     keys = [key for key, _ in choices]
+    if repeated := find_repeated(keys):
+        raise ConfigError(f"--vary: {repeated} is given twice. Give all its values in one list.")
     return [dict(zip(keys, found, strict=True)) for found in itertools.product(*(values for _, values in choices))]
+
+
+def find_repeated(names: Sequence[str]) -> str | None:
+    return next((name for i, name in enumerate(names) if name in names[:i]), None)
 
 
 def run_name(settings: dict[str, Any]) -> str:
@@ -72,8 +78,14 @@ def plan_runs(out: Path, vary: Sequence[str], configure: Callable[[dict[str, Any
 
     Args:
         configure: from a combination's settings to those of its run.
+
+    Raises:
+        ConfigError: two runs would have the same folder.
     """
-    return [SweepRun(run_name(each), out / run_name(each), configure(each)) for each in combinations(vary)]
+    runs = [SweepRun(run_name(each), out / run_name(each), configure(each)) for each in combinations(vary)]
+    if repeated := find_repeated([run.name for run in runs]):
+        raise ConfigError(f"--vary: the run {repeated} is asked for twice. Leave out values that repeat.")
+    return runs
 
 
 def run_workers(num_workers: int, arguments: list[str]) -> int:

@@ -3,6 +3,7 @@
 # T context tokens, N blocks, G block size, D context features, H hidden width, J = G-1
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,6 +40,9 @@ from .parallel import ParallelDrafter
 from .samples import TrainingBlocks, feature_rms, label_tokens
 
 NAMES_SHOWN = 16
+RENDEZVOUS = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Where torchrun and MPI tell how many processes there are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +88,14 @@ class Trainer:
         self.evaluate = evaluate
         self.cache, self.rows, self.drafts, self.shape = cache, rows, drafts, shape
         self.config, self.run, self.read = config, run, read
+        check_rendezvous()
         self.accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),  # several processes without a GPU are else not joined
             mixed_precision=choose_precision(config.precision),
             log_with=[*config.trackers] or None,
             project_dir=run if config.trackers else None,
         )
+        check_joined(self.accelerator.num_processes)
         device = self.accelerator.device
         self.device = torch.device("cpu") if device.type == "cpu" else device  # cpu:0 is not a device everywhere
         dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
@@ -260,6 +266,35 @@ def make_drafter(shape: DrafterShape, config: TrainConfig, feature_rms_D: Tensor
     drafter = Drafter(shape)
     drafter.init_weights(counter_generator(config.seed, "weights"))
     return drafter
+
+
+def check_rendezvous() -> None:
+    """
+    Raises:
+        ConfigError: this is one of several processes, but not told how to find the others.
+    """
+    size = os.environ.get("WORLD_SIZE", "1")
+    missing = [name for name in RENDEZVOUS if name not in os.environ]
+    if size != "1" and missing:
+        raise ConfigError(
+            f"WORLD_SIZE is {size}, which makes this one of several processes, but {', '.join(missing)} is not set, so "
+            "it can't join them. Start them with torchrun or --num-processes, or unset WORLD_SIZE to train alone."
+        )
+
+
+def check_joined(num_processes: int) -> None:
+    """
+    Raises:
+        ConfigError: a launcher has started another number of processes than work together.
+    """
+    for name in WORLD_SIZES:
+        if int(size := os.environ.get(name, "1")) not in (1, num_processes):
+            raise ConfigError(
+                f"{name} makes this one of {size} processes, but it "
+                + ("trains alone" if num_processes == 1 else f"works with {num_processes}")
+                + ", and all would write one folder. Start them with torchrun or --num-processes, or unset "
+                f"{name} to train alone."
+            )
 
 
 def choose_precision(name: str) -> str:

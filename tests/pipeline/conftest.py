@@ -1,10 +1,19 @@
 """What tests of the command line work on."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from forks import Forks
 from place import Place
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    found = Forks(tmp_path_factory.mktemp("forks"))
+    yield found
+    found.close()
 
 
 @pytest.fixture
