@@ -32,12 +32,12 @@ def fill_blocks(
         wanted_NG: bool; other positions come back as token 0 with probability 0.
         num_blocks: blocks of each sequence in the context; None: all are of the one.
     """
-    hidden_NGH = drafter(pieces.embed_VH[block_ids_NG], anchors_N, context, num_blocks)
+    wanted_P = wanted_NG.flatten().nonzero().flatten()
+    states_PH = drafter(pieces.embed_VH[block_ids_NG], anchors_N, context, num_blocks, wanted_P)
     tokens_NGA = block_ids_NG.new_zeros(*block_ids_NG.shape, num_alternatives)
     probs_NGA = torch.zeros(tokens_NGA.shape, device=tokens_NGA.device)
     found = [
-        _most_likely(states_PH, pieces.head_VH, num_alternatives)
-        for states_PH in hidden_NGH[wanted_NG].split(POSITIONS_PER_CHUNK)
+        _most_likely(states_CH, pieces.head_VH, num_alternatives) for states_CH in states_PH.split(POSITIONS_PER_CHUNK)
     ]
     if found:
         tokens_NGA[wanted_NG] = torch.cat([tokens for tokens, _ in found])

@@ -72,9 +72,14 @@ class Drafter(nn.Module):
         return Context(layers, num_tokens)
 
     def forward(
-        self, blocks_NGH: Tensor, anchors_N: Tensor, context: Context, num_blocks: Sequence[int] | None = None
+        self,
+        blocks_NGH: Tensor,
+        anchors_N: Tensor,
+        context: Context,
+        num_blocks: Sequence[int] | None = None,
+        wanted_P: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states [N, G, H] of the blocks, ready for the target's LM head.
+        """Hidden states of the blocks [N, G, H], or of the wanted positions [P, H], ready for the target's LM head.
 
         Args:
             blocks_NGH: embedded tokens of the blocks, the mask token's embedding where the drafter shall predict.
@@ -82,16 +87,18 @@ class Drafter(nn.Module):
                 strictly before anchors_N[n].
             context: what `context` returned for the blocks' sequences.
             num_blocks: blocks of each sequence, which come one sequence after another; None: all are of the one.
+            wanted_P: int64, indices into the N * G positions; the last layer leaves out the others.
         """
         num_blocks = (len(blocks_NGH),) if num_blocks is None else tuple(num_blocks)
         offsets_G = torch.arange(blocks_NGH.shape[1], device=blocks_NGH.device)
         rope = rotary(anchors_N[:, None] + offsets_G, self.shape, blocks_NGH.dtype)
         layout = make_layout(anchors_N, context.num_tokens, num_blocks, blocks_NGH.shape[1])
         attend = plan_attention(self.attention, layout, blocks_NGH.dtype)
-        states_NGH = blocks_NGH
-        for layer, layer_context in zip(self.layers, context.layers, strict=True):
-            states_NGH = layer(states_NGH, rope, layer_context, attend)
-        return self.norm(states_NGH)
+        states = blocks_NGH
+        for i, (layer, layer_context) in enumerate(zip(self.layers, context.layers, strict=True)):
+            wanted = wanted_P if i == len(self.layers) - 1 else None
+            states = layer(states, rope, layer_context, attend, wanted)
+        return self.norm(states)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -109,9 +116,22 @@ class DrafterLayer(nn.Module):
         self.input_layernorm = RMSNorm(shape.hidden_size, eps=shape.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(shape.hidden_size, eps=shape.rms_norm_eps)
 
-    def forward(self, states_NGH: Tensor, rope: tuple[Tensor, Tensor], context: LayerContext, attend: Attend) -> Tensor:
-        states_NGH = states_NGH + self.self_attn(self.input_layernorm(states_NGH), rope, context, attend)
-        return states_NGH + self.mlp(self.post_attention_layernorm(states_NGH))
+    def forward(
+        self,
+        states_NGH: Tensor,
+        rope: tuple[Tensor, Tensor],
+        context: LayerContext,
+        attend: Attend,
+        wanted_P: Tensor | None = None,
+    ) -> Tensor:
+        mixed = self.self_attn(self.input_layernorm(states_NGH), rope, context, attend, wanted_P)
+        states = select(states_NGH, wanted_P) + mixed
+        return states + self.mlp(self.post_attention_layernorm(states))
+
+
+def select(states_NGH: Tensor, wanted_P: Tensor | None) -> Tensor:
+    """The wanted positions [P, H]; all of them [N, G, H] if none are named."""
+    return states_NGH if wanted_P is None else states_NGH.flatten(0, 1)[wanted_P]
 
 
 class SwiGLU(nn.Module):
@@ -144,12 +164,19 @@ class BlockAttention(nn.Module):
         key_Tkd, value_Tkd = self._keys_values(states_TH, rope)
         return LayerContext(key_Tkd.transpose(0, 1), value_Tkd.transpose(0, 1))
 
-    def forward(self, states_NGH: Tensor, rope: tuple[Tensor, Tensor], context: LayerContext, attend: Attend) -> Tensor:
+    def forward(
+        self,
+        states_NGH: Tensor,
+        rope: tuple[Tensor, Tensor],
+        context: LayerContext,
+        attend: Attend,
+        wanted_P: Tensor | None,
+    ) -> Tensor:
         N, G, _ = states_NGH.shape
         query_NGhd = self.q_proj(states_NGH).view(N, G, self.num_heads, self.head_dim)
         key_NGkd, value_NGkd = self._keys_values(states_NGH, rope)
         mixed_NGhd = attend(rotate(self.q_norm(query_NGhd), rope), key_NGkd, value_NGkd, context)
-        return self.o_proj(mixed_NGhd.flatten(2))
+        return self.o_proj(select(mixed_NGhd.flatten(2), wanted_P))
 
     def _keys_values(self, states: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         split = (*states.shape[:-1], self.num_kv_heads, self.head_dim)

@@ -40,6 +40,11 @@ class BlockLabels(NamedTuple):
     weights_NG: Tensor
     """Eq. 7; 0 where there is no label."""
 
+    @property
+    def predicted_P(self) -> Tensor:
+        """int64: indices of the predicted positions into all N * G."""
+        return self.weights_NG.flatten().nonzero().flatten()
+
 
 class LossParts(NamedTuple):
     """A pass's share of a step's loss and of what is told about it."""
@@ -53,10 +58,10 @@ class LossParts(NamedTuple):
     """Blocks that predict so many."""
 
 
-def block_loss(states_NGH: Tensor, blocks: BlockLabels, rows: HeadRows, config: TrainConfig) -> LossParts:
-    """Eq. 7 of arXiv 2606.04446 over the blocks' states, normalised as configured."""
+def block_loss(states_PH: Tensor, blocks: BlockLabels, rows: HeadRows, config: TrainConfig) -> LossParts:
+    """Eq. 7 of arXiv 2606.04446 over the states of the predicted positions, normalised as configured."""
     predicted_NG = blocks.weights_NG > 0
-    losses = head_losses(states_NGH[predicted_NG], blocks.labels_NG[predicted_NG], rows)
+    losses = head_losses(states_PH, blocks.labels_NG[predicted_NG], rows)
     right_NG = torch.zeros_like(predicted_NG).masked_scatter(predicted_NG, losses.right_P)
     weights_NG, denominator = normalised(blocks.weights_NG, config.normalise)
     loss_sum = (weights_NG[predicted_NG] * losses.loss_P).sum()

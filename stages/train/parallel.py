@@ -40,9 +40,11 @@ class TrainingPass(nn.Module):
         blocks_NGH: Tensor,
         anchors_N: Tensor,
         num_blocks: Sequence[int],
+        wanted_P: Tensor,
     ) -> Tensor:
-        """Hidden states [N, G, H] of the blocks; see `Drafter`."""
-        return self.drafter(blocks_NGH, anchors_N, self.drafter.context(features_TD, num_tokens), num_blocks)
+        """Hidden states [P, H] of the wanted positions; see `Drafter`."""
+        context = self.drafter.context(features_TD, num_tokens)
+        return self.drafter(blocks_NGH, anchors_N, context, num_blocks, wanted_P)
 
 
 class ParallelDrafter:

@@ -223,6 +223,7 @@ class Trainer:
                 self.pieces.embed_VH[blocks.block_ids_NG],
                 blocks.anchors_N,
                 blocks.num_blocks,
+                blocks.labels.predicted_P,
             )
 
     def _idle_blocks(self) -> TrainingBlocks:

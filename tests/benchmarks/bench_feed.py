@@ -94,8 +94,9 @@ def measure_wait(cache: Cache, rows: SequenceIndex, order: DataOrder, workload: 
 
 def train_pass(drafter: Drafter, table_VH: Tensor, blocks: TrainingBlocks) -> None:
     context = drafter.context(blocks.features_TD.float(), blocks.num_tokens)
-    states_NGH = drafter(table_VH[blocks.block_ids_NG], blocks.anchors_N, context, blocks.num_blocks)
-    block_loss(states_NGH, blocks.labels, HeadRows(table_VH, None, None), TRAIN).loss_sum.backward()
+    embedded_NGH = table_VH[blocks.block_ids_NG]
+    states_PH = drafter(embedded_NGH, blocks.anchors_N, context, blocks.num_blocks, blocks.labels.predicted_P)
+    block_loss(states_PH, blocks.labels, HeadRows(table_VH, None, None), TRAIN).loss_sum.backward()
 
 
 def make_shape(workload: Workload, vocab_size: int) -> DrafterShape:

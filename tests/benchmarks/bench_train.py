@@ -199,7 +199,7 @@ class Step:
         gradients = [parameter.grad for parameter in self.drafter.parameters() if parameter.grad is not None]
         grad_norm = float(torch.nn.utils.get_total_norm(gradients))
         self.drafter.zero_grad()
-        return Measured(float(loss), grad_norm, seconds)
+        return Measured(float(loss.detach()), grad_norm, seconds)
 
     def now(self) -> float:
         if self.device == "cuda":
@@ -262,8 +262,9 @@ def few_blocks(batch: Batch) -> Batch:
 def our_loss(drafter: Drafter, batch: Batch, dtype: torch.dtype) -> Tensor:
     with autocast(batch, dtype):
         context = drafter.context(batch.features_TD)
-        states_NGH = drafter(batch.embed_VH[batch.block_ids_NG], batch.anchors_N, context)
-    parts = block_loss(states_NGH, batch.labels, HeadRows(batch.head_VH, None, None), TRAIN)
+        embedded_NGH = batch.embed_VH[batch.block_ids_NG]
+        states_PH = drafter(embedded_NGH, batch.anchors_N, context, wanted_P=batch.labels.predicted_P)
+    parts = block_loss(states_PH, batch.labels, HeadRows(batch.head_VH, None, None), TRAIN)
     return parts.loss_sum / parts.denominator
 
 

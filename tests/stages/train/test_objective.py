@@ -172,9 +172,10 @@ def test_loss_and_gradient_are_those_of_the_loop(
     states_NGH = world.states_NGH.clone().requires_grad_()
     labels = world.labels(config)
     passes = [part for part in (slice(0, cut), slice(cut, None)) if len(states_NGH[part])]
-    parts = [
-        block_loss(states_NGH[part], BlockLabels(*(field[part] for field in labels)), rows, config) for part in passes
-    ]
+    parts = []
+    for part in passes:
+        some = BlockLabels(*(field[part] for field in labels))
+        parts.append(block_loss(states_NGH[part].flatten(0, 1)[some.predicted_P], some, rows, config))
     totals = LossParts(*(torch.stack(found).sum(dim=0) for found in zip(*parts, strict=True)))
     loss = totals.loss_sum / totals.denominator
     (gradient_NGH,) = torch.autograd.grad(loss, states_NGH)

@@ -86,8 +86,9 @@ def test_loss_and_gradients_are_those_of_the_published_form(form: str):
     drafter = random_drafter(SHAPE, seed=3)
 
     context = drafter.context(blocks.features_TD.float(), blocks.num_tokens)
-    states_NGH = drafter(embed_VH[blocks.block_ids_NG], blocks.anchors_N, context, blocks.num_blocks)
-    parts = block_loss(states_NGH, blocks.labels, HeadRows(head_VH, None, None), config)
+    embedded_NGH = embed_VH[blocks.block_ids_NG]
+    states_PH = drafter(embedded_NGH, blocks.anchors_N, context, blocks.num_blocks, blocks.labels.predicted_P)
+    parts = block_loss(states_PH, blocks.labels, HeadRows(head_VH, None, None), config)
     found = parts.loss_sum / parts.denominator
     found_gradients = torch.autograd.grad(found, [*drafter.parameters()])
 
