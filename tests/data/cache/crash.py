@@ -6,6 +6,7 @@ import random
 import resource
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,7 @@ def start(target: Callable[..., None], *arguments: Any) -> Any:
 def kill_at_random(process: Any, chance: random.Random, longest_s: float) -> bool:
     """Kills a process after a random time; returns whether it was still at work."""
     process.join(chance.uniform(0, longest_s))
-    at_work = process.is_alive()
-    if at_work:
+    with suppress(ProcessLookupError):  # it has just ended
         os.kill(process.pid, signal.SIGKILL)
     process.join()
-    return at_work
+    return process.exitcode == -signal.SIGKILL
