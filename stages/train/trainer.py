@@ -288,6 +288,8 @@ def check_joined(num_processes: int) -> None:
     Raises:
         ConfigError: a launcher has started another number of processes than work together.
     """
+    if num_processes > 1 and os.environ.get("WORLD_SIZE") == str(num_processes):
+        return  # MPI may have started one torchrun on each machine, and tells the number of these
     for name in WORLD_SIZES:
         if int(size := os.environ.get(name, "1")) not in (1, num_processes):
             raise ConfigError(
