@@ -7,47 +7,64 @@ from typing import Any
 
 import pytest
 import torch
-from compare import check_close_runs, checkpoint_steps, cut_short, metrics, train, weights
-from forks import ENVIRONMENT, Forks
+from compare import check_close_runs, checkpoint_steps, cut_short, metrics, steps_logged, train, weights
+from forks import ENVIRONMENT, SECONDS, Forks
 from tiny import TRAIN, run_vpd
 from vpd.data.cache.store import Cache
+from vpd.data.errors import ConfigError
 from vpd.pipeline.launch import is_launched
 from vpd.stages.config import TrainConfig
-from vpd.stages.train.order import DataOrder
+from vpd.stages.drafter.checkpoint import load_shape
+from vpd.stages.drafter.model import Drafter
+from vpd.stages.train.checkpoints import checkpoint_path, find_drafter, load_state
+from vpd.stages.train.order import DataOrder, counter_generator
 from vpd.stages.train.samples import split_rows
+from vpd.stages.train.trainer import check_joined
 
 SETTINGS: dict[str, Any] = {"max_steps": 6, "save_every": 3, "batch_tokens": 150, "tokens_per_pass": 1}
 """Each sequence takes a pass of its own."""
 FEW: dict[str, Any] = {"max_steps": 8, "save_every": 8, "batch_tokens": 70, "ema": 0.5}
 """Steps of one or two sequences."""
+MUON: dict[str, Any] = {**FEW, "optimizer": "muon", "save_every": 1, "keep": 8}
 FSDP2 = {"sharding": "fsdp2"}
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vpd.pipeline.cli"]
+LAUNCHERS = {
+    "torchrun": "torch.distributed.run --standalone --nproc-per-node 2",
+    # Of its ways to start several processes, the one that needs no MPI. Without GPUs they compute on the CPU.
+    "accelerate": "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 "
+    "--mixed_precision no --dynamo_backend no",
+}
 
 
 @pytest.fixture(scope="module")
 def runs(drafted_cache: Path, forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of six steps and of few sequences a step, by one process and two."""
     folder = tmp_path_factory.mktemp("runs")
-    torchrun = subprocess.Popen(
-        [sys.executable, *TORCHRUN, *map(str, train(drafted_cache, folder / "torchrun", **SETTINGS))],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ENVIRONMENT,
-    )
+    launched = [launch(name, train(drafted_cache, folder / name, **SETTINGS)) for name in LAUNCHERS]
     two = forks.start([*train(drafted_cache, folder / "two", **SETTINGS), "--num-processes", 2])
     # Two at a time, as there may be no more cores.
-    for name, settings in (("", SETTINGS), ("few-", FEW)):
+    for name, settings in (("", SETTINGS), ("few-", FEW), ("muon-", MUON)):
         one = forks.start(train(drafted_cache, folder / f"{name}one", **settings))
         for each in (one, *forks.start_ranks(train(drafted_cache, folder / f"{name}fsdp2", **settings, **FSDP2))):
             assert each.wait().code == 0
     for each in forks.start_ranks(train(drafted_cache, folder / "few-two", **FEW)):
         assert each.wait().code == 0
     assert two.result()["step"] == 6
-    out, err = torchrun.communicate(timeout=60)
-    assert torchrun.returncode == 0, err
-    assert out.count("\n") == 1  # one process tells
+    for process in launched:
+        out, err = process.communicate(timeout=SECONDS)
+        assert process.returncode == 0, err
+        assert out.count("\n") == 1  # one process tells
     return folder
+
+
+def launch(launcher: str, arguments: list[object]) -> subprocess.Popen[str]:
+    """`vpd` in two processes that somebody else's launcher starts."""
+    return subprocess.Popen(
+        [sys.executable, "-m", *LAUNCHERS[launcher].split(), "-m", "vpd.pipeline.cli", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
 
 
 def shares_of_two(cache: Path, settings: dict[str, Any]) -> list[list[int]]:
@@ -57,7 +74,7 @@ def shares_of_two(cache: Path, settings: dict[str, Any]) -> list[list[int]]:
     return [[len(order.share(step, process, 2)) for process in range(2)] for step in range(settings["max_steps"])]
 
 
-@pytest.mark.parametrize("name", ["two", "fsdp2", "torchrun"])
+@pytest.mark.parametrize("name", ["two", "fsdp2", *LAUNCHERS])
 def test_two_processes_train_as_one(name: str, runs: Path, drafted_cache: Path):
     shares = shares_of_two(drafted_cache, SETTINGS)
     assert any(0 < min(share) < max(share) for share in shares)  # they have passes that differ in number
@@ -89,11 +106,49 @@ def test_another_number_of_processes_continues(
 
 def test_a_checkpoint_holds_the_whole_drafter_whoever_made_it(runs: Path):
     one = weights(runs / "one")
-    for name in ("two", "fsdp2", "torchrun"):
+    for name in ("two", "fsdp2", *LAUNCHERS):
         assert {key: value.shape for key, value in weights(runs / name).items()} == {
             key: value.shape for key, value in one.items()
         }
         assert not any(torch.equal(value, torch.zeros_like(value)) for value in weights(runs / name).values())
+
+
+# Muon, which makes the singular values of a whole matrix equal, in bfloat16: what rounding leaves is amplified
+
+
+def check_near_runs(one: Path, other: Path, steps: int) -> None:
+    assert steps_logged(one) == steps_logged(other) == [*range(1, steps + 1)]
+    assert [line["num_labels"] for line in metrics(one)] == [line["num_labels"] for line in metrics(other)]
+    losses = [[line["loss"] for line in metrics(run)] for run in (one, other)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_muon_orthogonalises_whole_matrices_that_are_sharded(runs: Path):
+    """A shard's singular values made equal by themselves are a step that differs by 0.6 of its size."""
+    fsdp2, one = (load_state(checkpoint_path(runs / name, 1))["weights"] for name in ("muon-fsdp2", "muon-one"))
+    start = Drafter(load_shape(find_drafter(runs / "muon-one")))
+    start.init_weights(counter_generator(TrainConfig().seed, "weights"))
+    for name, value in start.state_dict().items():
+        distance, length = (torch.linalg.vector_norm(each - one[name]) for each in (fsdp2[name], value))
+        assert distance < 0.2 * length, name
+        assert length > 0, name
+
+
+def test_muon_trains_sharded_where_a_process_may_have_nothing_to_do(runs: Path):
+    check_near_runs(runs / "muon-fsdp2", runs / "muon-one", MUON["max_steps"])
+
+
+def test_one_process_continues_sharded_muon(runs: Path, drafted_cache: Path, forks: Forks, tmp_path: Path):
+    run = cut_short(runs / "muon-fsdp2", tmp_path / "run", 4)
+    assert forks.start(train(drafted_cache, run, **MUON)).wait().code == 0
+    check_near_runs(run, runs / "muon-one", MUON["max_steps"])
+    # The momentum went along, so that the next step is the one that the shards took.
+    moved, expected, start = (
+        load_state(checkpoint_path(*where))["weights"] for where in ((run, 5), (runs / "muon-fsdp2", 5), (run, 4))
+    )
+    for name, value in start.items():
+        distance, length = (torch.linalg.vector_norm(each - expected[name]) for each in (moved[name], value))
+        assert distance < 0.2 * length, name
 
 
 # Processes that do not find each other
@@ -129,6 +184,16 @@ def test_one_of_several_is_not_alone(
     for word in ("one of 2 processes", "alone", "torchrun"):
         assert word in outcome.message
     assert not (tmp_path / "run").exists() or not [*(tmp_path / "run").iterdir()]
+
+
+def test_mpi_may_start_launchers(monkeypatch: pytest.MonkeyPatch):
+    """One torchrun on each of two machines, of four processes each."""
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    check_joined(8)
+    for num_processes in (1, 2, 4):
+        with pytest.raises(ConfigError, match="WORLD_SIZE makes this one of 8 processes"):
+            check_joined(num_processes)
 
 
 def test_a_process_of_its_own_fails_as_clearly(drafted_cache: Path, forks: Forks, tmp_path: Path):

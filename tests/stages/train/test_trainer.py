@@ -1,0 +1,313 @@
+"""Whole runs on a tiny cache: the average of the weights, steps that are not finite, metrics, compiled layers."""
+
+# V vocabulary, H hidden width, N blocks, G block size, P predicted positions, J = G-1
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple, cast
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import DRAFTER, TRAIN, snapshot
+from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
+from vpd.data.cache.store import Cache
+from vpd.data.errors import ConfigError, VpdError
+from vpd.stages.config import DrafterSection, TrainConfig
+from vpd.stages.train import loop as loop_module
+from vpd.stages.train import trainer as trainer_module
+from vpd.stages.train.checkpoints import checkpoint_path, list_checkpoints, load_state
+from vpd.stages.train.feed import Feed
+from vpd.stages.train.loop import Pace, run_together
+from vpd.stages.train.objective import BlockLabels, HeadRows, LossParts, block_loss
+from vpd.stages.train.run import make_trainer
+from vpd.stages.train.trainer import Trainer
+
+Line = dict[str, Any]
+SETTINGS: Line = {**TRAIN, "holdout": 0.0, "batch_tokens": 150, "prefix": {"sampler": "geometric"}, "max_steps": 4}
+TOLERANCE = 1e-5
+"""Sums in another order, in float32, over a few steps that build on each other."""
+
+
+def make(cache: Path, run: Path, **changes: Any) -> Trainer:
+    config = TrainConfig.model_validate({**SETTINGS, **changes})
+    return make_trainer(Cache.open(cache), run, DrafterSection(**DRAFTER), config)
+
+
+def train(trainer: Trainer, on_step: Callable[[], object] = lambda: None) -> list[Line]:
+    """Runs to the last step; returns the metrics of each."""
+    lines: list[Line] = []
+
+    def note(_: Trainer, line: Line) -> None:
+        lines.append(line)
+        on_step()
+
+    assert run_together([trainer], note)
+    return lines
+
+
+def losses(lines: list[Line]) -> list[float]:
+    return [line["loss"] for line in lines]
+
+
+def weights(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in trainer.drafter.weights().items()}
+
+
+def same_weights(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# The average of the weights
+
+
+def test_checkpoints_hold_the_average_and_the_state_both(tiny_cache: Path, tmp_path: Path):
+    trainer = make(tiny_cache, tmp_path, ema=0.3, save_every=1, keep=9)
+    average = {name: value.double() for name, value in weights(trainer).items()}
+    train(trainer)
+    checkpoints = list_checkpoints(tmp_path)
+    assert len(checkpoints) == 4
+    for step, checkpoint in enumerate(checkpoints, start=1):
+        state, public = load_state(checkpoint), load_file(checkpoint / "model.safetensors")
+        assert average.keys() == state["weights"].keys() == state["average"].keys() == public.keys()
+        decay = min(0.3, step / (step + 9))
+        for name, current in state["weights"].items():
+            average[name] = decay * average[name] + (1 - decay) * current.double()
+            torch.testing.assert_close(state["average"][name].double(), average[name], rtol=1e-6, atol=1e-7)
+            # A checkpoint takes features as they are, and training divides them by their scale.
+            scale = state["feature_rms"] if name == "fc.weight" else 1.0
+            assert torch.equal(public[name], (state["average"][name] / scale).bfloat16())
+        # Later, as the first step of warm-up changes nothing.
+        assert step < 3 or not same_weights(state["weights"], state["average"])
+    assert same_weights(load_state(checkpoints[-1])["weights"], weights(trainer))
+
+
+def test_without_an_average_a_checkpoint_holds_the_weights(tiny_cache: Path, tmp_path: Path):
+    train(make(tiny_cache, tmp_path))
+    (checkpoint,) = list_checkpoints(tmp_path)
+    state, public = load_state(checkpoint), load_file(checkpoint / "model.safetensors")
+    assert state["average"] is None
+    for name, value in state["weights"].items():
+        scale = state["feature_rms"] if name == "fc.weight" else 1.0
+        assert torch.equal(public[name], (value / scale).bfloat16())
+
+
+# Steps that are not finite
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, trainer: Trainer, bad_step: int, what: str) -> None:
+    """Has the loss or its gradient be no number in one step, counted from 1."""
+
+    def spoiled(states_PH: Tensor, blocks: BlockLabels, rows: HeadRows, config: TrainConfig) -> LossParts:
+        parts = block_loss(states_PH, blocks, rows, config)
+        if trainer.step + 1 != bad_step:
+            return parts
+        if what == "loss":
+            return parts._replace(loss_sum=parts.loss_sum * math.nan)
+        zero = states_PH.sum() * 0
+        return parts._replace(loss_sum=parts.loss_sum + zero.abs().sqrt())  # its slope at zero has no end
+
+    monkeypatch.setattr(trainer_module, "block_loss", spoiled)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_skipped_step_changes_no_weight(
+    optimizer: str, what: str, tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    settings: Line = {"optimizer": optimizer, "weight_decay": 0.1, "warmup": 0.0, "save_every": 3}
+    trainer = make(tiny_cache, tmp_path, non_finite="skip", **settings)
+    spoil(monkeypatch, trainer, 2, what)
+    after = [weights(trainer)]
+    lines = train(trainer, lambda: after.append(weights(trainer)))
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert [line["num_skipped"] for line in lines] == [0, 1, 1, 1]
+    finite = [math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]) for line in lines]
+    assert finite == [True, False, True, True]
+    assert math.isfinite(lines[1]["loss"]) == (what == "gradient")
+    assert [same_weights(one, other) for one, other in pairwise(after)] == [
+        False,
+        True,
+        False,
+        False,
+    ]
+    assert all(torch.isfinite(value).all() for value in after[-1].values())
+    # It is counted on from the checkpoint before the last step.
+    state = load_state(checkpoint_path(tmp_path, 3))
+    assert state["num_skipped"] == 1
+    assert same_weights(state["weights"], after[3])
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_run_that_shall_stop_names_the_sequences_and_keeps_what_it_had(
+    what: str, tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    unbroken = train(make(tiny_cache, tmp_path / "unbroken", save_every=1))
+    run = tmp_path / "run"
+    trainer = make(tiny_cache, run, save_every=1)
+    before: list[tuple[dict[str, str], dict[str, Tensor]]] = []
+    with monkeypatch.context() as patch:
+        spoil(patch, trainer, 3, what)
+        with pytest.raises(
+            VpdError, match=r"^step 3: the loss or its gradient is not finite.*no step was taken"
+        ) as info:
+            train(trainer, lambda: before.append((snapshot(run), weights(trainer))))
+    names = [trainer.rows[index].seq_id for index in trainer.order.indices(2)]
+    message = str(info.value)
+    assert f"Sequences: {', '.join(names)}. Check these" in message
+    assert "non_finite to skip" in message
+    files, weights_before = before[-1]
+    assert len(before) == 2
+    assert same_weights(weights(trainer), weights_before)
+    assert snapshot(run) == files
+    assert [path.name for path in list_checkpoints(run)] == ["step-0000001", "step-0000002"]
+    # The cause gone, it goes on as if nothing had been.
+    assert losses(train(make(tiny_cache, run, save_every=1))) == losses(unbroken[2:])
+
+
+def test_of_many_sequences_a_few_are_named(tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(trainer_module, "NAMES_SHOWN", 3)
+    trainer = make(tiny_cache, tmp_path, batch_tokens=10**6)
+    spoil(monkeypatch, trainer, 1, "loss")
+    names = [trainer.rows[index].seq_id for index in trainer.order.indices(0)]
+    with pytest.raises(VpdError, match=rf"Sequences: {', '.join(names[:3])} and {len(names) - 3} others\."):
+        train(trainer)
+    assert list_checkpoints(tmp_path) == []
+
+
+# Metrics
+
+
+class Counts(NamedTuple):
+    """Blocks whose first j + 1 predicted tokens are right, and those that predict so many, j = 0..G-2."""
+
+    right_J: list[int]
+    predicted_J: list[int]
+
+    def add(self, states_PH: Tensor, labels: BlockLabels, head_VH: Tensor) -> None:
+        states = iter(states_PH.detach())
+        for row, weights_of_row in zip(labels.labels_NG.tolist(), labels.weights_NG.tolist(), strict=True):
+            predicted = [label for label, weight in zip(row, weights_of_row, strict=True) if weight > 0]
+            chosen = [int((head_VH @ next(states)).argmax()) for _ in predicted]
+            for j in range(len(predicted)):
+                self.predicted_J[j] += 1
+                self.right_J[j] += chosen[: j + 1] == predicted[: j + 1]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"objective": "dflash"}, {"tokens_per_pass": 100}], ids=["dflash", "several-passes"]
+)
+def test_acceptance_is_as_counted_block_by_block(
+    changes: Line, tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    trainer = make(tiny_cache, tmp_path, **changes, lr=1e-2, max_steps=128)
+    by_step: dict[int, Counts] = {}
+    num_passes = 0
+
+    def counted(states_PH: Tensor, blocks: BlockLabels, rows: HeadRows, config: TrainConfig) -> LossParts:
+        nonlocal num_passes
+        num_passes += 1
+        J = DRAFTER["block_size"] - 1
+        counts = by_step.setdefault(trainer.step + 1, Counts([0] * J, [0] * J))
+        counts.add(states_PH, blocks, rows.head_VH)
+        return block_loss(states_PH, blocks, rows, config)
+
+    monkeypatch.setattr(trainer_module, "block_loss", counted)
+    lines = train(trainer)
+    assert num_passes > 16 or "tokens_per_pass" not in changes
+    for line in lines:
+        right_J, predicted_J = by_step[line["step"]]
+        assert line["accept_rate"] == [right / count for right, count in zip(right_J, predicted_J, strict=True)]
+        assert line["accept_length"] == sum(right_J) / predicted_J[0]
+        assert line["num_labels"] == sum(predicted_J)
+    # Some are right, some are not, and fewer the further on.
+    assert any(0 < right[2] < right[0] < predicted[0] for right, predicted in by_step.values())
+
+
+def test_a_rate_of_which_there_is_no_block_is_none(tiny_cache: Path, tmp_path: Path):
+    """With one anchor in a step and two of three tokens shown there is one token to predict, or more."""
+    trainer = make(
+        tiny_cache, tmp_path, num_anchors=1, batch_tokens=1, max_steps=12, prefix={"sampler": "geometric", "beta": 1}
+    )
+    rates = [line["accept_rate"] for line in train(trainer)]
+    assert {rate[0] for rate in rates} <= {0.0, 1.0}
+    assert any(rate[2] is None for rate in rates)
+    for rate in rates:
+        assert rate == sorted(rate, key=lambda value: value is None)
+
+
+def test_waiting_is_a_share_of_the_time(tiny_cache: Path, tmp_path: Path):
+    for line in train(make(tiny_cache, tmp_path, save_every=2, log_every=3, max_steps=8)):
+        assert 0 <= line["data_wait"] <= 1
+        assert line["tokens_per_second"] > 0
+
+
+def test_the_pace_is_that_of_the_steps_without_checkpoints(monkeypatch: pytest.MonkeyPatch):
+    clock, feed = SimpleNamespace(now=100.0), SimpleNamespace(seconds_waited=7.0)
+    monkeypatch.setattr(loop_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    pace = Pace(cast(Feed, feed))
+    for seconds, waited, num_tokens, checkpoint_seconds in [
+        (2.0, 0.5, 30, 0.0),
+        (1.0, 0.25, 10, 50.0),
+        (5.0, 3.25, 60, 0.0),
+    ]:
+        clock.now += seconds
+        feed.seconds_waited += waited
+        pace.add(num_tokens)
+        if checkpoint_seconds:
+            clock.now += checkpoint_seconds
+            pace.restart()
+    assert (pace.tokens_per_second, pace.data_wait) == (100 / 8, 4 / 8)
+
+
+# Ways to compute the same
+
+
+@pytest.fixture(scope="module")
+def eager(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Losses of a run with the reference of attention."""
+    trainer = make(tiny_cache, tmp_path_factory.mktemp("eager"), attention="eager", tokens_per_pass=160, max_steps=6)
+    return losses(train(trainer))
+
+
+def test_structured_attention_trains_like_eager(eager: list[float], tiny_cache: Path, tmp_path: Path):
+    trainer = make(tiny_cache, tmp_path, attention="structured", tokens_per_pass=160, max_steps=6)
+    assert losses(train(trainer)) == pytest.approx(eager, rel=TOLERANCE)
+    assert len(set(eager)) == 6
+
+
+# PyTorch looks at the gradients of what it traces.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_layers_train_like_others(
+    eager: list[float], tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """PyTorch traces the layers, forwards and backwards, without making code for this processor, which takes long."""
+    graphs = []
+
+    def backend(graph: Any, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    original = nn.Module.compile
+
+    def compile_without_code(module: nn.Module, **arguments: Any) -> None:
+        original(module, **arguments, backend=backend)
+
+    monkeypatch.setattr(nn.Module, "compile", compile_without_code)
+    torch._dynamo.reset()
+    trainer = make(tiny_cache, tmp_path, attention="eager", compile=True, tokens_per_pass=160, max_steps=6)
+    num_graphs: list[int] = []
+    lines = train(trainer, lambda: num_graphs.append(len(graphs)))
+    assert losses(lines) == pytest.approx(eager, rel=TOLERANCE)
+    assert len({line["num_labels"] for line in lines}) > 1
+    # Passes of other sizes need no other code.
+    assert num_graphs[0] == num_graphs[-1] > 0
+
+
+@pytest.mark.parametrize("attention", ["structured", "auto"])
+def test_what_cannot_be_compiled_is_refused(attention: str, tiny_cache: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"train\.compile: expected attention flex or eager, found structured"):
+        make(tiny_cache, tmp_path, compile=True, attention=attention)
