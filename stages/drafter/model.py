@@ -14,6 +14,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .attention import Attend, LayerContext, make_layout, plan_attention
 from .shape import DrafterShape
@@ -105,6 +106,10 @@ class RMSNorm(nn.RMSNorm):
     """Computes in its input's type: with float32 weights and bfloat16 states there is no fused kernel."""
 
     def forward(self, x: Tensor) -> Tensor:
+        # Without the GPU's fused kernel, PyTorch would keep several float32 copies of x for the backward pass.
+        return self._normalise(x) if x.is_cuda else checkpoint(self._normalise, x, use_reentrant=False)
+
+    def _normalise(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
@@ -142,7 +147,13 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=False)
 
     def forward(self, states: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(states)) * self.up_proj(states))
+        # Computed again in the backward pass, which is cheaper than keeping silu(gate).
+        gated = checkpoint(gate, self.gate_proj(states), self.up_proj(states), use_reentrant=False)
+        return self.down_proj(gated)
+
+
+def gate(gates: Tensor, values: Tensor) -> Tensor:
+    return F.silu(gates) * values
 
 
 class BlockAttention(nn.Module):
