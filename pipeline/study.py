@@ -38,7 +38,7 @@ VARIANTS = (
 )
 """Added to the training prompts, so that more responses come from them."""
 REUSED = "reused"
-PAPER_ARM, DEFAULT_ARM = "geometric-0.9", "past-boundary, warm"
+PAPER_ARM, DEFAULT_ARM = "geometric-0.9", "posterior, warm"
 FIRST_STEPS = 4
 """Steps of the first drafter in multiples of a VP-Drafter's."""
 
@@ -63,6 +63,7 @@ PAST = prefix("past-boundary")
 ARMS = (
     Arm("geometric-0.9", prefix("geometric"), num_seeds=3),
     Arm("past-boundary", PAST, num_seeds=3),
+    Arm("posterior, warm", prefix("posterior"), num_seeds=3, warm=True),
     Arm("past-boundary, warm", PAST, num_seeds=3, warm=True),
     Arm("geometric-0.9, warm", prefix("geometric"), num_seeds=3, warm=True),
     Arm("visible-geometric", prefix("visible-geometric")),

@@ -166,7 +166,7 @@ PlainSampler = Literal["geometric", "visible-geometric", "boundary", "past-bound
 class PrefixConfig(Section):
     """`train.prefix`: how many tokens after the anchor a training block shows."""
 
-    sampler: Literal[PlainSampler, "mixture"] = "mixture"
+    sampler: Literal[PlainSampler, "mixture"] = "posterior"
     """Where prefix lengths come from.
 
     geometric: Eq. 6 of arXiv 2606.04446 over 0..gamma-2; visible-geometric: the public code's rule, which never

@@ -62,7 +62,7 @@ def test_qwen3_recipes(recipe: str):
     assert config.extract.layer_ids == [1, 9, 17, 25, 33]
     assert config.extract.template_args == {"enable_thinking": False}
     assert (config.drafter.block_size, config.drafter.mask_token_id) == (16, 151669)
-    assert config.train.prefix == PrefixConfig(sampler="mixture", mixture={"past-boundary": 0.7, "geometric": 0.3})
+    assert config.train.prefix == PrefixConfig(sampler="posterior")
 
 
 def test_yaml_file_by_path_and_by_string(tmp_path: Path):
@@ -388,7 +388,7 @@ def test_help_is_the_first_sentence_and_the_default():
     assert "--lr FLOAT Peak learning rate; > 0. [default: 0.0006]" in text
     assert "Ratio of the geometric prior over prefix lengths (Eq. 6); in (0, 1]. [default: 0.9]" in text
     assert "Number of optimizer steps, in place of epochs; >= 1. [default: none]" in text
-    assert "|topk|mixture] Where prefix lengths come from. [default: mixture]" in text
+    assert "|topk|mixture] Where prefix lengths come from. [default: posterior]" in text
     assert text.index("--objective") < text.index("--prefix-sampler") < text.index("--init")
 
 

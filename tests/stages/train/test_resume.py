@@ -89,7 +89,8 @@ class Case(NamedTuple):
 
 CASES = [
     Case("dflash", DFLASH),
-    Case("mixture", {}),
+    Case("posterior", {}),
+    Case("mixture", {"prefix_sampler": "mixture"}),
     Case(
         "posterior-failure-first-draft",
         {"prefix_sampler": "posterior", "anchor_sampler": "failure", "visible": "first-draft"},
