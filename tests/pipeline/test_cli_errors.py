@@ -176,7 +176,7 @@ WRONG = [
     Wrong(
         "boundary-without-first-drafts",
         lambda place: place.train(place.cache),
-        ["prefix sampler past-boundary", "holds no first drafts", "vpd draft", "--prefix-sampler geometric"],
+        ["prefix sampler posterior", "holds no first drafts", "vpd draft", "--prefix-sampler geometric"],
     ),
     Wrong(
         "first-drafts-of-another-name",

@@ -142,13 +142,14 @@ def test_one_process_continues_sharded_muon(runs: Path, drafted_cache: Path, for
     run = cut_short(runs / "muon-fsdp2", tmp_path / "run", 4)
     assert forks.start(train(drafted_cache, run, **MUON)).wait().code == 0
     check_near_runs(run, runs / "muon-one", MUON["max_steps"])
-    # The momentum went along, so that the next step is the one that the shards took.
-    moved, expected, start = (
-        load_state(checkpoint_path(*where))["weights"] for where in ((run, 5), (runs / "muon-fsdp2", 5), (run, 4))
-    )
-    for name, value in start.items():
-        distance, length = (torch.linalg.vector_norm(each - expected[name]) for each in (moved[name], value))
-        assert distance < 0.2 * length, name
+    # The momentum went along: the next step's is the one that the shards had. The steps themselves say less, since a
+    # matrix of few singular values is orthogonalised along its rounding errors too.
+    continued, sharded = (load_state(checkpoint_path(of, 5))["optimizer"]["state"] for of in (run, runs / "muon-fsdp2"))
+    momenta = [name for name, state in sharded.items() if "momentum_buffer" in state]
+    assert len(momenta) == 8
+    for name in momenta:
+        found, expected = (state[name]["momentum_buffer"] for state in (continued, sharded))
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
 # Processes that do not find each other
