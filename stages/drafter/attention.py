@@ -135,7 +135,7 @@ def attend_group(
     context_scores = (query_kNRd.flatten(1, 2) @ context.key_kTd.transpose(1, 2)).view(k, N, R, -1)
     context_scores = context_scores + bias_NT[:, None, :]
     own_scores = query_kNRd @ key_kNGd.transpose(2, 3)
-    # Computed in float32 whatever the type; its result alone is kept for the backward pass, in the states' type.
+    # Sums in float32 for every type; float32 scores would be kept for the backward pass beside the weights.
     weights = torch.cat([context_scores, own_scores], dim=-1).softmax(dim=-1)
     to_context, to_own = weights.to(value_kNGd.dtype).split([bias_NT.shape[1], key_kNGd.shape[2]], dim=-1)
     return (to_context.flatten(1, 2) @ context.value_kTd).view(k, N, R, d) + to_own @ value_kNGd

@@ -9,6 +9,7 @@ tokens of a block are visible.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
@@ -20,6 +21,9 @@ from .attention import Attend, LayerContext, make_layout, plan_attention
 from .shape import DrafterShape
 
 INIT_STD = 0.02
+
+recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+"""Calls a function of which the backward pass keeps the arguments alone."""
 
 
 class Context(NamedTuple):
@@ -107,7 +111,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         # Without the GPU's fused kernel, PyTorch would keep several float32 copies of x for the backward pass.
-        return self._normalise(x) if x.is_cuda else checkpoint(self._normalise, x, use_reentrant=False)
+        return self._normalise(x) if x.is_cuda else recompute(self._normalise, x)
 
     def _normalise(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
@@ -147,9 +151,8 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=False)
 
     def forward(self, states: Tensor) -> Tensor:
-        # Computed again in the backward pass, which is cheaper than keeping silu(gate).
-        gated = checkpoint(gate, self.gate_proj(states), self.up_proj(states), use_reentrant=False)
-        return self.down_proj(gated)
+        # silu(gate) is cheap to compute again, and as large as the gate.
+        return self.down_proj(recompute(gate, self.gate_proj(states), self.up_proj(states)))
 
 
 def gate(gates: Tensor, values: Tensor) -> Tensor:
