@@ -116,10 +116,11 @@ class Slot:
         """
         chunks = part.chunks_of(spec, row.first_row, row.num_tokens)
         place = f"{part.place}/{spec.shard_name}"
-        if (int(chunks[0, 0]), int(chunks[:, 1].sum())) != (row.hidden_offset, row.hidden_length):
+        begin, end = int(chunks[0, 0]), int(chunks[-1].sum())
+        if (begin, end - begin) != (row.hidden_offset, row.hidden_length):
             raise CacheCorruptError(
                 f"{place}: the index has the states of {row.seq_id} at byte {row.hidden_offset}, the shard at "
-                f"{chunks[0, 0]}. {WHAT_TO_DO}"
+                f"{begin}. {WHAT_TO_DO}"
             )
         crc = read_chunks(part, spec, row.first_row, chunks, self, verify)
         if verify and crc != row.hidden_crc:
@@ -200,8 +201,17 @@ def read_sequence(cache: Cache, row: SequenceRow, slot: Slot, verify: bool) -> C
     Raises:
         CacheCorruptError: bytes are missing or do not match their checksum.
     """
+    return add_tokens(cache, row, *read_states(cache, row, slot, verify))
+
+
+def read_states(cache: Cache, row: SequenceRow, slot: Slot, verify: bool) -> tuple[OpenPart, Tensor]:
+    """What `read_sequence` needs the disk for: the opened part and the stored states [T, K, W], in the slot."""
     part = cache.open_part(row.part, verify)
-    stored_TKW = slot.fill(part, cache.specs[HIDDEN], row, verify)
+    return part, slot.fill(part, cache.specs[HIDDEN], row, verify)
+
+
+def add_tokens(cache: Cache, row: SequenceRow, part: OpenPart, stored_TKW: Tensor) -> CachedSequence:
+    """The sequence of these states; its tokens come from the arrays that the opened part holds."""
     tokens = read_tokens(part, row)
     scale = part.resident.get(CHANNEL_SCALE)
     return CachedSequence(
@@ -297,10 +307,13 @@ class _Ring:
         try:
             if isinstance(request, BaseException):
                 raise request
-            sequence = read_sequence(self._cache, request.row, slot, request.verify)
+            row = request.row
+            part, stored_TKW = read_states(self._cache, row, slot, request.verify)
         except BaseException as error:
             return _raising(error)
-        return lambda: (slot, sequence)
+        # The tokens are the consumer's work: after states larger than the processor's cache it takes as long as a
+        # tenth of reading, and the thread can read on meanwhile.
+        return lambda: (slot, add_tokens(self._cache, row, part, stored_TKW))
 
 
 _Outcome = Callable[[], tuple[Slot, CachedSequence] | None]

@@ -164,6 +164,8 @@ def parse_footer(footer: bytes, place: str) -> np.ndarray:
     chunks = np.frombuffer(index, "<u8").reshape(-1, 2) if len(index) % INDEX_ENTRY_BYTES == 0 else None
     if chunks is None or checksum(index).to_bytes(CRC_BYTES, "little") != crc:
         raise CacheCorruptError(f"{place}: the checksum of its chunk index does not hold. {WHAT_TO_DO}")
+    if (chunks[1:, 0] != chunks[:-1].sum(axis=1)).any() or (chunks[:, 1] <= CRC_BYTES).any():
+        raise CacheCorruptError(f"{place}: its chunks do not lie one after the other. {WHAT_TO_DO}")
     return chunks
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from importlib.util import find_spec
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 
@@ -24,7 +25,7 @@ from workload import MIB, Workload, write_cache
 
 NAME = "read"
 ROUNDS = 6
-EPOCHS = 4
+EPOCHS = 8
 """Times that every sequence is read in one run, but for the libraries, which read it once."""
 ZARRS_PIPELINE = "zarrs.ZarrsCodecPipeline"
 
@@ -39,6 +40,7 @@ def bench_read(folder: Path, workload: Workload) -> list[Figure]:
     once = sum(row.num_tokens for row in rows) * workload.token_bytes
     runs: dict[str, tuple[Callable[[], float], int]] = {
         "preadv": (lambda: run_preadv(place, order, 1), EPOCHS),
+        "preadv, 2 buffers in turn": (lambda: run_preadv(place, order, 1, 2), EPOCHS),
         "preadv, 2 threads, 2 buffers": (lambda: run_preadv(place, order, 2), EPOCHS),
         "1 thread, not verified": (lambda: run_ours(place, order, 1, False), EPOCHS),
         "1 thread, verified": (lambda: run_ours(place, order, 1, True), EPOCHS),
@@ -72,15 +74,18 @@ def shard_path(place: Path, cache: Cache, part: str) -> Path:
     return place / part_folder("", part) / cache.specs[HIDDEN].shard_name
 
 
-def run_preadv(place: Path, rows: list[SequenceRow], num_threads: int) -> float:
-    """One byte range a sequence into one buffer a thread, of the same kind as the reader's."""
+def run_preadv(place: Path, rows: list[SequenceRow], num_threads: int, num_buffers: int = 1) -> float:
+    """One byte range a sequence into one buffer a thread, of the same kind as the reader's.
+
+    With two buffers in turn a sequence is still there while the next is read, as a consumer needs it.
+    """
     cache = Cache.open(place)
     files = {part: os.open(shard_path(place, cache, part), os.O_RDONLY) for part in cache.parts}
     size = -(-max(row.hidden_length for row in rows) // mmap.PAGESIZE) * mmap.PAGESIZE
 
     def read(mine: list[SequenceRow]) -> None:
-        buffer = memoryview(allocate(size))
-        for row in mine:
+        buffers = [memoryview(allocate(size)) for _ in range(num_buffers)]
+        for buffer, row in zip(cycle(buffers), mine, strict=False):
             found = os.preadv(files[row.part], [buffer[: row.hidden_length]], row.hidden_offset)
             assert found == row.hidden_length, (found, row)
 

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from compare import check_equal_runs, checkpoint_steps, steps_logged
 from forks import Forks
 from place import check_message
 from tiny import DRAFTER, TRAIN, Outcome, run_vpd, snapshot, vpd
-from vpd.data.cache import reader
+from vpd.data.cache.reader import CachedSequence, read_ahead
 from vpd.pipeline import training
 from vpd.pipeline.sweep import combinations, run_name
 from vpd.stages.train import feed
@@ -176,13 +176,18 @@ def test_runs_together_read_each_sequence_once(drafted_cache: Path, tmp_path: Pa
 
         return counted
 
+    def reading(*arguments: Any, **settings: Any) -> Generator[CachedSequence]:
+        for sequence in read_ahead(*arguments, **settings):
+            counts["reads"] += 1
+            yield sequence
+
     def count(*vary: str) -> Counter[str]:
         counts.clear()
         out = tmp_path / str(len(vary)) / vary[-1].rpartition("=")[2]
         assert run_vpd(*sweep(drafted_cache, out, "--together", 9, vary=[*vary])).code == 0
         return counts.copy()
 
-    monkeypatch.setattr(reader, "read_sequence", counting("reads", reader.read_sequence))
+    monkeypatch.setattr(feed, "read_ahead", reading)
     monkeypatch.setattr(feed, "draw_blocks", counting("draws", feed.draw_blocks))
     monkeypatch.setattr("vpd.pipeline.commands.evaluate_run", lambda cache, run: None)
     monkeypatch.setattr("vpd.pipeline.commands.show_sweep", lambda runs, as_json: None)

@@ -18,7 +18,7 @@ from tiny import Damage
 from vpd.data.cache.codecs import COMPRESSION
 from vpd.data.cache.part import OpenPart, PartWriter, open_part, part_folder
 from vpd.data.cache.reader import Slot, read_chunks
-from vpd.data.cache.records import parse_record
+from vpd.data.cache.records import checksum, parse_record
 from vpd.data.cache.shard import ArraySpec, decode_whole, parse_footer
 from vpd.data.cache.storage import LocalStorage
 from vpd.data.errors import CacheCorruptError, StorageError
@@ -259,6 +259,13 @@ def test_every_flipped_bit_of_an_array_that_is_read_whole_is_found(tmp_path: Pat
 def test_what_is_no_chunk_index_is_refused(num_bytes: int):
     with pytest.raises(CacheCorruptError, match="x: the checksum of its chunk index"):
         parse_footer(b"\1" * num_bytes, "x")
+
+
+@pytest.mark.parametrize("chunks", [[(0, 20), (21, 20)], [(20, 20), (0, 20)], [(0, 20), (20, 4)], [(0, 2**64 - 1)] * 2])
+def test_chunks_that_do_not_lie_one_after_the_other_are_refused(chunks: list[tuple[int, int]]):
+    index = np.array(chunks, "<u8").tobytes()
+    with pytest.raises(CacheCorruptError, match="x: its chunks do not lie one after the other"):
+        parse_footer(index + checksum(index).to_bytes(4, "little"), "x")
 
 
 @pytest.mark.parametrize(("first_row", "num_rows"), [(0, 13), (12, 1), (8, 5), (400, 1)])

@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from recorded import make_config, pack_all
+from torch import Tensor
 from vpd.data.cache import reader
 from vpd.data.cache.drafts import FirstDrafts
 from vpd.data.cache.index import SequenceIndex, SequenceRow
+from vpd.data.cache.part import OpenPart
 from vpd.data.cache.reader import CachedSequence
 from vpd.data.cache.store import Cache
 from vpd.data.errors import CacheCorruptError
@@ -204,13 +206,13 @@ def test_the_run_with_more_blocks_decides_how_much_fits_into_a_pass(data: Data):
 def test_checksums_are_verified_as_configured(verify: str, data: Data, monkeypatch: pytest.MonkeyPatch):
     config = make_config(**GEOMETRIC)
     verified: list[bool] = []
-    original = reader.read_sequence
+    original = reader.read_states
 
-    def noted(cache: Cache, row: SequenceRow, slot: reader.Slot, verify: bool) -> CachedSequence:
+    def noted(cache: Cache, row: SequenceRow, slot: reader.Slot, verify: bool) -> tuple[OpenPart, Tensor]:
         verified.append(verify)
         return original(cache, row, slot, verify)
 
-    monkeypatch.setattr(reader, "read_sequence", noted)
+    monkeypatch.setattr(reader, "read_states", noted)
     steps = range(2 * data.order(config).steps_per_epoch)
     read = ReadConfig.model_validate({"verify": verify, "num_threads": 1})
     take_all(data.feed(config, steps=steps, read=read))
@@ -286,14 +288,14 @@ def test_an_error_in_reading_comes_after_the_passes_before_it(data: Data, monkey
     config = make_config(**GEOMETRIC | {"batch_tokens": 1})
     bad = data.rows[data.order(config).indices(3)[0]].seq_id
     expected = passes_by_hand(data, config, range(3))
-    original = reader.read_sequence
+    original = reader.read_states
 
-    def read(cache: Cache, row: SequenceRow, slot: reader.Slot, verify: bool) -> CachedSequence:
+    def read(cache: Cache, row: SequenceRow, slot: reader.Slot, verify: bool) -> tuple[OpenPart, Tensor]:
         if row.seq_id == bad:
             raise CacheCorruptError(f"{bad} is damaged")
         return original(cache, row, slot, verify)
 
-    monkeypatch.setattr(reader, "read_sequence", read)
+    monkeypatch.setattr(reader, "read_states", read)
     with data.feed(config) as opened:
         found = [opened.take() for _ in range(3)]
         with pytest.raises(CacheCorruptError, match=f"{bad} is damaged"):
