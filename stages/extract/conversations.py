@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ...data.chat import ChatFormat
 from ...data.errors import PromptError
 from ...data.prompts import Message, PromptRecord
-from .engine import Completion, EngineRequest
+from .engine import UNKNOWN, Completion, EngineRequest
 
 STAND_IN = "."
 """In place of an answer that is not there yet; some templates refuse an empty one."""
@@ -31,7 +31,7 @@ class FinishedSequence:
     final_token_id: int | None
     finish_reason: str
     num_checked: int
-    """Greedy choices made by the engine while generating."""
+    """Greedy choices of the engine that were compared with the argmax of the states."""
     num_argmax_differing: int
     """Those that the argmax computed from the states does not confirm: ties within rounding."""
 
@@ -164,11 +164,11 @@ class GeneratedConversation:
         assert completion.hidden_TKH is not None
         prompt_ids, output_ids = completion.prompt_ids, completion.output_ids
         argmax = completion.argmax_T.tolist()
-        differing = 0
+        checked: list[tuple[int, int]] = []
         if self._greedy:
             # The engine's own choices are the greedy ones by definition, whatever rounding says afterwards.
             chosen = slice(len(prompt_ids) - 1, None)
-            differing = sum(ours != theirs for ours, theirs in zip(argmax[chosen], output_ids, strict=True))
+            checked = [pair for pair in zip(argmax[chosen], output_ids, strict=True) if pair[0] != UNKNOWN]
             argmax[chosen] = output_ids
         return FinishedSequence(
             record=self.record,
@@ -179,8 +179,8 @@ class GeneratedConversation:
             prompt_len=len(prompt_ids),
             final_token_id=output_ids[-1],
             finish_reason=completion.finish_reason,
-            num_checked=len(output_ids) if self._greedy else 0,
-            num_argmax_differing=differing,
+            num_checked=len(checked),
+            num_argmax_differing=sum(ours != theirs for ours, theirs in checked),
         )
 
     def _prompt_mask(self, prompt_ids: list[int]) -> list[int]:

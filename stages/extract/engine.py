@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 
 
+UNKNOWN = -1
+"""A choice that was not computed."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRequest:
     """Continue `prompt_ids`, and hand over the target's states if `capture`."""
@@ -34,7 +38,10 @@ class Completion:
     hidden_TKH: Tensor | None
     """bfloat16 states of the T = len(prompt_ids) + len(output_ids) - 1 tokens, on the CPU; None if not captured."""
     argmax_T: Tensor | None
-    """int64: the target's greedy choice after each of the T tokens, from its states."""
+    """int64: the target's greedy choice after each of the T tokens, from its states.
+
+    `UNKNOWN` where greedy sampling says it anyway: it is then the next token.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

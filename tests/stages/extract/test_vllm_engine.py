@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM
 from vpd.data.cache.store import Cache
 from vpd.data.errors import ConfigError
-from vpd.stages.extract.engine import Completion, Engine, EngineRequest, Sampling
+from vpd.stages.extract.engine import UNKNOWN, Completion, Engine, EngineRequest, Sampling
 from vpd.stages.extract.target import load_target
 from vpd.stages.extract.transformers_engine import TransformersEngine
-from vpd.stages.extract.vllm_engine import VllmEngine, refuse_reserved
+from vpd.stages.extract.vllm_engine import CHECK_EVERY, VllmEngine, refuse_reserved
 
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, seed=0)
 ENGINE_ARGS = {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 28, "max_num_seqs": 16}
@@ -65,7 +65,14 @@ def test_same_states_tokens_and_choices(engines: tuple[Engine, Engine], max_new_
         assert ours.argmax_T is not None
         assert theirs.argmax_T is not None
         torch.testing.assert_close(ours.hidden_TKH, theirs.hidden_TKH, rtol=BF16_UNIT, atol=1e-3)
-        assert torch.equal(ours.argmax_T, theirs.argmax_T)
+        computed_T = ours.argmax_T != UNKNOWN
+        assert torch.equal(ours.argmax_T[computed_T], theirs.argmax_T[computed_T])
+        generated = slice(len(ours.prompt_ids) - 1, None)
+        assert computed_T[: generated.start].all()
+        assert computed_T[generated].sum() in (
+            len(ours.output_ids) // CHECK_EVERY,
+            -(-len(ours.output_ids) // CHECK_EVERY),
+        )
 
 
 @pytest.mark.engine
