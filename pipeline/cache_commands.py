@@ -32,7 +32,7 @@ from ..stages.extract.estimate import (
     free_bytes,
     run_pilot,
 )
-from ..stages.extract.run import make_chat, make_engine, plan_extraction, plan_layers, plan_manifest
+from ..stages.extract.plan import make_chat, make_engine, plan_extraction, plan_layers, plan_manifest
 from ..stages.extract.target import Target, load_target
 from ..stages.train.cost import training_cost
 from ..stages.train.run import shape_for

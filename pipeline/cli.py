@@ -27,6 +27,7 @@ from . import cache_commands, commands
 from .config import VpdConfig, from_drafter_json, load_config, parse_assignment
 from .launch import is_launched, launch
 from .options import collect_overrides, config_options
+from .ray_workers import RayResources
 from .sweep import plan_runs, run_workers
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -101,6 +102,9 @@ def main() -> None:
 @click.argument("prompts", nargs=-1, required=True, type=PATH)
 @click.option("--out", required=True, metavar="PLACE", help=f"The cache, new or to be continued: {PLACE_HELP}.")
 @click.option("--first-drafter", type=PATH, help="A DFlash drafter: its drafts and boundaries go into the cache too.")
+@click.option("--ray", type=click.IntRange(1), metavar="N", help="Work with N workers on a Ray cluster.")
+@click.option("--ray-gpus", type=click.FloatRange(0), default=1.0, show_default=True, help="GPUs that each takes.")
+@click.option("--ray-cpus", type=click.FloatRange(0), default=1.0, show_default=True, help="CPUs that each takes.")
 @common_options
 @config_options(ExtractConfig, "extract")
 @reporting_errors
@@ -109,13 +113,17 @@ def extract(
     prompts: tuple[Path, ...],
     out: str,
     first_drafter: Path | None,
+    ray: int | None,
+    ray_gpus: float,
+    ray_cpus: float,
     source: str | None,
     assignments: tuple[str, ...],
     as_json: bool,
     **flags: Any,
 ) -> None:
     """Stage one: run TARGET (a folder or a hub id) over PROMPTS and store its hidden states."""
-    commands.extract(target, prompts, out, first_drafter, resolve(source, assignments, flags), as_json)
+    resources = None if ray is None else RayResources(ray, ray_gpus, ray_cpus)
+    commands.extract(target, prompts, out, first_drafter, resolve(source, assignments, flags), as_json, resources)
 
 
 @main.command()

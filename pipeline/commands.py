@@ -17,30 +17,23 @@ from ..data.cache.index import SequenceIndex
 from ..data.cache.mirror import MirroredStorage
 from ..data.cache.storage import LocalStorage, open_storage
 from ..data.cache.store import Cache
-from ..data.prompts import read_prompts
 from ..stages.drafter.checkpoint import check_fits, load_shape
 from ..stages.evaluate.live import decode_prompts, single_responses
 from ..stages.evaluate.replay import Replay
 from ..stages.extract.estimate import check_space
 from ..stages.extract.first_draft import draft_cache
-from ..stages.extract.run import (
-    ExtractReport,
-    make_chat,
-    make_engine,
-    open_cache,
-    plan_extraction,
-    plan_layers,
-    plan_manifest,
-)
-from ..stages.extract.run import extract as run_extraction
+from ..stages.extract.sink import ExtractReport
 from ..stages.extract.target import load_target
 from ..stages.train.checkpoints import find_drafter, list_checkpoints
 from ..stages.train.run import make_trainer
 from ..stages.train.samples import is_held_out
 from .config import VpdConfig, config_yaml
+from .extraction import ExtractJob, prepare, work_on
 from .inspect import accept_length_histogram
 from .progress import ProgressReport
+from .ray_workers import RayResources, extract_on_ray
 from .run import RunFolder, held_out_share
+from .signals import StopSignals
 from .sweep import SweepRun, collect, evaluate_run, show_runs, train_all
 from .training import check_trackers, run_trainers
 
@@ -59,30 +52,26 @@ def extract(
     first_drafter: Path | None,
     config: VpdConfig,
     as_json: bool,
+    ray: RayResources | None = None,
 ) -> ExtractReport:
     settings = config.extract
     if not as_json:
         click.echo(config_yaml(config, ["extract"]), err=True)
-    prompts = read_prompts(prompt_files, skip_bad=settings.skip_bad, limit=settings.limit)
-    target = load_target(target_name)
-    layer_ids = plan_layers(target, settings)
-    chat = make_chat(target, settings)
-    manifest = plan_manifest(target, layer_ids, chat, prompts, settings)
     drafter = find_drafter(first_drafter) if first_drafter is not None else None
+    job = ExtractJob(target_name, tuple(map(str, prompt_files)), out, settings)
+    prepared = prepare(job)
     if drafter is not None:
-        check_fits(load_shape(drafter), manifest, drafter)
-    plan = plan_extraction(out, manifest, prompts, chat, target, settings)
-    check_space(open_storage(out), plan, manifest, settings)
-    cache = open_cache(out, manifest, target)
-    with ProgressReport("extract", len(plan.conversations), "tokens") as progress:
-        report = run_extraction(
-            lambda: make_engine(target, layer_ids, settings),
-            cache,
-            plan,
-            settings,
-            progress.advance,
-        )
-    if drafter is not None:
+        check_fits(load_shape(drafter), prepared.manifest, drafter)
+    check_space(open_storage(out), prepared.plan, prepared.manifest, settings)
+    if ray is not None:
+        report = extract_on_ray(job, prepared, ray)
+    else:
+        with (
+            ProgressReport("extract", len(prepared.plan.conversations), "tokens") as progress,
+            StopSignals(f"within {settings.stop_seconds:.0f} s, with the sequences in the engine") as signals,
+        ):
+            report = work_on(prepared, progress.advance, lambda: signals.received is not None)
+    if drafter is not None and not report.num_left:
         draft_over(open_cache_for_reading(out, config), drafter, config)
     cache = Cache.open(out, allow_empty=True)
     result = {
@@ -90,20 +79,18 @@ def extract(
         "num_sequences": len(cache),
         "num_tokens": cache.num_tokens,
         "num_bytes": cache.num_bytes,
-        "num_written": report.num_written,
-        "num_present": report.num_present,
-        "num_checked": report.num_checked,
-        "num_argmax_differing": report.num_argmax_differing,
-        "skipped": dict(report.skipped),
+        **report.to_json(),
     }
     emit(
         result,
         as_json,
         f"{out}: {len(cache)} sequences, {cache.num_tokens} tokens, {cache.num_bytes / 2**20:.1f} MiB "
         f"({report.num_written} written now, {report.num_present} there before; skipped: "
-        f"{dict(report.skipped) or 'none'}). Of {report.num_checked} greedy choices the stored states confirm "
-        f"{report.num_checked - report.num_argmax_differing}.",
+        f"{dict(report.skipped) or 'none'}). Of {report.num_checked} greedy choices compared, the stored states "
+        f"confirm {report.num_checked - report.num_argmax_differing}.",
     )
+    if report.num_left:
+        click.echo(f"vpd: stopped; {report.num_left} sequences are left, the same command continues.", err=True)
     return report
 
 

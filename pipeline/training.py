@@ -6,7 +6,6 @@ import importlib.util
 import signal
 import sys
 from collections.abc import Sequence
-from types import FrameType
 from typing import Any
 
 import click
@@ -18,27 +17,7 @@ from ..stages.train.trainer import Trainer
 from .config import VpdConfig, config_yaml
 from .progress import ProgressReport
 from .run import SECTIONS, RunFolder
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class StopSignals:
-    """Notes the first interrupt or termination, so that the step can end and be saved; a second one is at once."""
-
-    def __enter__(self) -> StopSignals:
-        self.received: int | None = None
-        self._before = [signal.signal(number, self._note) for number in SIGNALS]
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in zip(SIGNALS, self._before, strict=True):
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number
-        click.echo("vpd: stopping after this step; a second interrupt stops at once.", err=True)
+from .signals import StopSignals
 
 
 def check_trackers(config: TrainConfig) -> None:
@@ -68,7 +47,7 @@ def run_trainers(trainers: Sequence[Trainer], folders: Sequence[RunFolder], conf
     folder_of = {id(trainer): folder for trainer, folder in zip(trainers, folders, strict=True)}
     with (
         ProgressReport("train", lead.num_steps - lead.step, "labels", quiet=not is_main) as progress,
-        StopSignals() as signals,
+        StopSignals("after this step") as signals,
     ):
 
         def on_step(trainer: Trainer, metrics: dict[str, Any]) -> None:

@@ -81,6 +81,14 @@ class ExtractConfig(Section):
     """Size of a part of the cache, in MiB; >= 1."""
     max_in_flight: Count = 256
     """Requests in the engine or waiting for the writer, which bounds memory; >= 1."""
+    unit_records: Count = 256
+    """Records of a work unit, which one worker does; >= 1."""
+    lease_seconds: PositiveFloat = 120.0
+    """Seconds without a sign of life after which a worker of another host counts as dead; > 0."""
+    stop_seconds: PositiveFloat = 120.0
+    """Seconds that sequences in the engine have to finish after a signal to stop; > 0."""
+    max_quarantined: Share = 0.01
+    """Share of the sequences that may go into quarantine before the run ends with an error; in [0, 1]."""
     engine_args: dict[str, Any] = {}
     """Arguments passed to the engine as they are."""
 

@@ -265,10 +265,10 @@ class LocalStorage:
 
     def remove(self, name: str) -> None:
         path = self.root / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        while path.is_dir():
+            with suppress(FileNotFoundError):  # another process removes it too
+                shutil.rmtree(path)
+        path.unlink(missing_ok=True)
 
     def remove_leftovers(self, name: str, listed: Callable[[], set[str]]) -> int:
         held_by_nobody = [path for path in (self.root / name).glob("*") if path.is_dir() and not is_alive(path)]
@@ -312,7 +312,7 @@ class LocalFolderWriter:
         fsync_folder(self._path.parent)
 
     def release(self) -> None:
-        (self._path / LOCK).unlink()
+        (self._path / LOCK).unlink(missing_ok=True)
         self._lock.release()
 
     def abandon(self) -> None:

@@ -3,12 +3,12 @@
 # T tokens that entered the target, K captured layers, H hidden width
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-
 
 UNKNOWN = -1
 """A choice that was not computed."""
@@ -42,6 +42,8 @@ class Completion:
 
     `UNKNOWN` where greedy sampling says it anyway: it is then the next token.
     """
+    fault: str = ""
+    """What is wrong with what the engine gave, so that it must not be used; empty: nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +58,10 @@ class Sampling:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+    def seed_of(self, key: str) -> int:
+        """A request's own seed, whatever worker runs it, and beside whatever others."""
+        return int.from_bytes(hashlib.sha256(f"{self.seed} {key}".encode()).digest()[:4])
 
 
 class Engine(Protocol):

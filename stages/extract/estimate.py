@@ -22,7 +22,9 @@ from ...data.errors import ExtractionError, StorageError
 from ..config import ExtractConfig
 from .conversations import Conversation
 from .engine import Engine, EngineRequest
-from .run import ExtractPlan, ExtractReport, extract
+from .plan import ExtractPlan
+from .run import extract
+from .sink import ExtractReport
 
 USUAL_SHARES: dict[str, float] = {"lossless": 0.72, "round4": 0.53, "round3": 0.47}
 """Bytes after compression, as a share of those before, of the codecs that compress: what real models' states give."""
@@ -180,4 +182,6 @@ def choose_evenly(plan: ExtractPlan, number: int) -> ExtractPlan:
     """A plan with that many of the conversations, or all, evenly chosen."""
     number = min(number, len(plan.conversations))
     chosen = np.linspace(0, len(plan.conversations) - 1, number).round().astype(int)
-    return ExtractPlan([plan.conversations[i] for i in chosen], ExtractReport(), plan.prompt_set)
+    conversations = [plan.conversations[i] for i in chosen]
+    seq_ids = [conversation.record.seq_id for conversation, _ in conversations]
+    return ExtractPlan(conversations, ExtractReport(), plan.prompt_set, seq_ids, set())

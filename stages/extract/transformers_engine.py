@@ -61,7 +61,7 @@ class TransformersEngine:
         batch = [self._waiting.popleft() for _ in range(min(self._batch_size, len(self._waiting)))]
         if not batch:
             return []
-        generator = torch.Generator(self._device).manual_seed(self._sampling.seed)
+        generator = torch.Generator(self._device).manual_seed(self._sampling.seed_of(batch[0].key))
         token_ids_BW, real_BW = pad_left([request.prompt_ids for request in batch], self._device)
         past: Any = None
         outputs: list[list[int]] = [[] for _ in batch]

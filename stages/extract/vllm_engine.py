@@ -128,7 +128,7 @@ class VllmEngine:
             temperature=self._sampling.temperature,
             top_p=self._sampling.top_p,
             top_k=self._sampling.top_k,
-            seed=self._sampling.seed,
+            seed=None if self._sampling.greedy else self._sampling.seed_of(request.key),
             max_tokens=request.max_new_tokens,
             stop_token_ids=sorted(self._eos_token_ids),
             detokenize=False,
@@ -157,16 +157,14 @@ class VllmEngine:
     def _complete(self, request: EngineRequest, output: Any) -> Completion:
         output_ids = list(output.token_ids)
         hidden_TKH = argmax_T = None
+        fault = ""
         if request.capture:
             header, states = self._receiver.received.pop(request.key)
-            if header["token_ids"] != request.prompt_ids + output_ids[:-1]:
-                raise ExtractionError(
-                    f"the engine's states for {request.key} belong to other tokens than it generated: expected "
-                    f"{len(request.prompt_ids) + len(output_ids) - 1} tokens, got {len(header['token_ids'])}. "
-                    "Nothing of this request was written; please report it with the versions of vllm and vpd."
-                )
-            argmax_T = self._choices(states[:, -1], len(request.prompt_ids))
-            hidden_TKH = states[:, : self._num_layers].bfloat16()
+            if header["token_ids"] != request.prompt_ids + output_ids[:-1] or len(states) != len(header["token_ids"]):
+                fault = "states of other tokens"
+            else:
+                argmax_T = self._choices(states[:, -1], len(request.prompt_ids))
+                hidden_TKH = states[:, : self._num_layers].bfloat16()
         return Completion(
             key=request.key,
             prompt_ids=request.prompt_ids,
@@ -174,6 +172,7 @@ class VllmEngine:
             finish_reason="stop" if output.finish_reason == "stop" else "length",
             hidden_TKH=hidden_TKH,
             argmax_T=argmax_T,
+            fault=fault,
         )
 
     def _choices(self, states_TH: Tensor, prompt_len: int) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 from compare import check_equal_runs, checkpoint_steps, steps_logged, train
 from forks import Forks, wait_for_lines
 from tiny import Outcome, run_vpd
-from vpd.pipeline.training import StopSignals
+from vpd.pipeline.signals import StopSignals
 from vpd.stages.train.trainer import StepResult, Trainer
 
 STEPS = 80
@@ -126,7 +126,7 @@ def test_a_signal_in_the_last_step_changes_nothing(
 
 def test_a_second_interrupt_is_at_once():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with StopSignals() as signals:
+    with StopSignals("soon") as signals:
         assert signals.received is None
         signal.raise_signal(signal.SIGTERM)
         assert signals.received == signal.SIGTERM

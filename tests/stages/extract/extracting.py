@@ -10,9 +10,7 @@ from vpd.data.cache.store import Cache
 from vpd.data.prompts import read_prompts
 from vpd.stages.config import ExtractConfig
 from vpd.stages.extract.engine import Engine
-from vpd.stages.extract.run import (
-    ExtractReport,
-    extract,
+from vpd.stages.extract.plan import (
     make_chat,
     make_engine,
     open_cache,
@@ -20,6 +18,8 @@ from vpd.stages.extract.run import (
     plan_layers,
     plan_manifest,
 )
+from vpd.stages.extract.run import extract
+from vpd.stages.extract.sink import ExtractReport
 from vpd.stages.extract.target import load_target
 
 Wrap = Callable[[Engine], Engine]

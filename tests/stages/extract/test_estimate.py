@@ -28,7 +28,7 @@ from vpd.stages.extract.estimate import (
     measure_share,
     run_pilot,
 )
-from vpd.stages.extract.run import (
+from vpd.stages.extract.plan import (
     ExtractPlan,
     make_chat,
     make_engine,
@@ -234,7 +234,7 @@ def test_a_pilot_without_a_sequence_is_an_error(
     tiny_llama: Path, tiny_prompts: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ):
     plan, manifest, start_engine = make_plan(tiny_llama, tiny_prompts, out)
-    monkeypatch.setattr("vpd.stages.extract.run.write", lambda *args: False)
+    monkeypatch.setattr("vpd.stages.extract.sink.find_fault", lambda sequence: ("a fault", True))
     with pytest.raises(ExtractionError, match="expected sequences of 2 records in a pilot, found none"):
         run_pilot(start_engine, choose_evenly(plan, 2), manifest, ExtractConfig(**EXTRACT), out)
     assert not out.parent.exists()

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from extracting import by_row, no_engine, run, tokens
 from tiny import EXTRACT, PROMPTS, snapshot, vpd, write_jsonl
+from vpd.data.cache.quarantine import QUARANTINE
 from vpd.data.cache.store import Cache
 from vpd.data.errors import ExtractionError
 from vpd.data.prompts import read_prompts
 from vpd.stages.extract.engine import Completion, Engine, EngineRequest
-from vpd.stages.extract.run import QUARANTINE
 
 
 class WrappedEngine:

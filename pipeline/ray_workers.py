@@ -1,0 +1,106 @@
+"""Extraction by workers on a Ray cluster: the one that is running, or one that is started on this machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from ..data.cache.storage import Storage
+from ..data.errors import ConfigError, ExtractionError, VpdError
+from ..stages.extract.plan import open_cache
+from ..stages.extract.sink import ExtractReport
+from ..stages.extract.units import finished_units
+from .extraction import ExtractJob, Prepared, prepare, work_on
+from .progress import ProgressReport
+
+RETRIES = 10
+"""Times that a worker which died is started again."""
+SECONDS_BETWEEN_LOOKS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class RayResources:
+    """Workers, and what each of them takes of the cluster."""
+
+    num_workers: int
+    num_gpus: float
+    num_cpus: float
+
+
+def extract_on_ray(job: ExtractJob, prepared: Prepared, resources: RayResources) -> ExtractReport:
+    """Runs the job with so many workers; a worker that dies is replaced, and others take over its units.
+
+    Target, prompts and cache must be where every node finds them.
+
+    Raises:
+        ConfigError: Ray is not installed.
+        ExtractionError: workers ended before the job was done.
+        VpdError: what a worker found wrong, if the job was not done all the same.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError("--ray needs the package ray, which is not installed: pip install 'vpd[ray]'.")
+    import ray
+    from ray.exceptions import RayError
+
+    report = prepared.plan.report
+    if not prepared.plan.conversations:
+        return report
+    cache = open_cache(job.out, prepared.manifest, prepared.target)
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, configure_logging=False)
+    worker = ray.remote(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, max_retries=RETRIES)(run_worker)
+    pending = [worker.remote(job) for _ in range(resources.num_workers)]
+    error: BaseException | None = None
+    with ProgressReport("extract", count_units(prepared), "units") as progress:
+        shown = len(finished_units(cache.storage))
+        while pending:
+            done, pending = ray.wait(pending, timeout=SECONDS_BETWEEN_LOOKS)
+            for found in done:
+                try:
+                    add_report(report, ray.get(found))
+                except (RayError, VpdError) as caught:
+                    error = caught
+            shown = show_units(progress, cache.storage, shown)
+    if error is not None and prepare(job).plan.conversations:
+        raise as_vpd_error(error) from error
+    return report
+
+
+def run_worker(job: ExtractJob) -> ExtractReport:
+    """What a worker does; runs in a process of Ray."""
+    return work_on(prepare(job))
+
+
+def count_units(prepared: Prepared) -> int:
+    return math.ceil(len(prepared.plan.seq_ids) / prepared.job.settings.unit_records)
+
+
+def show_units(progress: ProgressReport, storage: Storage, shown: int) -> int:
+    """Advances to the number of finished units, and returns it."""
+    finished = len(finished_units(storage))
+    for _ in range(finished - shown):
+        progress.advance(1)
+    return max(finished, shown)
+
+
+def add_report(report: ExtractReport, found: ExtractReport) -> None:
+    """Adds what a worker did."""
+    report.num_written += found.num_written
+    report.num_tokens += found.num_tokens
+    report.num_checked += found.num_checked
+    report.num_argmax_differing += found.num_argmax_differing
+    report.num_left = found.num_left
+    report.skipped.update(found.skipped)
+
+
+def as_vpd_error(error: BaseException) -> VpdError:
+    """What a worker raised, or what to do about its death."""
+    cause: Any = getattr(error, "cause", None)
+    if isinstance(cause, VpdError):
+        return cause
+    return ExtractionError(
+        f"Ray's workers ended before the extraction was done: {str(error).splitlines()[0]}. What they committed is "
+        "kept; look into Ray's logs for the reason, and run the same command again."
+    )

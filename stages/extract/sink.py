@@ -1,0 +1,211 @@
+"""Writes finished sequences in a thread of its own, while the engine goes on."""
+
+# T tokens that entered the target
+from __future__ import annotations
+
+import queue
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ...data.cache.quarantine import QUARANTINE, list_quarantined
+from ...data.cache.writer import StateWriter
+from ...data.errors import ExtractionError
+from ...data.prompts import PromptRecord
+from .conversations import FinishedSequence
+from .units import WorkBoard, WorkUnit
+
+FEWEST_QUARANTINED = 3
+"""So many sequences may go into quarantine whatever their share is."""
+
+
+@dataclass
+class ExtractReport:
+    """What a run did."""
+
+    num_present: int = 0
+    """Sequences that the cache already held."""
+    num_written: int = 0
+    num_tokens: int = 0
+    num_checked: int = 0
+    """Greedy choices of the engine that were compared with the argmax of the stored states."""
+    num_argmax_differing: int = 0
+    num_left: int = 0
+    """Sequences that the run was stopped before."""
+    skipped: Counter[str] = field(default_factory=Counter)
+    """Records without a sequence, by reason."""
+    written_ids: list[str] = field(default_factory=list)
+    audit: dict[str, Any] | None = None
+    """What a second look at some of the sequences showed."""
+
+    def to_json(self) -> dict[str, Any]:
+        names = ("num_written", "num_present", "num_checked", "num_argmax_differing", "num_left", "audit")
+        return {**{name: getattr(self, name) for name in names}, "skipped": dict(self.skipped)}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a record: its sequence, or why there is none."""
+
+    unit_id: str
+    record: PromptRecord
+    sequence: FinishedSequence | None = None
+    reason: str = ""
+    is_fault: bool = False
+    """Whether the engine is to blame, so that the record is worth another try."""
+
+
+class Sink:
+    """Takes outcomes, writes sequences, and tells the board which units are committed."""
+
+    def __init__(
+        self,
+        writer: StateWriter,
+        board: WorkBoard,
+        report: ExtractReport,
+        max_quarantined: float,
+        on_sequence: Callable[[int], None],
+    ):
+        """
+        Args:
+            max_quarantined: share of the sequences that may go into quarantine before the run ends.
+        """
+        self._writer, self._board, self._report = writer, board, report
+        self._max_quarantined, self._on_sequence = max_quarantined, on_sequence
+        self._left: Counter[str] = Counter()
+        self._skipped: dict[str, dict[str, str]] = {}
+        self._complete: list[str] = []
+        self._num_faults = 0
+        self._queue: queue.SimpleQueue[Outcome | Callable[[], None] | None] = queue.SimpleQueue()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="vpd-writer", daemon=True)
+        self._thread.start()
+
+    @property
+    def num_waiting(self) -> int:
+        """Outcomes that are not dealt with yet."""
+        return self._queue.qsize()
+
+    def expect(self, unit: WorkUnit) -> None:
+        """Announces a unit, before its outcomes."""
+        self._left[unit.unit_id] = len(unit.conversations)
+        self._skipped[unit.unit_id] = {}
+
+    def put(self, outcome: Outcome) -> None:
+        """
+        Raises:
+            StorageError, ExtractionError: what ended the thread, if something did.
+        """
+        self.check()
+        self._queue.put(outcome)
+
+    def check(self) -> None:
+        """Raises what ended the thread, if something did."""
+        if self._error is not None:
+            raise self._error
+
+    def commit(self) -> None:
+        """Has all that was put so far committed, so that other workers see it; does not wait for that."""
+        self._queue.put(self._commit)
+
+    def close(self) -> None:
+        """Deals with what waits, and commits."""
+        self._queue.put(None)
+        self._thread.join()
+        self._writer.finish()
+        self._finish_units()
+        self.check()
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            if self._error is None:
+                try:
+                    self._deal_with(item) if isinstance(item, Outcome) else item()
+                except BaseException as error:
+                    self._error = error
+
+    def _commit(self) -> None:
+        self._writer.commit()
+        self._finish_units()
+
+    def _deal_with(self, outcome: Outcome) -> None:
+        reason, is_fault = outcome.reason, outcome.is_fault
+        if outcome.sequence is not None:
+            self._report.num_checked += outcome.sequence.num_checked
+            self._report.num_argmax_differing += outcome.sequence.num_argmax_differing
+            reason, is_fault = find_fault(outcome.sequence)
+        committed = False
+        if reason:
+            self._skip(outcome, reason, is_fault)
+        elif outcome.sequence is not None:
+            committed = self._write(outcome.sequence)
+        self._left[outcome.unit_id] -= 1
+        if not self._left[outcome.unit_id]:
+            self._complete.append(outcome.unit_id)
+        if committed:
+            self._finish_units()
+
+    def _write(self, sequence: FinishedSequence) -> bool:
+        """Returns whether a part has been committed, and the sequence with it."""
+        part = self._writer.append(
+            seq_id=sequence.record.seq_id,
+            source=sequence.record.source,
+            source_row=sequence.record.row,
+            hidden_TKH=sequence.hidden_TKH,
+            token_ids=sequence.token_ids,
+            loss_mask=sequence.loss_mask,
+            target_argmax=sequence.target_argmax,
+            prompt_len=sequence.prompt_len,
+            final_token_id=sequence.final_token_id,
+            finish_reason=sequence.finish_reason,
+        )
+        self._report.num_written += 1
+        self._report.num_tokens += len(sequence.token_ids)
+        self._report.written_ids.append(sequence.record.seq_id)
+        self._on_sequence(len(sequence.token_ids))
+        return part is not None
+
+    def _skip(self, outcome: Outcome, reason: str, is_fault: bool) -> None:
+        """
+        Raises:
+            ExtractionError: too large a share of the run ended in quarantine.
+        """
+        record, report = outcome.record, self._report
+        report.skipped[reason] += 1
+        if not is_fault:
+            self._skipped[outcome.unit_id][record.seq_id] = reason
+            return
+        storage = self._writer.cache.storage
+        list_quarantined(
+            storage, [{"seq_id": record.seq_id, "source": record.source, "row": record.row, "reason": reason}]
+        )
+        self._num_faults += 1
+        done = report.num_written + self._num_faults
+        if self._num_faults > max(FEWEST_QUARANTINED, self._max_quarantined * done):
+            raise ExtractionError(
+                f"{self._num_faults} of {done} sequences had to be put into quarantine, the last one for {reason}; "
+                f"they are listed in {storage.place}/{QUARANTINE}. Check the target's weights and dtype, or allow more "
+                "with extract.max_quarantined; what was written before is kept."
+            )
+
+    def _finish_units(self) -> None:
+        """Everything that was appended is committed now."""
+        complete, self._complete = self._complete, []
+        for unit_id in complete:
+            self._board.finish(unit_id, self._skipped.pop(unit_id), {})
+
+
+def find_fault(sequence: FinishedSequence) -> tuple[str, bool]:
+    """Why a sequence can't be stored, or nothing; and whether the engine is to blame."""
+    num_tokens = len(sequence.token_ids)
+    if sequence.prompt_len >= num_tokens:
+        return "empty response", False
+    if len(sequence.hidden_TKH) != num_tokens or len(sequence.target_argmax) != num_tokens:
+        return "states of another length", True
+    if not torch.isfinite(sequence.hidden_TKH).all():
+        return "states that are not finite", True
+    return "", False

@@ -1,0 +1,196 @@
+"""Work units: slices of the prompt set that any number of workers share through the cache's own storage.
+
+A worker claims a unit by creating a lease, which only one can; it says that it lives by renewing one file of its own.
+Nothing compares clocks of two hosts: a worker is dead for another one that has seen its file unchanged for too long.
+A unit claimed twice costs time and nothing else, as a cache counts a repeated sequence once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...data.cache.records import dump_record, parse_record
+from ...data.cache.storage import Storage
+from .conversations import Conversation
+from .engine import EngineRequest
+
+WORK, DONE, LEASE, WORKER = "work", ".done.json", ".lease.json", ".worker.json"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkUnit:
+    """A slice of the prompt set, and what is left to do of it."""
+
+    unit_id: str
+    """Hash of the ids of the slice's records, done or not; 16 hex digits."""
+    conversations: list[tuple[Conversation, EngineRequest]]
+
+
+def split_units(
+    seq_ids: Sequence[str], conversations: Sequence[tuple[Conversation, EngineRequest]], size: int
+) -> list[WorkUnit]:
+    """The units of a prompt set that have something left to do.
+
+    Args:
+        seq_ids: of all records, in their order.
+        size: records of a unit.
+    """
+    missing = {conversation.record.seq_id: (conversation, first) for conversation, first in conversations}
+    units: list[WorkUnit] = []
+    for start in range(0, len(seq_ids), size):
+        ids = seq_ids[start : start + size]
+        left = [missing[seq_id] for seq_id in ids if seq_id in missing]
+        if left:
+            units.append(WorkUnit(hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16], left))
+    return units
+
+
+def finished_units(storage: Storage) -> dict[str, dict[str, str]]:
+    """The finished units, and for each the records that gave no sequence and never will: id -> reason."""
+    names = [name for name in storage.list_folder(WORK) if name.endswith(DONE)]
+    contents = storage.read_all([f"{WORK}/{name}" for name in names])
+    records = [
+        parse_record(content, storage.locate(f"{WORK}/{name}"), "the record of a finished work unit")
+        for name, content in zip(names, contents, strict=True)
+    ]
+    return {name.removesuffix(DONE): record["skipped"] for name, record in zip(names, records, strict=True)}
+
+
+class WorkBoard:
+    """Claims units for one worker, one after the other, and takes over those of dead ones."""
+
+    def __init__(self, storage: Storage, units: Sequence[WorkUnit], known: set[str], lease_seconds: float):
+        """
+        Args:
+            known: units that were finished before `units` were planned, and lack something since.
+            lease_seconds: a worker whose file has not changed for so long is dead.
+        """
+        self._storage, self._known, self._lease_seconds = storage, known, lease_seconds
+        self._left = {unit.unit_id: unit for unit in units}
+        self._worker = uuid.uuid4().hex[:12]
+        self._held: dict[str, str] = {}
+        self._seen: dict[str, tuple[bytes, float]] = {}
+        self._over = threading.Event()
+        self._beat()
+        self._thread = threading.Thread(target=self._beat_on, name="vpd-lease", daemon=True)
+        self._thread.start()
+
+    @property
+    def num_units_left(self) -> int:
+        """Units that are neither claimed by this worker nor known to be finished."""
+        return len(self._left)
+
+    @property
+    def num_left(self) -> int:
+        """Conversations of those units."""
+        return sum(len(unit.conversations) for unit in self._left.values())
+
+    def claim(self) -> WorkUnit | None:
+        """A unit that no living worker holds; None: there is none now, though others may still die."""
+        present = self._storage.list_folder(WORK)
+        finished = {name.removesuffix(DONE) for name in present if name.endswith(DONE)} - self._known
+        leases: dict[str, list[int]] = {}
+        for name in present:
+            if name.endswith(LEASE):
+                unit_id, _, generation = name.removesuffix(LEASE).partition(".")
+                leases.setdefault(unit_id, []).append(int(generation))
+        for unit_id, unit in list(self._left.items()):
+            if unit_id in finished:
+                del self._left[unit_id]
+                continue
+            generation = max(leases.get(unit_id, [-1]))
+            if (generation < 0 or self._is_free(unit_id, generation)) and self._create(unit_id, generation + 1):
+                del self._left[unit_id]
+                return unit
+        return None
+
+    def finish(self, unit_id: str, skipped: dict[str, str], facts: dict[str, Any]) -> None:
+        """Records that a unit's sequences are committed.
+
+        Args:
+            skipped: its records that gave no sequence and never will, and why.
+        """
+        record = {"worker": self._worker, "host": socket.gethostname(), "skipped": skipped, **facts}
+        self._storage.write(f"{WORK}/{unit_id}{DONE}", dump_record(record))
+        self._held.pop(unit_id, None)
+        for name in self._storage.list_folder(WORK):
+            if name.startswith(f"{unit_id}.") and name.endswith(LEASE):
+                self._storage.remove(f"{WORK}/{name}")
+
+    def close(self) -> None:
+        """Gives back what is not finished."""
+        self._over.set()
+        self._thread.join()
+        for name in self._held.values():
+            self._storage.remove(name)
+        self._storage.remove(f"{WORK}/{self._worker}{WORKER}")
+
+    def _create(self, unit_id: str, generation: int) -> bool:
+        name = f"{WORK}/{unit_id}.{generation}{LEASE}"
+        try:
+            self._storage.create(name, dump_record({"worker": self._worker}))
+        except FileExistsError:
+            return False
+        self._held[unit_id] = name
+        return True
+
+    def _is_free(self, unit_id: str, generation: int) -> bool:
+        """Whether the worker that holds a lease is dead."""
+        name = f"{WORK}/{unit_id}.{generation}{LEASE}"
+        try:
+            worker = parse_record(self._storage.read(name), self._storage.locate(name), "a lease")["worker"]
+        except FileNotFoundError:  # finished or given back just now
+            return False
+        if worker == self._worker:
+            return False
+        try:
+            content = self._storage.read(f"{WORK}/{worker}{WORKER}")
+        except FileNotFoundError:
+            return True
+        if not lives_here(json.loads(content)):
+            return True
+        now = time.monotonic()
+        before, since = self._seen.get(worker, (b"", now))
+        if before != content:
+            self._seen[worker] = (content, now)
+            return False
+        return now - since > self._lease_seconds
+
+    def _beat_on(self) -> None:
+        while not self._over.wait(self._lease_seconds / 4):
+            with suppress(OSError):  # the next one may succeed; if none does, others take over
+                self._beat()
+
+    def _beat(self) -> None:
+        pid = os.getpid()
+        record = {"host": socket.gethostname(), "pid": pid, "started": start_time(pid), "beat": uuid.uuid4().hex[:8]}
+        self._storage.write(f"{WORK}/{self._worker}{WORKER}", dump_record(record))
+
+
+def lives_here(worker: dict[str, Any]) -> bool:
+    """False for a process of this host that has ended; True if it lives, or is another host's."""
+    if worker["host"] != socket.gethostname():
+        return True
+    return start_time(worker["pid"]) == worker["started"]
+
+
+def start_time(pid: int) -> str | None:
+    """When a process of this host started, to tell it from a later one of the same number; None: there is none."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    # The name, in parentheses, may hold anything; state and start time are the 1st and 20th field after it.
+    fields = status.rpartition(")")[2].split()
+    return None if fields[0] == "Z" else fields[19]
