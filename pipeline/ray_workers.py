@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
 from ..data.cache.storage import Storage
+from ..data.cache.work import finished_units
 from ..data.errors import ConfigError, ExtractionError, VpdError
 from ..stages.extract.plan import open_cache
 from ..stages.extract.sink import ExtractReport
-from ..stages.extract.units import finished_units
 from .extraction import ExtractJob, Prepared, prepare, work_on
 from .progress import ProgressReport
 
@@ -48,12 +50,15 @@ def extract_on_ray(job: ExtractJob, prepared: Prepared, resources: RayResources)
     if not prepared.plan.conversations:
         return report
     cache = open_cache(job.out, prepared.manifest, prepared.target)
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False, configure_logging=False)
-    worker = ray.remote(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, max_retries=RETRIES)(run_worker)
-    pending = [worker.remote(job) for _ in range(resources.num_workers)]
     error: BaseException | None = None
-    with ProgressReport("extract", count_units(prepared), "units") as progress:
+    with (
+        redirect_stdout(sys.stderr),  # Ray tells of dead workers there, where only the result belongs.
+        ProgressReport("extract", count_units(prepared), "units") as progress,
+    ):
+        if not ray.is_initialized():
+            ray.init(log_to_driver=False, configure_logging=False)
+        worker = ray.remote(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, max_retries=RETRIES)(run_worker)
+        pending = [worker.remote(job) for _ in range(resources.num_workers)]
         shown = len(finished_units(cache.storage))
         while pending:
             done, pending = ray.wait(pending, timeout=SECONDS_BETWEEN_LOOKS)

@@ -56,6 +56,9 @@ def repair(storage: Storage, found: VerifyReport) -> RepairReport:
         report.parts.append(name)
         report.num_untold += not len(state.rows)
     _remove_drafts(storage, found, bad, report)
+    for problem in found.problems:
+        if problem.work is not None:
+            storage.remove(problem.work)
     if any(True for _ in verify_target(storage)):
         storage.remove(RECORD_NAME)
         storage.remove(TARGET)

@@ -10,6 +10,7 @@ from pathlib import Path
 from ...data.cache.manifest import MANIFEST_NAME, CacheManifest
 from ...data.cache.storage import open_storage
 from ...data.cache.store import CHUNK_TOKENS, Cache
+from ...data.cache.work import finished_units
 from ...data.chat import ChatFormat
 from ...data.errors import PromptError
 from ...data.prompts import PromptRecord, PromptSet
@@ -19,7 +20,6 @@ from .engine import Engine, EngineRequest, Sampling
 from .sink import ExtractReport
 from .target import Target, check_layers, context_layers, copy_pieces, target_facts
 from .transformers_engine import TransformersEngine
-from .units import finished_units
 from .vllm_engine import VllmEngine
 
 

@@ -22,10 +22,11 @@ from typing import Any
 
 from ...data.cache.records import dump_record, parse_record
 from ...data.cache.storage import Storage
+from ...data.cache.work import DONE, WORK
 from .conversations import Conversation
 from .engine import EngineRequest
 
-WORK, DONE, LEASE, WORKER = "work", ".done.json", ".lease.json", ".worker.json"
+LEASE, WORKER = ".lease.json", ".worker.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,17 +55,6 @@ def split_units(
         if left:
             units.append(WorkUnit(hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16], left))
     return units
-
-
-def finished_units(storage: Storage) -> dict[str, dict[str, str]]:
-    """The finished units, and for each the records that gave no sequence and never will: id -> reason."""
-    names = [name for name in storage.list_folder(WORK) if name.endswith(DONE)]
-    contents = storage.read_all([f"{WORK}/{name}" for name in names])
-    records = [
-        parse_record(content, storage.locate(f"{WORK}/{name}"), "the record of a finished work unit")
-        for name, content in zip(names, contents, strict=True)
-    ]
-    return {name.removesuffix(DONE): record["skipped"] for name, record in zip(names, records, strict=True)}
 
 
 class WorkBoard:
@@ -158,8 +148,13 @@ class WorkBoard:
             content = self._storage.read(f"{WORK}/{worker}{WORKER}")
         except FileNotFoundError:
             return True
-        if not lives_here(json.loads(content)):
-            return True
+        if lives_here(json.loads(content)) and not self._is_silent(worker, content):
+            return False
+        self._storage.remove(f"{WORK}/{worker}{WORKER}")  # it writes this again if it lives after all
+        return True
+
+    def _is_silent(self, worker: str, content: bytes) -> bool:
+        """Whether a worker's file has not changed for too long, as this worker's clock has it."""
         now = time.monotonic()
         before, since = self._seen.get(worker, (b"", now))
         if before != content:

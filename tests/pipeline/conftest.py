@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from forks import Forks
 from place import Place
+from tiny import vpd, write_jsonl
+from workers import NUM_RECORDS, SETTINGS
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +31,16 @@ def place(
     cache = shutil.copytree(tiny_cache, tmp_path / "cache")
     drafted = shutil.copytree(drafted_cache, tmp_path / "drafted")
     return Place(tmp_path, tiny_llama, tiny_qwen3, tiny_prompts, cache, drafted, first_run)
+
+
+@pytest.fixture(scope="session")
+def many_prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    records = [{"prompt": f"what is the sum of {i} and {i * i % 7}?"} for i in range(NUM_RECORDS)]
+    return write_jsonl(tmp_path_factory.mktemp("many") / "prompts.jsonl", records)
+
+
+@pytest.fixture(scope="session")
+def alone(tiny_llama: Path, many_prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("alone") / "cache"
+    assert vpd("extract", tiny_llama, many_prompts, "--out", folder, **SETTINGS)["num_written"] == NUM_RECORDS
+    return folder

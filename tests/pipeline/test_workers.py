@@ -2,61 +2,13 @@
 
 import json
 import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import pytest
-import torch
-from forks import SECONDS, Forks, Process
-from tiny import EXTRACT, vpd, write_jsonl
-from vpd.data.cache.store import Cache
-from vpd.stages.extract.units import DONE, LEASE, WORK, WORKER
-
-NUM_RECORDS, UNIT = 60, 4
-SETTINGS: dict[str, Any] = {**EXTRACT, "unit_records": UNIT, "lease_seconds": 2.0, "max_in_flight": 2}
-
-
-def arguments(target: Path, prompts: Path, out: Path, **changes: Any) -> list[object]:
-    flags = [each for name, value in (SETTINGS | changes).items() for each in (f"--{name.replace('_', '-')}", value)]
-    return ["extract", target, prompts, "--out", out, "--json", *flags]
-
-
-@pytest.fixture(scope="module")
-def many_prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    records = [{"prompt": f"what is the sum of {i} and {i * i % 7}?"} for i in range(NUM_RECORDS)]
-    return write_jsonl(tmp_path_factory.mktemp("many") / "prompts.jsonl", records)
-
-
-@pytest.fixture(scope="module")
-def alone(tiny_llama: Path, many_prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("alone") / "cache"
-    assert vpd("extract", tiny_llama, many_prompts, "--out", folder, **SETTINGS)["num_written"] == NUM_RECORDS
-    return folder
-
-
-def contents(folder: Path) -> dict[str, tuple[list[int], torch.Tensor]]:
-    cache = Cache.open(folder)
-    found = {row.seq_id: cache.read(row) for row in cache.rows}
-    return {seq_id: (each.token_ids_S.tolist(), each.hidden_TKH.clone()) for seq_id, each in found.items()}
-
-
-def check_same(folder: Path, expected: Path) -> None:
-    ours, theirs = contents(folder), contents(expected)
-    assert ours.keys() == theirs.keys()
-    for seq_id, (token_ids, hidden_TKH) in ours.items():
-        assert token_ids == theirs[seq_id][0]
-        assert torch.equal(hidden_TKH, theirs[seq_id][1])
-    left = [path.name for path in (folder / WORK).iterdir() if not path.name.endswith(DONE)]
-    assert [name for name in left if name.endswith(LEASE)] == []
-
-
-def wait_until(condition: Callable[[], bool], processes: list[Process]) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, [process.wait() for process in processes]
-        time.sleep(0.005)
+from forks import Forks, Process
+from tiny import vpd
+from vpd.data.cache.work import DONE, WORK
+from vpd.stages.extract.units import LEASE, WORKER
+from workers import NUM_RECORDS, SETTINGS, UNIT, arguments, check_same, wait_until
 
 
 def worker_of(folder: Path, process: Process) -> str | None:

@@ -1,0 +1,67 @@
+"""Extraction on a Ray cluster of this machine, with real processes."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import run_vpd, write_jsonl
+from vpd.data.cache.work import WORK
+from vpd.stages.extract.units import LEASE, WORKER
+from workers import NUM_RECORDS, arguments, check_same
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, of its processes and files
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    ray = pytest.importorskip("ray")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    yield ray
+    ray.shutdown()
+
+
+def kill_a_worker(folder: Path, killed: list[int]) -> None:
+    """Kills the first worker that holds a unit."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not killed:
+        for lease in (folder / WORK).glob(f"*{LEASE}"):
+            try:
+                name = json.loads(lease.read_text())["worker"]
+                pid = json.loads((folder / WORK / f"{name}{WORKER}").read_text())["pid"]
+            except FileNotFoundError:
+                continue
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+            return
+        time.sleep(0.005)
+
+
+def test_a_worker_that_is_killed_is_replaced(
+    cluster: Any, tiny_llama: Path, many_prompts: Path, alone: Path, tmp_path: Path
+):
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_a_worker, args=(tmp_path / "cache", killed))
+    killer.start()
+    resources = ["--ray", 3, "--ray-gpus", 0, "--ray-cpus", 1]
+    outcome = run_vpd(*arguments(tiny_llama, many_prompts, tmp_path / "cache"), *resources)
+    killer.join()
+    assert killed, outcome.err
+    assert outcome.code == 0, outcome.err
+    assert outcome.result["num_sequences"] == NUM_RECORDS
+    check_same(tmp_path / "cache", alone)
+
+
+def test_what_a_worker_finds_wrong_is_told(cluster: Any, tiny_llama: Path, many_prompts: Path, tmp_path: Path):
+    wrong = write_jsonl(tmp_path / "engine.jsonl", [{"prompt": "why?"}])
+    args = arguments(tiny_llama, wrong, tmp_path / "cache")
+    outcome = run_vpd(*args, "--ray", 2, "--ray-gpus", 0, "--set", "extract.engine_args={batch_size: 0}")
+    assert outcome.code == 2
+    assert "expected a batch_size of at least 1, got 0" in outcome.err
+    assert "Traceback" not in outcome.err
