@@ -50,7 +50,7 @@ MULTI_TURN_ROW, TEXT_ROW = 10, 12
 """Line numbers of the records with two user turns and with plain text."""
 EXTRACT = {"engine": "transformers", "num_draft_layers": 3, "max_new_tokens": 24, "max_len": 128, "part_mib": 1}
 DRAFTER = {"block_size": 4, "num_layers": 1}
-TRAIN = {"num_anchors": 32, "lr": 3e-3, "holdout": 0.3, "log_every": 1}
+TRAIN = {"num_anchors": 32, "lr": 3e-3, "holdout": 0.3, "log_every": 1, "precision": "float32"}
 
 
 # Targets

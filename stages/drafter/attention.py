@@ -19,6 +19,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 BLOCKS_PER_GROUP = 16
 TILE = 128
 """Rows and columns of a tile of flex attention's block mask."""
+KERNEL_OPTIONS: Any = {"BACKEND": "TRITON"}
+"""Flex attention's own choice for few positions, made for decoding, does not take every mask."""
 
 
 class LayerContext(NamedTuple):
@@ -148,11 +150,13 @@ class FlexAttention:
         self.mask = make_block_mask(layout)
 
     def __call__(self, query_NGhd: Tensor, key_NGkd: Tensor, value_NGkd: Tensor, context: LayerContext) -> Tensor:
-        query, key, value = packed_heads(query_NGhd, key_NGkd, value_NGkd, context)
+        query, *packed = packed_heads(query_NGhd, key_NGkd, value_NGkd, context)
+        # A key-value head for every query head: with shared ones the backward kernel has too few programs for a GPU.
+        key, value = (x.repeat_interleave(len(query) // len(x), dim=0) for x in packed)
         # On a GPU the kernel exists in compiled form alone; within a compiled layer it is part of that.
         alone = query.is_cuda and not torch.compiler.is_compiling()
         attend = compiled_flex_attention() if alone else flex_attention
-        mixed = attend(query[None], key[None], value[None], block_mask=self.mask, enable_gqa=True)
+        mixed = attend(query[None], key[None], value[None], block_mask=self.mask, kernel_options=KERNEL_OPTIONS)
         assert isinstance(mixed, Tensor)
         return mixed[0].transpose(0, 1).reshape(query_NGhd.shape)
 
@@ -189,10 +193,12 @@ def make_block_mask(layout: Layout) -> BlockMask:
     full_IJ = count(whole_NJ) == (last_I - first_I + 1)[:, None]
     partial_IJ = (count(seen_NJ) > 0) & ~full_IJ
 
+    # By position, not by block: in a kernel, a division for every pair would cost more than these.
+    starts_Q, ends_Q, own_Q, own_ends_Q = (x.repeat_interleave(G) for x in (starts_N, ends_N, own_N, own_N + G))
+
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        block = query // G
-        in_context = (key >= starts_N[block]) & (key < ends_N[block])
-        return in_context | ((key >= own_N[block]) & (key < own_N[block] + G))
+        in_context = (key >= starts_Q[query]) & (key < ends_Q[query])
+        return in_context | ((key >= own_Q[query]) & (key < own_ends_Q[query]))
 
     return BlockMask.from_kv_blocks(
         *ordered_tiles(partial_IJ),

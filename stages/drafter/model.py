@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -151,12 +151,33 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=False)
 
     def forward(self, states: Tensor) -> Tensor:
-        # silu(gate) is cheap to compute again, and as large as the gate.
-        return self.down_proj(recompute(gate, self.gate_proj(states), self.up_proj(states)))
+        return gated_linear(self.gate_proj(states), self.up_proj(states), self.down_proj.weight)
 
 
-def gate(gates: Tensor, values: Tensor) -> Tensor:
-    return F.silu(gates) * values
+class GatedLinear(torch.autograd.Function):
+    """silu(gates) * values through a linear layer.
+
+    The backward pass computes the product again: it is cheap, and as large as each of its factors.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gates: Tensor, values: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(gates, values, weight)
+        return F.linear(F.silu(gates) * values, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        gates, values, weight = ctx.saved_tensors
+        (gradient,) = grad_outputs
+        activated = F.silu(gates)
+        grad_weight = gradient.flatten(0, -2).T @ (activated * values).flatten(0, -2)
+        grad_product = gradient @ weight.to(gradient.dtype)
+        grad_gates = torch.ops.aten.silu_backward(grad_product * values, gates)
+        return grad_gates, grad_product * activated, grad_weight.to(weight.dtype)
+
+
+def gated_linear(gates: Tensor, values: Tensor, weight: Tensor) -> Tensor:
+    return cast(Tensor, GatedLinear.apply(gates, values, weight))
 
 
 class BlockAttention(nn.Module):

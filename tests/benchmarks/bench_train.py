@@ -1,8 +1,9 @@
 """A training step (forward, loss, backward): the project's form against the straightforward one.
 
 The straightforward form is that of the public DFlash and VP-Drafter code: keys and values of context and blocks
-computed together and concatenated in every layer, one dense boolean mask over all of them, logits of the whole
-vocabulary for all block positions, and a weighted cross-entropy. Both have the same weights and give the same loss.
+computed together and concatenated in every layer, one dense boolean mask over all of them, norms and MLP as in
+transformers' Qwen3, logits of the whole vocabulary for all block positions, and a weighted cross-entropy. Both forms
+have the same weights and give the same loss.
 """
 
 # T context tokens, N blocks, G block size, Q = N * G block positions, D context features, H hidden width
@@ -27,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from vpd.stages.config import AnchorConfig, PrefixConfig, TrainConfig
 from vpd.stages.drafter.blocks import show_prefix
-from vpd.stages.drafter.model import Drafter, DrafterLayer, rotary, rotate
+from vpd.stages.drafter.model import Drafter, DrafterLayer, RMSNorm, SwiGLU, rotary, rotate
 from vpd.stages.drafter.shape import DrafterShape
 from vpd.stages.train.anchors import AnchorFacts, choose_anchors
 from vpd.stages.train.cost import training_flops
@@ -58,6 +59,12 @@ class Setting:
     num_blocks: int
     rounds: int
     shape: DrafterShape
+    compiled: bool = False
+    """Whether the layers of our form are."""
+
+    @property
+    def label(self) -> str:
+        return f"{self.precision}, compiled" if self.compiled else self.precision
 
 
 def make_shape(
@@ -88,7 +95,10 @@ ON_CPU = [
     Setting(SMOLLM2.name, "cpu", "float32", "structured", 512, 64, 5, SMOLLM2_SHAPE),
     Setting(SMOLLM2.name, "cpu", "bf16", "structured", 512, 64, 3, SMOLLM2_SHAPE),
 ]
-ON_GPU = [Setting(QWEN3.name, "cuda", "bf16", "flex", 3072, 512, 10, QWEN3_SHAPE)]
+ON_GPU = [
+    Setting(QWEN3.name, "cuda", "bf16", "flex", 3072, 512, 10, QWEN3_SHAPE, compiled=compiled)
+    for compiled in (False, True)
+]
 
 
 class Batch(NamedTuple):
@@ -123,7 +133,7 @@ def compare(setting: Setting) -> list[Figure]:
         peaks = {name: form.peak_bytes() for name, form in forms.items()}
 
     def figure(name: str, value: float, unit: str = "x", target: float | None = None) -> Figure:
-        name = f"{setting.precision}: {name}"
+        name = f"{setting.label}: {name}"
         return Figure(
             benchmark=NAME, name=name, data=setting.data, value=value, unit=unit, target=target, less_is_better=True
         )
@@ -176,9 +186,10 @@ class Step:
     """A form with its weights and batch in memory."""
 
     def __init__(self, setting: Setting, name: str):
-        self.drafter = Drafter(setting.shape, setting.attention)
-        self.drafter.init_weights(torch.Generator().manual_seed(0))
-        self.drafter.to(setting.device)
+        self.drafter = Drafter(setting.shape, setting.attention).to(setting.device)
+        self.drafter.init_weights(torch.Generator(setting.device).manual_seed(0))
+        if setting.compiled and name == OURS:
+            self.drafter.compile_layers()
         self.dtype = torch.bfloat16 if setting.precision == "bf16" else torch.float32
         self.device = setting.device
         self.loss = our_loss if name == OURS else straightforward_loss
@@ -284,7 +295,7 @@ def straightforward_states(drafter: Drafter, batch: Batch) -> Tensor:
     shape, (N, G) = drafter.shape, batch.block_ids_NG.shape
     T, h, k, d = len(batch.features_TD), shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
     device = batch.anchors_N.device
-    context_TH = drafter.hidden_norm(drafter.fc(batch.features_TD))
+    context_TH = plain_norm(drafter.hidden_norm, drafter.fc(batch.features_TD))
     states_QH = batch.embed_VH[batch.block_ids_NG].flatten(0, 1)
     block_positions_Q = (batch.anchors_N[:, None] + torch.arange(G, device=device)).flatten()
     rope = rotary(torch.cat([torch.arange(T, device=device), block_positions_Q]), shape, states_QH.dtype)
@@ -295,17 +306,28 @@ def straightforward_states(drafter: Drafter, batch: Batch) -> Tensor:
     for layer in drafter.layers:
         layer = cast(DrafterLayer, layer)
         attention = layer.self_attn
-        inputs_QH = layer.input_layernorm(states_QH)
-        query = rotate(attention.q_norm(attention.q_proj(inputs_QH).view(-1, h, d)), rope_of_blocks)
+        inputs_QH = plain_norm(layer.input_layernorm, states_QH)
+        query = rotate(plain_norm(attention.q_norm, attention.q_proj(inputs_QH).view(-1, h, d)), rope_of_blocks)
         key = torch.cat([attention.k_proj(context_TH), attention.k_proj(inputs_QH)]).view(-1, k, d)
         value = torch.cat([attention.v_proj(context_TH), attention.v_proj(inputs_QH)]).view(-1, k, d)
-        key = rotate(attention.k_norm(key), rope)
+        key = rotate(plain_norm(attention.k_norm, key), rope)
         key, value = (x.repeat_interleave(h // k, dim=1) for x in (key, value))
         heads_first = (x.transpose(0, 1)[None] for x in (query, key, value))
         mixed_hQd = F.scaled_dot_product_attention(*heads_first, attn_mask=mask)[0]
         states_QH = states_QH + attention.o_proj(mixed_hQd.transpose(0, 1).flatten(1))
-        states_QH = states_QH + layer.mlp(layer.post_attention_layernorm(states_QH))
-    return drafter.norm(states_QH)
+        states_QH = states_QH + plain_mlp(layer.mlp, plain_norm(layer.post_attention_layernorm, states_QH))
+    return plain_norm(drafter.norm, states_QH)
+
+
+def plain_norm(norm: RMSNorm, x: Tensor) -> Tensor:
+    """In float32, as in transformers' Qwen3."""
+    values = x.float()
+    values = values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + cast(float, norm.eps))
+    return norm.weight.to(x.dtype) * values.to(x.dtype)
+
+
+def plain_mlp(mlp: SwiGLU, x: Tensor) -> Tensor:
+    return mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
 
 
 def autocast(batch: Batch, dtype: torch.dtype) -> torch.autocast:

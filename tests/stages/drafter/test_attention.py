@@ -231,6 +231,7 @@ def test_the_cost_of_structured_attention_is_that_of_the_context_before_the_bloc
 
 @quiet_flex
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's own
+@pytest.mark.filterwarnings("ignore:.*Function.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize(("attention", "backend"), [("eager", "aot_eager"), ("flex", "eager")])
 def test_compiled_layers_serve_all_layouts(attention: str, backend: str):
     packed = [([90, 110], [30, 10]), ([50, 300, 8], [9, 50, 0]), ([250], [47]), ([20, 30], [51, 30])]

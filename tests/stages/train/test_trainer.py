@@ -281,6 +281,7 @@ def test_structured_attention_trains_like_eager(eager: list[float], tiny_cache: 
 
 # PyTorch looks at the gradients of what it traces.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.filterwarnings("ignore:.*Function.*should not be instantiated:DeprecationWarning")
 def test_compiled_layers_train_like_others(
     eager: list[float], tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -307,7 +308,10 @@ def test_compiled_layers_train_like_others(
     assert num_graphs[0] == num_graphs[-1] > 0
 
 
-@pytest.mark.parametrize("attention", ["structured", "auto"])
+on_a_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, auto is flex")
+
+
+@pytest.mark.parametrize("attention", ["structured", pytest.param("auto", marks=on_a_gpu)])
 def test_what_cannot_be_compiled_is_refused(attention: str, tiny_cache: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match=r"train\.compile: expected attention flex or eager, found structured"):
         make(tiny_cache, tmp_path, compile=True, attention=attention)
