@@ -45,11 +45,23 @@ class ChatFormat:
         self._tokenizer = tokenizer
         self._eos_token_ids = frozenset(eos_token_ids)
         self._template_args = dict(template_args or {})
+        self._given_template = template
         self._template = self._resolve_template(template)
         canonical_args = json.dumps(self._template_args, sort_keys=True, separators=(",", ":"))
         hashed = f"{self._template or ''}\n{canonical_args}"
         self.template_hash = hashlib.sha256(hashed.encode()).hexdigest()[:16]
         """16 hex digits over the template's text and its arguments."""
+
+    def with_tools(self, tools: Sequence[Mapping[str, Any]]) -> "ChatFormat":
+        """The same format for a conversation that may call these functions."""
+        if not tools:
+            return self
+        return ChatFormat(
+            self._tokenizer,
+            eos_token_ids=self._eos_token_ids,
+            template=self._given_template,
+            template_args={**self._template_args, "tools": [dict(tool) for tool in tools]},
+        )
 
     def _resolve_template(self, template: str | None) -> str | None:
         if template is None and not self._tokenizer.chat_template:
@@ -86,8 +98,12 @@ class ChatFormat:
             raise PromptError("the text has no token; remove the record or give it some text")
         return TokenizedConversation(token_ids, [0] + [1] * (len(token_ids) - 1))
 
-    def conversation(self, messages: Sequence[Message]) -> TokenizedConversation:
+    def conversation(
+        self, messages: Sequence[Message], unsupervised: Collection[Message] = ()
+    ) -> TokenizedConversation:
         """The full conversation; each assistant turn is supervised up to its end-of-turn token, included.
+
+        All but those of the messages that are named as not supervised.
 
         A template with a generation block says itself which characters the assistant wrote. For any other
         the turns are found by rendering the conversation up to each of them.
@@ -105,18 +121,22 @@ class ChatFormat:
             token_ids, offsets = self._tokenize(text)
             ends = [o for t, o in zip(token_ids, offsets, strict=True) if t in self._eos_token_ids]
             spans = self._turn_spans(messages, text, ends)
+        turns = [message for message in messages if message.role == "assistant"]
+        if unsupervised and len(turns) == len(spans):
+            named = {id(message) for message in unsupervised}
+            spans = [span for span, turn in zip(spans, turns, strict=True) if id(turn) not in named]
         loss_mask = _mask(offsets, spans)
         if not any(loss_mask):
             raise PromptError("the assistant's turns have no token of their own; check the chat template")
         return TokenizedConversation(token_ids, loss_mask)
 
-    def _render_inputs(self, messages: Sequence[Message]) -> tuple[str, list[dict[str, str]]]:
+    def _render_inputs(self, messages: Sequence[Message]) -> tuple[str, list[dict[str, Any]]]:
         if self._template is None:
             raise PromptError(
                 "the tokenizer has no chat template: pass one (Jinja text), "
                 'or use {"text": ...} records, which need none'
             )
-        return self._template, [{"role": m.role, "content": m.content} for m in messages]
+        return self._template, [{"role": m.role, "content": m.content, **m.extra} for m in messages]
 
     def _render_marked(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
         """The rendered conversation and its generation blocks.

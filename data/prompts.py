@@ -1,4 +1,4 @@
-"""Prompt files (JSON Lines, gzip-compressed JSON Lines, Parquet) read into checked records.
+"""Prompts (JSON Lines, gzip-compressed JSON Lines, Parquet, data sets of the hub) read into checked records.
 
 A record takes one of these forms; where several keys are present, the first in this order counts, and a null
 is the same as an absent key:
@@ -8,26 +8,21 @@ is the same as an absent key:
 - ``{"turns": ["...", ...]}``, each a user turn
 - ``{"prompt": "..." or a list of messages, "response": "..."}``, the response being optional
 - ``{"text": "..."}``, plain text that no chat template touches
+
+A message may carry what chat templates know beside its content: ``tool_calls``, ``tool_call_id``, ``name``,
+``reasoning_content``. A record's ``tools`` are the functions that its conversation may call.
 """
 
-import gzip
 import hashlib
 import json
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import Any, NamedTuple
 
 from .errors import PromptError
-
-PARQUET_MAGIC = b"PAR1"
-GZIP_MAGIC = b"\x1f\x8b"
-PARQUET_BATCH_ROWS = 1024
+from .prompt_rows import HubPart, find_places, rows_of_places
 
 ROLES = {
     "system": "system",
@@ -51,6 +46,8 @@ class Message:
 
     role: str
     content: str
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Other fields for the chat template; see `EXTRA_KEYS`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,60 +64,104 @@ class PromptRecord:
     """Empty for a plain text."""
     text: str | None
     """None for a conversation."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """Functions that the conversation may call, as the chat template takes them."""
 
     @property
     def content_hash(self) -> str:
-        """16 hex digits that depend on the messages and the text alone."""
-        return _content_hash(self.messages, self.text)
+        """16 hex digits that depend on the messages, the tools and the text alone."""
+        return _content_hash(Content(self.messages, self.text, self.tools))
 
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """The records of all files, in the order read."""
+    """The records of all places, in the order read, or that of the seed."""
 
     records: tuple[PromptRecord, ...]
     num_skipped: int
+    num_duplicates: int
+    """Records left out because the same content came before."""
     fingerprint: str
     """16 hex digits over the sorted `seq_id`s: the order of records does not matter."""
 
 
-def read_prompts(paths: Sequence[str | Path], *, skip_bad: bool = False, limit: int | None = None) -> PromptSet:
-    """Read every record of `paths`, or the first `limit` over all of them.
+def read_prompts(
+    places: Sequence[str | Path],
+    *,
+    skip_bad: bool = False,
+    limit: int | None = None,
+    shuffle_seed: int | None = None,
+    keep_duplicates: bool = True,
+    columns: Mapping[str, str] | None = None,
+    hub: HubPart | None = None,
+) -> PromptSet:
+    """Reads every record of files, patterns and data sets, or the first `limit` over all of them.
 
-    With `skip_bad`, a bad record is counted instead of raised. A file that is missing, unreadable or without
-    any record raises `PromptError` either way, and so does a result without records.
+    Args:
+        skip_bad: count bad records in place of raising the first.
+        shuffle_seed: the order, and so what `limit` takes, is drawn by this seed from the records' contents.
+        keep_duplicates: a repeated content is a record of its own, with another id.
+        columns: what a key of a record is called there, such as {"prompt": "question"}.
+        hub: which rows of data sets.
+
+    Raises:
+        PromptError: a place is missing, unreadable or without any record; no record is left; a record is bad.
     """
     if limit is not None and limit < 1:
         raise PromptError(f"limit must be at least 1, got {limit}; leave it out to read every record")
-    for path in paths:
-        if not Path(path).is_file():
-            raise PromptError(f"prompt file {path} does not exist or is not a file; check the path")
+    columns = columns or {}
+    names = {key: columns.get(key, key) for key in FORM_KEYS}
     records: list[PromptRecord] = []
     repetitions: Counter[str] = Counter()
-    num_skipped = 0
-    for source, row, load in _rows_of_files(paths):
+    num_skipped = num_duplicates = 0
+    for source, row, load in rows_of_places(find_places(places), set(names.values()), hub or HubPart()):
         try:
-            messages, text = _parse(load())
+            content = _parse(_renamed(load(), names) if columns else load())
         except PromptError as error:
             if not skip_bad:
                 raise PromptError(f"{source}:{row}: {error}") from None
             num_skipped += 1
             continue
-        digest = _content_hash(messages, text)
-        seq_id = f"{digest}-{repetitions[digest]}" if repetitions[digest] else digest
+        digest = _content_hash(content)
         repetitions[digest] += 1
-        records.append(PromptRecord(seq_id, source, row, messages, text))
-        if len(records) == limit:
+        number = repetitions[digest] - 1
+        if number and not keep_duplicates:
+            num_duplicates += 1
+            continue
+        records.append(PromptRecord(f"{digest}-{number}" if number else digest, source, row, *content))
+        if len(records) == limit and shuffle_seed is None:
             break
     if not records:
-        files = ", ".join(str(path) for path in paths) or "an empty list of files"
-        raise PromptError(f"no prompts in {files} ({num_skipped} bad records skipped)")
-    return PromptSet(tuple(records), num_skipped, _fingerprint(records))
+        found = ", ".join(map(str, places)) or "an empty list of files"
+        raise PromptError(f"no prompts in {found} ({num_skipped} bad records skipped)")
+    if shuffle_seed is not None:
+        records = sorted(records, key=lambda record: _drawn(shuffle_seed, record.seq_id))[:limit]
+    return PromptSet(tuple(records), num_skipped, num_duplicates, _fingerprint(records))
 
 
-def _content_hash(messages: Sequence[Message], text: str | None) -> str:
-    pairs = [[message.role, message.content] for message in messages]
-    canonical = json.dumps([pairs, text], separators=(",", ":"))
+def _drawn(seed: int, seq_id: str) -> bytes:
+    """A record's place in the order of a seed: the same whatever file it comes from, beside whatever others."""
+    return hashlib.sha256(f"{seed} {seq_id}".encode()).digest()
+
+
+def _renamed(record: object, names: Mapping[str, str]) -> object:
+    if not isinstance(record, dict):
+        return record
+    return {key: record[name] for key, name in names.items() if name in record}
+
+
+class Content(NamedTuple):
+    """What a record says: messages or a text."""
+
+    messages: tuple[Message, ...] = ()
+    text: str | None = None
+    tools: tuple[dict[str, Any], ...] = ()
+
+
+def _content_hash(content: Content) -> str:
+    messages = [[m.role, m.content, *([dict(m.extra)] if m.extra else [])] for m in content.messages]
+    tools = [list(content.tools)] if content.tools else []
+    canonical = json.dumps([messages, content.text, *tools], separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
@@ -129,68 +170,7 @@ def _fingerprint(records: Sequence[PromptRecord]) -> str:
     return hashlib.sha256("\n".join(seq_ids).encode()).hexdigest()[:16]
 
 
-# Files to rows. A row is loaded by a call, so that a bad one raises where it can be skipped.
-
-Row = tuple[int, Callable[[], object]]
-
-
-def _rows_of_files(paths: Sequence[str | Path]) -> Iterator[tuple[str, int, Callable[[], object]]]:
-    for path in paths:
-        row = 0
-        for row, load in _rows(Path(path)):
-            yield str(path), row, load
-        if not row:
-            raise PromptError(f"no prompts in {path}: the file has no record; remove it from the list")
-
-
-def _rows(path: Path) -> Iterator[Row]:
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-        if not magic:
-            return
-        if magic == PARQUET_MAGIC or path.suffix == ".parquet":
-            yield from _parquet_rows(path)
-        elif magic.startswith(GZIP_MAGIC) or path.suffix == ".gz":
-            with gzip.open(path, "rb") as file:
-                yield from _json_rows(file)
-        else:
-            with path.open("rb") as file:
-                yield from _json_rows(file)
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error, pa.ArrowException) as error:
-        raise PromptError(f"prompt file {path} can't be read, its bytes may be damaged: {error}") from error
-
-
-def _json_rows(lines: Iterator[bytes] | gzip.GzipFile) -> Iterator[Row]:
-    for row, line in enumerate(lines, start=1):
-        if line.strip():
-            yield row, lambda line=line: _load_json(line)
-
-
-def _load_json(line: bytes) -> object:
-    try:
-        return json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise PromptError(f"not JSON ({error}); expected one JSON object per line") from error
-
-
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    """Only the columns that a form uses are read; the others may hold anything."""
-    with pq.ParquetFile(path) as file:
-        found = file.schema_arrow.names
-        columns = [name for name in found if name in FORM_KEYS]
-        if not columns:
-            raise PromptError(f"{path}: no known form among the columns {found}; expected {EXPECTED_FORMS}")
-        row = 0
-        for batch in file.iter_batches(PARQUET_BATCH_ROWS, columns=columns):
-            for record in batch.to_pylist():
-                row += 1
-                yield row, lambda record=record: record
-
-
 # Rows to messages.
-
-Content = tuple[tuple[Message, ...], str | None]
 
 
 def _parse(record: object) -> Content:
@@ -204,17 +184,17 @@ def _parse(record: object) -> Content:
 
 
 def _parse_messages(record: dict[str, Any]) -> Content:
-    return _messages(record["messages"], "messages", ("role",), ("content",)), None
+    return Content(_messages(record["messages"], "messages", ("role",), ("content",)), tools=_tools(record))
 
 
 def _parse_conversations(record: dict[str, Any]) -> Content:
     turns = _messages(record["conversations"], "conversations", ("from", "role"), ("value", "content"))
-    return turns, None
+    return Content(turns, tools=_tools(record))
 
 
 def _parse_turns(record: dict[str, Any]) -> Content:
     turns = _filled_list(record["turns"], "turns")
-    return tuple(Message("user", _string(turn, f"turns[{i}]")) for i, turn in enumerate(turns)), None
+    return Content(tuple(Message("user", _string(turn, f"turns[{i}]")) for i, turn in enumerate(turns)))
 
 
 def _parse_prompt(record: dict[str, Any]) -> Content:
@@ -225,11 +205,33 @@ def _parse_prompt(record: dict[str, Any]) -> Content:
         messages = (Message("user", _string(prompt, "prompt", expected="a string or a list of messages")),)
     if "response" in record:
         messages += (Message("assistant", _string(record["response"], "response")),)
-    return messages, None
+    return Content(messages, tools=_tools(record))
 
 
 def _parse_text(record: dict[str, Any]) -> Content:
-    return (), _string(record["text"], "text")
+    return Content(text=_string(record["text"], "text"))
+
+
+def _tools(record: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    """The record's functions; some data sets hold them as JSON text."""
+    tools = record.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            raise PromptError(f"tools must be a list of functions, found {_kind(tools)}") from None
+    if not tools:
+        return ()
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise PromptError(f"tools must be a list of functions, found {_kind(tools)}")
+    return tuple(map(_without_nulls, tools))
+
+
+def _without_nulls(value: Any) -> Any:
+    """Parquet fills what one record lacks and another has with nulls."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _messages(
@@ -242,8 +244,11 @@ def _messages(
         role_key, role = _first_present(item, role_keys)
         if not isinstance(role, str) or role not in ROLES:
             raise PromptError(f"{name}[{i}].{role_key} must be one of {list(ROLES)}, found {role!r}")
+        extra = {key: _without_nulls(item[key]) for key in EXTRA_KEYS if item.get(key) not in (None, [], "")}
         content_key, content = _first_present(item, content_keys)
-        messages.append(Message(ROLES[role], _string(content, f"{name}[{i}].{content_key}")))
+        if content is None and "tool_calls" in extra:
+            content = ""
+        messages.append(Message(ROLES[role], _string(content, f"{name}[{i}].{content_key}"), extra))
     return tuple(messages)
 
 
@@ -281,7 +286,8 @@ FORMS: dict[str, Callable[[dict[str, Any]], Content]] = {
     "prompt": _parse_prompt,
     "text": _parse_text,
 }
-FORM_KEYS = (*FORMS, "response")
+FORM_KEYS = (*FORMS, "response", "tools")
+EXTRA_KEYS = ("tool_calls", "tool_call_id", "name", "reasoning_content")
 EXPECTED_FORMS = (
     '{"messages": [...]}, {"conversations": [...]}, {"turns": [...]}, {"prompt": ..., "response": ...} or {"text": ...}'
 )

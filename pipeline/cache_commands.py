@@ -21,7 +21,7 @@ from ..data.cache.transfer import recode as recode_cache
 from ..data.cache.verify import VerifyReport, count_parts
 from ..data.cache.verify import verify as verify_cache
 from ..data.errors import ConfigError
-from ..data.prompts import PromptSet, read_prompts
+from ..data.prompts import PromptSet
 from ..stages.extract.estimate import (
     CODECS,
     Lengths,
@@ -32,7 +32,7 @@ from ..stages.extract.estimate import (
     free_bytes,
     run_pilot,
 )
-from ..stages.extract.plan import make_chat, make_engine, plan_extraction, plan_layers, plan_manifest
+from ..stages.extract.plan import make_chat, make_engine, plan_extraction, plan_layers, plan_manifest, plan_prompts
 from ..stages.extract.target import Target, load_target
 from ..stages.train.cost import training_cost
 from ..stages.train.run import shape_for
@@ -166,9 +166,9 @@ def describe_drafts(report: TransferReport) -> str:
     return f"first drafts of {report.num_drafts_parts} parts copied{missing}"
 
 
-def estimate(target_name: str, prompt_files: tuple[Path, ...], out: str, config: VpdConfig, as_json: bool) -> None:
+def estimate(target_name: str, prompt_files: tuple[str, ...], out: str, config: VpdConfig, as_json: bool) -> None:
     settings, wanted = config.extract, config.estimate
-    prompts = read_prompts(prompt_files, skip_bad=settings.skip_bad, limit=settings.limit)
+    prompts = plan_prompts(prompt_files, settings)
     target = load_target(target_name)
     layer_ids, chat = plan_layers(target, settings), make_chat(target, settings)
     manifest = plan_manifest(target, layer_ids, chat, prompts, settings)

@@ -58,6 +58,21 @@ def common_options(command: Command) -> Command:
     return command
 
 
+prompts_argument = click.argument("prompts", nargs=-1, required=True)
+engine_arg_option = click.option(
+    "--engine-arg",
+    "engine_args",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="An argument of the engine, such as tensor_parallel_size=2.",
+)
+
+
+def of_engine(arguments: tuple[str, ...]) -> tuple[str, ...]:
+    """The same as `--set` has it."""
+    return tuple(f"extract.engine_args.{argument}" for argument in arguments)
+
+
 def resolve(
     source: str | None, assignments: tuple[str, ...], flags: dict[str, Any], below: dict[str, Any] | None = None
 ) -> VpdConfig:
@@ -99,9 +114,10 @@ def main() -> None:
 
 @main.command()
 @click.argument("target")
-@click.argument("prompts", nargs=-1, required=True, type=PATH)
 @click.option("--out", required=True, metavar="PLACE", help=f"The cache, new or to be continued: {PLACE_HELP}.")
 @click.option("--first-drafter", type=PATH, help="A DFlash drafter: its drafts and boundaries go into the cache too.")
+@prompts_argument
+@engine_arg_option
 @click.option("--ray", type=click.IntRange(1), metavar="N", help="Work with N workers on a Ray cluster.")
 @click.option("--ray-gpus", type=click.FloatRange(0), default=1.0, show_default=True, help="GPUs that each takes.")
 @click.option("--ray-cpus", type=click.FloatRange(0), default=1.0, show_default=True, help="CPUs that each takes.")
@@ -110,7 +126,8 @@ def main() -> None:
 @reporting_errors
 def extract(
     target: str,
-    prompts: tuple[Path, ...],
+    prompts: tuple[str, ...],
+    engine_args: tuple[str, ...],
     out: str,
     first_drafter: Path | None,
     ray: int | None,
@@ -123,7 +140,8 @@ def extract(
 ) -> None:
     """Stage one: run TARGET (a folder or a hub id) over PROMPTS and store its hidden states."""
     resources = None if ray is None else RayResources(ray, ray_gpus, ray_cpus)
-    commands.extract(target, prompts, out, first_drafter, resolve(source, assignments, flags), as_json, resources)
+    config = resolve(source, assignments + of_engine(engine_args), flags)
+    commands.extract(target, prompts, out, first_drafter, config, as_json, resources)
 
 
 @main.command()
@@ -274,7 +292,8 @@ def merge(caches: tuple[str, ...], out: str, as_json: bool) -> None:
 
 @main.command()
 @click.argument("target")
-@click.argument("prompts", nargs=-1, required=True, type=PATH)
+@prompts_argument
+@engine_arg_option
 @click.option("--out", default=".", metavar="PLACE", help="Where the cache will be: its free space is looked at.")
 @common_options
 @config_options(EstimateConfig, "estimate")
@@ -282,7 +301,8 @@ def merge(caches: tuple[str, ...], out: str, as_json: bool) -> None:
 @reporting_errors
 def estimate(
     target: str,
-    prompts: tuple[Path, ...],
+    prompts: tuple[str, ...],
+    engine_args: tuple[str, ...],
     out: str,
     source: str | None,
     assignments: tuple[str, ...],
@@ -290,7 +310,7 @@ def estimate(
     **flags: Any,
 ) -> None:
     """Before an extraction: tokens, bytes for each codec, hours, free space."""
-    cache_commands.estimate(target, prompts, out, resolve(source, assignments, flags), as_json)
+    cache_commands.estimate(target, prompts, out, resolve(source, assignments + of_engine(engine_args), flags), as_json)
 
 
 @main.command()

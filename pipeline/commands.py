@@ -47,7 +47,7 @@ def emit(result: dict[str, Any], as_json: bool, text: str) -> None:
 
 def extract(
     target_name: str,
-    prompt_files: tuple[Path, ...],
+    prompt_files: tuple[str, ...],
     out: str,
     first_drafter: Path | None,
     config: VpdConfig,
@@ -58,7 +58,7 @@ def extract(
     if not as_json:
         click.echo(config_yaml(config, ["extract"]), err=True)
     drafter = find_drafter(first_drafter) if first_drafter is not None else None
-    job = ExtractJob(target_name, tuple(map(str, prompt_files)), out, settings)
+    job = ExtractJob(target_name, prompt_files, out, settings)
     prepared = prepare(job)
     if drafter is not None:
         check_fits(load_shape(drafter), prepared.manifest, drafter)
@@ -87,11 +87,21 @@ def extract(
         f"{out}: {len(cache)} sequences, {cache.num_tokens} tokens, {cache.num_bytes / 2**20:.1f} MiB "
         f"({report.num_written} written now, {report.num_present} there before; skipped: "
         f"{dict(report.skipped) or 'none'}). Of {report.num_checked} greedy choices compared, the stored states "
-        f"confirm {report.num_checked - report.num_argmax_differing}.",
+        f"confirm {report.num_checked - report.num_argmax_differing}.{describe_audit(report.audit)}",
     )
     if report.num_left:
         click.echo(f"vpd: stopped; {report.num_left} sequences are left, the same command continues.", err=True)
     return report
+
+
+def describe_audit(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    return (
+        f" A second look at {found['num_sequences']} of them ({found['num_tokens']} tokens): worst relative error "
+        f"{found['worst_relative_error']:.4f}, mean {found['mean_relative_error']:.4f}; "
+        f"{found['argmax_agreement']:.2%} of the choices agree."
+    )
 
 
 def open_cache_for_reading(place: str, config: VpdConfig) -> Cache:

@@ -77,7 +77,7 @@ def run_demo(out: Path) -> None:
     with step("target", "SmolLM2-135M-Instruct"):
         make_target(out / "target")
     with step("extract", f"vpd extract {out / 'target'} {PROMPTS.name} --out {cache} --config {RECIPE}"):
-        commands.extract(str(out / "target"), (PROMPTS,), str(cache), None, base, False)
+        commands.extract(str(out / "target"), (str(PROMPTS),), str(cache), None, base, False)
     with step("first", f"vpd train {cache} --out {first} --config {RECIPE} --objective dflash"):
         commands.train(str(cache), first, load_config(RECIPE, {"train.objective": "dflash"}), False)
     with step("draft", f"vpd draft {cache} --first-drafter {first}"):

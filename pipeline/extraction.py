@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..data.cache.manifest import CacheManifest
-from ..data.prompts import read_prompts
 from ..stages.config import ExtractConfig
+from ..stages.extract.engine import Engine
 from ..stages.extract.plan import (
     ExtractPlan,
     make_chat,
@@ -16,7 +16,9 @@ from ..stages.extract.plan import (
     plan_extraction,
     plan_layers,
     plan_manifest,
+    plan_prompts,
 )
+from ..stages.extract.probe import probe
 from ..stages.extract.run import extract
 from ..stages.extract.sink import ExtractReport
 from ..stages.extract.target import Target, load_target
@@ -49,7 +51,7 @@ def prepare(job: ExtractJob) -> Prepared:
         VpdError: the target, the prompts or the cache can't be used as asked.
     """
     settings = job.settings
-    prompts = read_prompts(job.prompts, skip_bad=settings.skip_bad, limit=settings.limit)
+    prompts = plan_prompts(job.prompts, settings)
     target = load_target(job.target)
     layer_ids = plan_layers(target, settings)
     chat = make_chat(target, settings)
@@ -66,8 +68,18 @@ def work_on(
     """One worker's part of the job; all of it if there is no other."""
     settings = prepared.job.settings
     cache = open_cache(prepared.job.out, prepared.manifest, prepared.target)
+
+    def start_engine() -> Engine:
+        engine = make_engine(prepared.target, prepared.layer_ids, settings)
+        try:
+            probe(engine, prepared.target, prepared.layer_ids, cache.storage)
+        except BaseException:
+            engine.close()
+            raise
+        return engine
+
     return extract(
-        lambda: make_engine(prepared.target, prepared.layer_ids, settings),
+        start_engine,
         cache,
         prepared.plan,
         settings,

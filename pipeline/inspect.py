@@ -16,6 +16,7 @@ from ..data.cache.part import read_commit
 from ..data.cache.reader import CachedTokens
 from ..data.cache.store import Cache
 from ..data.cache.target_files import target_folder
+from ..data.cache.work import read_audits
 from ..stages.drafter.target_pieces import PIECES, load_tokenizer
 
 MAX_BINS = 10
@@ -107,6 +108,7 @@ def describe_cache(cache: Cache) -> dict[str, Any]:
         "bytes_by_array": sizes,
         "finish_reasons": dict(Counter(cache.rows.strings("finish_reason"))),
         "lengths": length_histogram(cache.rows.column("num_tokens")),
+        "audits": read_audits(cache.storage),
         "first_drafters": [describe_drafts(cache, name) for name in list_drafts(cache.storage)],
         "sample": {
             "seq_id": sample.row.seq_id,
@@ -141,6 +143,7 @@ def print_cache(found: dict[str, Any], console: Console) -> None:
     table.add_row("layers", f"{found['layer_ids']} (vLLM: {found['vllm_layer_ids']}) of {found['num_target_layers']}")
     table.add_row("states", f"{len(found['layer_ids'])} x {found['hidden_size']}, codec {found['codec']}")
     table.add_row("generation", ", ".join(f"{name} {value}" for name, value in found["generation"].items()))
+    table.add_row("engine", ", ".join(f"{name} {value}" for name, value in found["engine"].items()))
     table.add_row("made with", ", ".join(f"{name} {version}" for name, version in found["versions"].items()))
     table.add_row("fingerprint", found["fingerprint"])
     table.add_row("parts", str(found["num_parts"]))
@@ -153,6 +156,12 @@ def print_cache(found: dict[str, Any], console: Console) -> None:
         first, last = entry["from"], entry["to"]
         label = f"length {first}" if first == last else f"length {first}-{last}"
         table.add_row(label, f"{entry['sequences']:7d} {bar(entry['sequences'], found['num_sequences'])}")
+    for audit in found["audits"]:
+        table.add_row(
+            "second look",
+            f"{audit['num_sequences']} sequences, relative error at worst {audit['worst_relative_error']:.4f}, mean "
+            f"{audit['mean_relative_error']:.4f}; {audit['argmax_agreement']:.2%} of the choices agree",
+        )
     console.print(table)
     for drafts in found["first_drafters"]:
         print_drafts(drafts, console)

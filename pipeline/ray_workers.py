@@ -98,6 +98,12 @@ def add_report(report: ExtractReport, found: ExtractReport) -> None:
     report.num_argmax_differing += found.num_argmax_differing
     report.num_left = found.num_left
     report.skipped.update(found.skipped)
+    if found.audit is not None and found.audit["worst_relative_error"] >= worst_error(report):
+        report.audit = found.audit
+
+
+def worst_error(report: ExtractReport) -> float:
+    return 0.0 if report.audit is None else report.audit["worst_relative_error"]
 
 
 def as_vpd_error(error: BaseException) -> VpdError:

@@ -127,7 +127,12 @@ def run_study(
         (study.out / f"{split}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         console.rule(f"extract {split}")
         commands.extract(
-            str(study.out / "target"), (study.out / f"{split}.jsonl",), study.cache(split), None, study.config(), True
+            str(study.out / "target"),
+            (str(study.out / f"{split}.jsonl"),),
+            study.cache(split),
+            None,
+            study.config(),
+            True,
         )
     with ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         # What needs no first drafter trains beside it.

@@ -70,7 +70,21 @@ class ExtractConfig(Section):
     skip_bad: bool = False
     """Leave out records that can't be used, and count them, in place of stopping at the first."""
     limit: Count | None = None
-    """Number of records to read from the start of the prompt file; >= 1, none = all."""
+    """Number of records to take, from the start or in the order of `shuffle_seed`; >= 1, none = all."""
+    shuffle_seed: NonNegative | None = None
+    """Seed of the records' order, so that `limit` takes a random share of them; >= 0, none = as they are read."""
+    duplicates: Literal["auto", "keep", "drop"] = "auto"
+    """Whether a record whose content came before counts; auto = with sampling alone, as its answer is another."""
+    split: str = "train"
+    """Split of data sets of the hub (`hf://NAME`)."""
+    subset: str | None = None
+    """Subset of those data sets; none = their only one."""
+    columns: dict[str, str] = {}
+    """What keys of a record are called in the data, such as `prompt: question, response: answer`."""
+    thinking: Literal["keep", "mask", "drop"] = "keep"
+    """What becomes of a reasoning model's thinking: trained on, not supervised, or left out of given answers."""
+    thinking_marks: tuple[str, str] = ("<think>", "</think>")
+    """The two tokens around it."""
     codec: CodecName = "raw"
     """How the hidden states are stored."""
     response_tokens: Count | None = None
@@ -89,6 +103,8 @@ class ExtractConfig(Section):
     """Seconds that sequences in the engine have to finish after a signal to stop; > 0."""
     max_quarantined: Share = 0.01
     """Share of the sequences that may go into quarantine before the run ends with an error; in [0, 1]."""
+    audit: Share = 0.005
+    """Share of the sequences that go through the engine once more after a run, to compare states; in [0, 1]."""
     engine_args: dict[str, Any] = {}
     """Arguments passed to the engine as they are."""
 

@@ -217,6 +217,7 @@ def make_manifest(**changes: Any) -> CacheManifest:
         "template_hash": "cccc",
         "layer_ids": (1, 3),
         "generation": {"mode": "generate", "max_len": 512},
+        "engine": {"name": "vllm"},
         "vllm_layer_ids": (2, 4),
         "target": "tiny",
         "num_target_layers": 6,

@@ -12,7 +12,7 @@ from .codecs import CodecName
 from .records import dump_record, parse_record
 from .storage import Storage
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST_NAME = "dataset.json"
 ORIGIN = [
     "schema_version",
@@ -21,6 +21,7 @@ ORIGIN = [
     "template_hash",
     "layer_ids",
     "generation",
+    "engine",
     "codec",
     "chunk_tokens",
 ]
@@ -42,6 +43,8 @@ class CacheManifest(BaseModel):
     """Captured layers, drafter convention: id i is the output of the target's 0-based layer i."""
     generation: dict[str, Any]
     """Mode, sampling and lengths: what decides the tokens of a sequence."""
+    engine: dict[str, Any]
+    """Name, version, dtype and those arguments of the engine that can change what it computes."""
     codec: CodecName = "raw"
     """How the hidden states are stored."""
     chunk_tokens: int

@@ -57,8 +57,8 @@ def repair(storage: Storage, found: VerifyReport) -> RepairReport:
         report.num_untold += not len(state.rows)
     _remove_drafts(storage, found, bad, report)
     for problem in found.problems:
-        if problem.work is not None:
-            storage.remove(problem.work)
+        if problem.note is not None:
+            storage.remove(problem.note)
     if any(True for _ in verify_target(storage)):
         storage.remove(RECORD_NAME)
         storage.remove(TARGET)

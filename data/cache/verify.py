@@ -31,7 +31,7 @@ from .shard import WHAT_TO_DO, ArraySpec, parse_footer
 from .storage import Storage
 from .store import TOKEN_ARRAYS, channel_scale_spec, state_specs
 from .target_files import read_target_record
-from .work import damaged_units
+from .work import damaged_notes
 
 BLOCK_BYTES = 8 << 20
 
@@ -49,8 +49,8 @@ class Problem:
     """`<fingerprint>` of the first drafts that it belongs to."""
     drafts_part: str | None = None
     """The part of those."""
-    work: str | None = None
-    """The record of a work unit that is damaged."""
+    note: str | None = None
+    """The file of an extraction's note that is damaged."""
 
 
 @dataclass(slots=True)
@@ -114,7 +114,7 @@ def verify(
     report.problems += verify_target(storage)
     snapshot, problems = verify_snapshot(storage)
     report.problems += problems
-    report.problems += [Problem(said(error), work=file) for file, error in damaged_units(storage)]
+    report.problems += [Problem(said(error), note=file) for file, error in damaged_notes(storage)]
     names = committed_parts(storage)
     report.problems += verify_committed(storage, names, snapshot)
     with ThreadPoolExecutor(num_threads) as pool:

@@ -1,15 +1,20 @@
-"""Records of an extraction's finished work units: what need not be tried again. No reader of states needs them."""
+"""What an extraction notes beside its data: finished work units, audits, the probe. No reader of states needs it."""
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
 from ..errors import CacheCorruptError
-from .records import parse_record
+from .records import dump_record, parse_record
 from .storage import Storage
 
 WORK, DONE = "work", ".done.json"
+AUDITS = "audits"
+"""One record for each run that looked at some of its sequences a second time."""
+PROBE = "probe.json"
+"""States of a short text, with which every later engine is compared."""
 
 
 def finished_units(storage: Storage) -> dict[str, dict[str, str]]:
@@ -18,25 +23,56 @@ def finished_units(storage: Storage) -> dict[str, dict[str, str]]:
     Raises:
         CacheCorruptError: a record of a unit is damaged.
     """
-    return {name.removesuffix(DONE): parse_unit(storage, name, content) for name, content in read_units(storage)}
+    names = _unit_files(storage)
+    contents = storage.read_all(names)
+    return {
+        name.removeprefix(f"{WORK}/").removesuffix(DONE): _parse(storage, name, content)["skipped"]
+        for name, content in zip(names, contents, strict=True)
+    }
 
 
-def damaged_units(storage: Storage) -> Iterator[tuple[str, CacheCorruptError]]:
-    """Files of units whose record is not as it was written, and what is wrong."""
-    for name, content in read_units(storage):
+def note_audit(storage: Storage, record: dict[str, Any]) -> None:
+    storage.write(f"{AUDITS}/{uuid.uuid4().hex[:12]}.json", dump_record(record))
+
+
+def read_audits(storage: Storage) -> list[dict[str, Any]]:
+    """
+    Raises:
+        CacheCorruptError: a record is damaged.
+    """
+    names = _audit_files(storage)
+    return [_parse(storage, name, content) for name, content in zip(names, storage.read_all(names), strict=True)]
+
+
+def note_probe(storage: Storage, record: dict[str, Any]) -> None:
+    storage.write(PROBE, dump_record(record))
+
+
+def read_probe(storage: Storage) -> dict[str, Any] | None:
+    """
+    Raises:
+        CacheCorruptError: the record is damaged.
+    """
+    return _parse(storage, PROBE, storage.read(PROBE)) if storage.exists(PROBE) else None
+
+
+def damaged_notes(storage: Storage) -> Iterator[tuple[str, CacheCorruptError]]:
+    """Files of notes that are not as they were written, and what is wrong."""
+    names = [*_unit_files(storage), *_audit_files(storage), *([PROBE] if storage.exists(PROBE) else [])]
+    for name, content in zip(names, storage.read_all(names), strict=True):
         try:
-            parse_unit(storage, name, content)
+            _parse(storage, name, content)
         except CacheCorruptError as error:
-            yield f"{WORK}/{name}", error
+            yield name, error
 
 
-def read_units(storage: Storage) -> list[tuple[str, bytes]]:
-    names = [name for name in storage.list_folder(WORK) if name.endswith(DONE)]
-    return list(zip(names, storage.read_all([f"{WORK}/{name}" for name in names]), strict=True))
+def _unit_files(storage: Storage) -> list[str]:
+    return [f"{WORK}/{name}" for name in storage.list_folder(WORK) if name.endswith(DONE)]
 
 
-def parse_unit(storage: Storage, name: str, content: bytes) -> dict[str, str]:
-    record: dict[str, Any] = parse_record(
-        content, storage.locate(f"{WORK}/{name}"), "the record of a finished work unit"
-    )
-    return record["skipped"]
+def _audit_files(storage: Storage) -> list[str]:
+    return [f"{AUDITS}/{name}" for name in storage.list_folder(AUDITS) if name.endswith(".json")]
+
+
+def _parse(storage: Storage, name: str, content: bytes) -> dict[str, Any]:
+    return parse_record(content, storage.locate(name), "a note of an extraction")

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ...data.chat import ChatFormat
 from ...data.errors import PromptError
 from ...data.prompts import Message, PromptRecord
+from ...data.thinking import ThinkingMarks, without_thinking
 from .engine import UNKNOWN, Completion, EngineRequest
 
 STAND_IN = "."
@@ -36,6 +37,25 @@ class FinishedSequence:
     """Those that the argmax computed from the states does not confirm: ties within rounding."""
 
 
+@dataclass(frozen=True, slots=True)
+class ThinkingPolicy:
+    """What becomes of a reasoning model's thinking: it is kept, not supervised, or taken out of given answers."""
+
+    dropped: tuple[str, str] | None = None
+    """Marks between which given answers lose it."""
+    masked: ThinkingMarks | None = None
+    """Tokens between which it is not supervised."""
+
+    def shorten(self, message: Message) -> Message:
+        return message if self.dropped is None else without_thinking(message, self.dropped)
+
+    def mask(self, token_ids: list[int], loss_mask: list[int]) -> list[int]:
+        return loss_mask if self.masked is None else self.masked.mask(token_ids, loss_mask)
+
+
+KEEP_THINKING = ThinkingPolicy()
+
+
 class SequenceTooLong(PromptError):
     """The prompt alone fills the sequence."""
 
@@ -57,15 +77,19 @@ class Conversation(Protocol):
 class GivenConversation:
     """The response is in the record: one prefill."""
 
-    def __init__(self, record: PromptRecord, chat: ChatFormat, max_len: int):
+    def __init__(self, record: PromptRecord, chat: ChatFormat, max_len: int, thinking: ThinkingPolicy = KEEP_THINKING):
         """
         Raises:
             PromptError: the record has no assistant token within the first `max_len` tokens.
         """
         self.record = record
-        tokenized = chat.text(record.text) if record.text is not None else chat.conversation(record.messages)
+        if record.text is not None:
+            tokenized = chat.text(record.text)
+        else:
+            tokenized = chat.with_tools(record.tools).conversation([thinking.shorten(each) for each in record.messages])
         self._token_ids = tokenized.token_ids[:max_len]
-        self._loss_mask = tokenized.loss_mask[:max_len]
+        self._loss_mask = thinking.mask(self._token_ids, tokenized.loss_mask[:max_len])
+        self._is_cut = len(tokenized.token_ids) > max_len
         if not any(self._loss_mask):
             raise PromptError(
                 f"no assistant token is left in the first {max_len} tokens of "
@@ -89,7 +113,7 @@ class GivenConversation:
             hidden_TKH=completion.hidden_TKH,
             prompt_len=self._loss_mask.index(1),
             final_token_id=None,
-            finish_reason="given",
+            finish_reason="given, cut" if self._is_cut else "given",
             num_checked=0,
             num_argmax_differing=0,
         )
@@ -107,9 +131,10 @@ class GeneratedConversation:
         max_len: int,
         max_new_tokens: int,
         greedy: bool,
+        thinking: ThinkingPolicy = KEEP_THINKING,
     ):
-        self.record = record
-        self._chat, self._tokenizer = chat, tokenizer
+        self.record, self._thinking = record, thinking
+        self._chat, self._tokenizer = chat.with_tools(record.tools), tokenizer
         self._max_len, self._max_new_tokens, self._greedy = max_len, max_new_tokens, greedy
         self._turns = split_turns(record)
         self._messages: list[Message] = list(self._turns.pop(0)) if self._turns else []
@@ -170,24 +195,29 @@ class GeneratedConversation:
             chosen = slice(len(prompt_ids) - 1, None)
             checked = [pair for pair in zip(argmax[chosen], output_ids, strict=True) if pair[0] != UNKNOWN]
             argmax[chosen] = output_ids
+        *loss_mask, ends_supervised = self._thinking.mask(
+            prompt_ids + output_ids, self._prompt_mask(prompt_ids) + [1] * len(output_ids)
+        )
         return FinishedSequence(
             record=self.record,
             token_ids=prompt_ids + output_ids[:-1],
-            loss_mask=self._prompt_mask(prompt_ids) + [1] * (len(output_ids) - 1),
+            loss_mask=loss_mask,
             target_argmax=argmax,
             hidden_TKH=completion.hidden_TKH,
             prompt_len=len(prompt_ids),
-            final_token_id=output_ids[-1],
+            final_token_id=output_ids[-1] if ends_supervised else None,
             finish_reason=completion.finish_reason,
             num_checked=len(checked),
             num_argmax_differing=sum(ours != theirs for ours, theirs in checked),
         )
 
     def _prompt_mask(self, prompt_ids: list[int]) -> list[int]:
-        """Marks the earlier answers, as the last prompt renders them."""
-        if not any(message.role == "assistant" for message in self._messages):
+        """Marks the target's own earlier answers, as the last prompt renders them."""
+        answers = [message for message in self._messages if message.role == "assistant"]
+        recorded = [message for message in answers if "tool_calls" in message.extra]
+        if len(answers) == len(recorded):
             return [0] * len(prompt_ids)
-        earlier = self._chat.conversation(self._messages)
+        earlier = self._chat.conversation(self._messages, unsupervised=recorded)
         end = len(earlier.loss_mask) - earlier.loss_mask[::-1].index(1)
         if prompt_ids[:end] != earlier.token_ids[:end]:
             raise PromptError(
@@ -198,10 +228,18 @@ class GeneratedConversation:
 
 
 def split_turns(record: PromptRecord) -> list[list[Message]]:
-    """The messages before each answer: the record's own answers are dropped, every user or tool message gets one."""
+    """The messages before each answer: the record's own answers are dropped, every user or tool message gets one.
+
+    A recorded call stays where its result follows, which would fit no other call.
+    """
     turns: list[list[Message]] = [[]]
-    for message in record.messages:
+    for i, message in enumerate(record.messages):
         if message.role == "assistant":
+            following = record.messages[i + 1 : i + 2]
+            if "tool_calls" in message.extra and any(each.role == "tool" for each in following):
+                if not turns[-1] and len(turns) > 1:
+                    turns.pop()
+                turns[-1].append(message)
             continue
         turns[-1].append(message)
         if message.role in ("user", "tool"):

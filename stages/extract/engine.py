@@ -86,3 +86,27 @@ class Engine(Protocol):
 
 def engine_facts(name: str, version: str, dtype: torch.dtype, args: dict[str, Any] | None) -> dict[str, Any]:
     return {"name": name, "version": version, "dtype": str(dtype).removeprefix("torch."), "args": args or {}}
+
+
+NEUTRAL_ARGS = {
+    "batch_size",
+    "cpu_offload_gb",
+    "disable_log_stats",
+    "distributed_executor_backend",
+    "enable_chunked_prefill",
+    "enforce_eager",
+    "gpu_memory_utilization",
+    "kv_cache_memory_bytes",
+    "load_format",
+    "max_num_batched_tokens",
+    "max_num_seqs",
+    "num_gpu_blocks_override",
+    "pipeline_parallel_size",
+    "tensor_parallel_size",
+}
+"""Engine arguments that say where and how fast it computes, not what: they may differ within a cache."""
+
+
+def decisive_args(args: dict[str, Any]) -> dict[str, Any]:
+    """The engine arguments that can change what is computed."""
+    return {name: value for name, value in sorted(args.items()) if name not in NEUTRAL_ARGS}

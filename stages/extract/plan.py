@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from ...data.cache.manifest import MANIFEST_NAME, CacheManifest
 from ...data.cache.storage import open_storage
 from ...data.cache.store import CHUNK_TOKENS, Cache
 from ...data.cache.work import finished_units
 from ...data.chat import ChatFormat
-from ...data.errors import PromptError
-from ...data.prompts import PromptRecord, PromptSet
+from ...data.errors import ConfigError, PromptError
+from ...data.prompt_rows import HubPart
+from ...data.prompts import PromptRecord, PromptSet, read_prompts
+from ...data.thinking import ThinkingMarks
 from ..config import ExtractConfig
-from .conversations import Conversation, GeneratedConversation, GivenConversation, SequenceTooLong
-from .engine import Engine, EngineRequest, Sampling
+from .conversations import Conversation, GeneratedConversation, GivenConversation, SequenceTooLong, ThinkingPolicy
+from .engine import Engine, EngineRequest, Sampling, decisive_args
 from .sink import ExtractReport
 from .target import Target, check_layers, context_layers, copy_pieces, target_facts
 from .transformers_engine import TransformersEngine
-from .vllm_engine import VllmEngine
+from .vllm_engine import VllmEngine, vllm_version
 
 
 def plan_layers(target: Target, config: ExtractConfig) -> tuple[int, ...]:
@@ -37,6 +40,45 @@ def make_engine(target: Target, layer_ids: tuple[int, ...], config: ExtractConfi
         return TransformersEngine(target, layer_ids, sampling, dtype=config.dtype, engine_args=config.engine_args)
     return VllmEngine(
         target, layer_ids, sampling, dtype=config.dtype, max_len=config.max_len, engine_args=config.engine_args
+    )
+
+
+def plan_engine(config: ExtractConfig) -> dict[str, Any]:
+    """What of the engine decides the states; known before it starts."""
+    version = vllm_version() if config.engine == "vllm" else metadata.version("transformers")
+    args = decisive_args(config.engine_args)
+    return {"name": config.engine, "version": version, "dtype": config.dtype, "args": args}
+
+
+def plan_thinking(target: Target, config: ExtractConfig) -> ThinkingPolicy:
+    """
+    Raises:
+        ConfigError: the thinking can't be found, or is to be dropped from answers that it led to.
+    """
+    if config.thinking == "drop" and config.mode == "generate":
+        raise ConfigError(
+            "extract.thinking: what the target thought can't be dropped from an answer that it has just generated, "
+            "whose states depend on it. Set mask, or keep it from thinking (extract.template_args, such as "
+            "{enable_thinking: false})."
+        )
+    if config.thinking == "mask":
+        return ThinkingPolicy(masked=ThinkingMarks.of(target.tokenizer, config.thinking_marks))
+    return ThinkingPolicy(dropped=config.thinking_marks if config.thinking == "drop" else None)
+
+
+def plan_prompts(places: Sequence[str | Path], config: ExtractConfig) -> PromptSet:
+    """The records that the config chooses. Greedily, a repeated prompt gets the same answer, and is left out."""
+    duplicates = config.duplicates
+    if duplicates == "auto":
+        duplicates = "keep" if config.mode == "generate" and config.temperature > 0 else "drop"
+    return read_prompts(
+        places,
+        skip_bad=config.skip_bad,
+        limit=config.limit,
+        shuffle_seed=config.shuffle_seed,
+        keep_duplicates=duplicates == "keep",
+        columns=config.columns,
+        hub=HubPart(config.split, config.subset),
     )
 
 
@@ -63,7 +105,7 @@ def plan_manifest(
     target: Target, layer_ids: tuple[int, ...], chat: ChatFormat, prompts: PromptSet, config: ExtractConfig
 ) -> CacheManifest:
     """The manifest of the cache that this run would make; the engine's facts follow once it runs."""
-    names = ["mode", "max_len"]
+    names = ["mode", "max_len", "thinking"]
     if config.mode == "generate":
         names += ["max_new_tokens", "temperature", "top_p", "top_k"] + ["seed"] * (config.temperature > 0)
     return CacheManifest(
@@ -72,6 +114,7 @@ def plan_manifest(
         layer_ids=layer_ids,
         vllm_layer_ids=tuple(i + 1 for i in layer_ids),
         generation={name: getattr(config, name) for name in names},
+        engine=plan_engine(config),
         codec=config.codec,
         chunk_tokens=CHUNK_TOKENS,
         versions={name: metadata.version(name) for name in ("vpd", "torch", "transformers", "zarr")},
@@ -142,6 +185,8 @@ def plan_extraction(
     report = ExtractReport(num_present=len(prompts.records) - len(missing))
     report.skipped.update(hopeless[record.seq_id] for record in missing if record.seq_id in hopeless)
     missing = [record for record in missing if record.seq_id not in hopeless]
+    if prompts.num_duplicates:
+        report.skipped["duplicate"] = prompts.num_duplicates
     if prompts.num_skipped:
         report.skipped["unreadable record"] = prompts.num_skipped
     conversations = list(start_conversations(missing, chat, target, config, report))
@@ -153,12 +198,13 @@ def start_conversations(
     records: list[PromptRecord], chat: ChatFormat, target: Target, config: ExtractConfig, report: ExtractReport
 ) -> Iterator[tuple[Conversation, EngineRequest]]:
     """Each record's conversation and its first request; bad records are errors, or skipped and counted."""
+    thinking = plan_thinking(target, config)
     unusable = "no assistant token" if config.mode == "given" else "no user message"
     for record in records:
         try:
             conversation: Conversation
             if config.mode == "given":
-                conversation = GivenConversation(record, chat, config.max_len)
+                conversation = GivenConversation(record, chat, config.max_len, thinking)
             else:
                 conversation = GeneratedConversation(
                     record,
@@ -167,6 +213,7 @@ def start_conversations(
                     max_len=config.max_len,
                     max_new_tokens=config.max_new_tokens,
                     greedy=plan_sampling(config).greedy,
+                    thinking=thinking,
                 )
             yield conversation, conversation.first_request()
         except PromptError as error:

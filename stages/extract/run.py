@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 from ...data.cache.store import Cache
+from ...data.cache.work import note_audit
 from ...data.cache.writer import StateWriter
 from ...data.errors import PromptError
 from ..config import ExtractConfig
+from .audit import audit, is_audited
 from .conversations import Conversation, SequenceTooLong
 from .engine import Completion, Engine, EngineRequest
 from .plan import ExtractPlan
@@ -78,8 +81,21 @@ def work(
             worker.run(engine, sink)
         finally:
             sink.close()
+        if not worker.is_stopping:
+            plan.report.audit = look_again(engine, cache, plan.report.written_ids, config.audit)
     finally:
         engine.close()
+
+
+def look_again(engine: Engine, cache: Cache, seq_ids: list[str], share: float) -> dict[str, Any] | None:
+    """Audits a share of what a run has written, and notes the result with the cache."""
+    chosen = {seq_id for seq_id in seq_ids if is_audited(seq_id, share)}
+    if not chosen:
+        return None
+    written = Cache.open(cache.storage)
+    found = audit(engine, written, [row for row in written.rows if row.seq_id in chosen])
+    note_audit(cache.storage, found)
+    return found
 
 
 class Worker:
@@ -92,6 +108,10 @@ class Worker:
         self._running: dict[str, tuple[str, Conversation]] = {}
         self._next_claim = 0.0
         self._started_stopping: float | None = None
+
+    @property
+    def is_stopping(self) -> bool:
+        return self._must_stop()
 
     @property
     def num_open(self) -> int:

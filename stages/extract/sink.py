@@ -40,7 +40,7 @@ class ExtractReport:
     """Records without a sequence, by reason."""
     written_ids: list[str] = field(default_factory=list)
     audit: dict[str, Any] | None = None
-    """What a second look at some of the sequences showed."""
+    """What a second look at some of the sequences showed; of several workers' looks the worst."""
 
     def to_json(self) -> dict[str, Any]:
         names = ("num_written", "num_present", "num_checked", "num_argmax_differing", "num_left", "audit")
@@ -208,4 +208,6 @@ def find_fault(sequence: FinishedSequence) -> tuple[str, bool]:
         return "states of another length", True
     if not torch.isfinite(sequence.hidden_TKH).all():
         return "states that are not finite", True
+    if not any(sequence.loss_mask):
+        return "nothing but thinking", False
     return "", False

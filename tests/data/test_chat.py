@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
-from vpd.data.chat import ChatFormat
+from vpd.data.chat import ChatFormat, TokenizedConversation
 from vpd.data.errors import PromptError
 from vpd.data.prompts import Message
 
@@ -300,3 +300,38 @@ def test_a_slow_tokenizer_is_refused():
     chat = ChatFormat(ByT5Tokenizer(), eos_token_ids={1}, template=CHATML)
     with pytest.raises(PromptError, match="fast tokenizer"):
         chat.conversation(talk("hi", "one"))
+
+
+WITH_TOOLS = (
+    "{% if tools %}{{ '<|im_start|>tools\n' + tools[0].function.name + '<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ '[' + call.function.name + ']' }}{% endfor %}{{ '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def supervised_runs(found: TokenizedConversation) -> list[str]:
+    """The runs of supervised tokens, as text."""
+    runs: list[list[int]] = []
+    before = 0
+    for token_id, mask in zip(found.token_ids, found.loss_mask, strict=True):
+        if mask:
+            runs.append([*runs.pop(), token_id] if before else [token_id])
+        before = mask
+    return [str(TOKENIZER.decode(run)) for run in runs]
+
+
+def test_calls_and_tools_go_through_the_template():
+    call = {"function": {"name": "add", "arguments": {}}}
+    messages = [Message("user", "add"), Message("assistant", "", {"tool_calls": [call]}), Message("tool", "3")]
+    messages.append(Message("assistant", "three"))
+    chat = chat_format(WITH_TOOLS)
+    assert chat.with_tools(()) is chat
+    equipped = chat.with_tools([{"function": {"name": "add"}}])
+    head = "<|im_start|>tools\nadd<|im_end|>\n<|im_start|>user\nadd<|im_end|>\n<|im_start|>assistant\n"
+    assert equipped.render(messages[:1], True) == head
+    both = [f"[add]{END}", f"three{END}"]
+    assert supervised_runs(equipped.conversation(messages)) == both
+    # A turn that is named is left out; one that is merely equal is not.
+    assert supervised_runs(equipped.conversation(messages, [messages[1]])) == both[1:]
+    assert supervised_runs(equipped.conversation(messages, [Message("assistant", "three")])) == both

@@ -48,7 +48,7 @@ def make_run(
     """Extraction, first drafter (trained briefly, so that it fails often), first drafts and VP-Drafter."""
     cache, first, vp = root / "cache", root / "first", root / "vp"
     config = load_config(recipe, settings)
-    commands.extract(str(target), (prompts,), str(cache), None, config, True)
+    commands.extract(str(target), (str(prompts),), str(cache), None, config, True)
     commands.train(
         str(cache),
         first,

@@ -43,7 +43,7 @@ def rewrite(text: str, **changes: Any) -> str:
         ),
         pytest.param(lambda text: rewrite(text, more=1), "not permitted at more", id="other-key-well-recorded"),
         pytest.param(
-            lambda text: text.replace('"schema_version": 2', '"schema_version": 3'), "of 3", id="later-schema"
+            lambda text: text.replace('"schema_version": 3', '"schema_version": 4'), "of 4", id="later-schema"
         ),
         pytest.param(lambda text: rewrite(text, schema_version=1), "of 1", id="earlier-schema"),
     ],
@@ -55,7 +55,7 @@ def test_a_broken_manifest_is_an_error_that_names_it(change, words: str, folder:
         with pytest.raises(CacheCorruptError, match=words) as caught:
             opening(folder)
         assert str(path) in str(caught.value)
-        assert "version 2" in str(caught.value)
+        assert "version 3" in str(caught.value)
 
 
 # No cache
@@ -133,6 +133,6 @@ def test_a_manifest_reads_back_to_itself(tmp_path: Path):
     manifest.write(LocalStorage(tmp_path))
     assert Cache.open(tmp_path, allow_empty=True).manifest == manifest
     record = parse_record((tmp_path / "dataset.json").read_bytes(), "here", "a manifest")
-    assert record["schema_version"] == 2
+    assert record["schema_version"] == 3
     assert record.keys() == CacheManifest.model_fields.keys()
     assert manifest.chunk_tokens == CHUNK_TOKENS

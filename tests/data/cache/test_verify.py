@@ -13,7 +13,7 @@ from vpd.data.cache.reader import Request, read_ahead
 from vpd.data.cache.storage import LocalStorage
 from vpd.data.cache.store import Cache
 from vpd.data.cache.verify import verify
-from vpd.data.cache.work import WORK
+from vpd.data.cache.work import AUDITS, PROBE, WORK
 from vpd.data.errors import VpdError
 
 NUM_FLIPS = 200
@@ -42,11 +42,11 @@ def files_of(folder: Path) -> list[str]:
 def check_is_noticed(folder: Path, file: str, intact: list[bytes]) -> None:
     """The damage is reported, and nothing damaged is read.
 
-    A lost snapshot costs no data, only speed. The record of a work unit is no data either, and may be missing.
+    A lost snapshot costs no data, only speed. Notes of the extraction are no data either, and may be missing.
     """
-    is_work, is_gone = file.startswith(WORK), not (folder / file).exists()
-    assert (is_work and is_gone) or verify(LocalStorage(folder)).problems, file
-    if is_work or (file.startswith(SNAPSHOT) and is_gone):
+    is_note, is_gone = file.startswith((WORK, AUDITS, PROBE)), not (folder / file).exists()
+    assert (is_note and is_gone) or verify(LocalStorage(folder)).problems, file
+    if is_note or (file.startswith(SNAPSHOT) and is_gone):
         assert read_everything(folder) == intact
     else:
         with pytest.raises(VpdError):

@@ -247,6 +247,7 @@ def make_manifest(**changes: Any) -> CacheManifest:
             "template_hash": "c",
             "layer_ids": layer_ids,
             "generation": {},
+            "engine": {},
             "vllm_layer_ids": tuple(i + 1 for i in layer_ids),
             "target": "target",
             "num_target_layers": 8,

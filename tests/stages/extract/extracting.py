@@ -7,7 +7,6 @@ from typing import Any
 from tiny import EXTRACT, NUM_LAYERS
 from vpd.data.cache.reader import CachedSequence
 from vpd.data.cache.store import Cache
-from vpd.data.prompts import read_prompts
 from vpd.stages.config import ExtractConfig
 from vpd.stages.extract.engine import Engine
 from vpd.stages.extract.plan import (
@@ -17,6 +16,7 @@ from vpd.stages.extract.plan import (
     plan_extraction,
     plan_layers,
     plan_manifest,
+    plan_prompts,
 )
 from vpd.stages.extract.run import extract
 from vpd.stages.extract.sink import ExtractReport
@@ -36,7 +36,7 @@ def run(
     config = make_config(**changes)
     target = load_target(str(target_folder))
     layer_ids, chat = plan_layers(target, config), make_chat(target, config)
-    prompts = read_prompts([prompt_file], skip_bad=config.skip_bad, limit=config.limit)
+    prompts = plan_prompts([prompt_file], config)
     manifest = plan_manifest(target, layer_ids, chat, prompts, config)
     plan = plan_extraction(out, manifest, prompts, chat, target, config)
     cache = open_cache(out, manifest, target)

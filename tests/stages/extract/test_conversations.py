@@ -10,11 +10,13 @@ from transformers import PreTrainedTokenizerFast
 from vpd.data.chat import ChatFormat
 from vpd.data.errors import PromptError
 from vpd.data.prompts import Message, PromptRecord
+from vpd.data.thinking import ThinkingMarks
 from vpd.stages.extract.conversations import (
     FinishedSequence,
     GeneratedConversation,
     GivenConversation,
     SequenceTooLong,
+    ThinkingPolicy,
     split_turns,
 )
 from vpd.stages.extract.engine import Completion, EngineRequest
@@ -237,3 +239,64 @@ def test_a_template_that_renders_earlier_answers_otherwise_is_refused(tiny_token
     assert isinstance(second, EngineRequest)
     with pytest.raises(PromptError, match=r".*template"):
         conversation.advance(complete(second, [50, 1]))
+
+
+# Thinking and calls
+
+
+def test_thinking_that_cuts_an_answer_off_supervises_nothing(chat: ChatFormat, tiny_tokenizer: Any, end: int):
+    policy = ThinkingPolicy(masked=ThinkingMarks(7, 8))
+    for output_ids, expected in (
+        ([7, 20, 8, 21, end], [0, 0, 0, 1]),
+        ([20, 21], [1]),
+        ([7, 20, 21], [0, 0]),
+    ):
+        conversation = generate(make_record("u"), chat, tiny_tokenizer, thinking=policy)
+        sequence = finish(conversation, complete(conversation.first_request(), output_ids))
+        assert sequence.loss_mask[sequence.prompt_len :] == expected
+        # The last token is no part of the sequence; one within the thinking is no label either.
+        assert sequence.final_token_id == (None if 7 in output_ids and 8 not in output_ids else output_ids[-1])
+
+
+def test_given_thinking_is_left_out_or_not_supervised(chat: ChatFormat, tiny_tokenizer: Any):
+    record = PromptRecord("id", "x", 1, (Message("user", "q"), Message("assistant", "<t>hm</t>yes")), None)
+    dropped = GivenConversation(record, chat, 100, ThinkingPolicy(dropped=("<t>", "</t>")))
+    plain = PromptRecord("id", "x", 1, (Message("user", "q"), Message("assistant", "yes")), None)
+    assert dropped.first_request() == GivenConversation(plain, chat, 100).first_request()
+
+
+CALL = {"tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
+
+
+def calling(*roles: str) -> PromptRecord:
+    """`c` is an assistant's call, `r` a tool's result; other letters as in `make_record`."""
+    kinds = {**ROLES, "c": "assistant", "r": "tool"}
+    messages = tuple(
+        Message(kinds[role], f"say {i}", CALL if role == "c" else {}) for i, role in enumerate("".join(roles))
+    )
+    return PromptRecord("id", "x", 1, messages, None)
+
+
+@pytest.mark.parametrize(
+    ("roles", "expected"),
+    [
+        ("ucra", [["say 0", "say 1", "say 2"]]),  # the answer to the result is the target's
+        ("ucrcra", [["say 0", "say 1", "say 2", "say 3", "say 4"]]),
+        ("uc", [["say 0"]]),  # a call without a result is an answer like any other
+        ("ucraucra", [["say 0", "say 1", "say 2"], ["say 4", "say 5", "say 6"]]),
+        ("uaucr", [["say 0"], ["say 2", "say 3", "say 4"]]),
+    ],
+)
+def test_a_call_stays_where_its_result_follows(roles: str, expected: list[list[str]]):
+    assert [[message.content for message in turn] for turn in split_turns(calling(roles))] == expected
+
+
+def test_recorded_calls_are_not_supervised(chat: ChatFormat, tiny_tokenizer: Any, end: int):
+    answer = tiny_tokenizer("ok")["input_ids"]
+    conversation = generate(calling("ucra", "ua"), chat, tiny_tokenizer)
+    first = conversation.first_request()
+    assert tiny_tokenizer.decode(first.prompt_ids).count("say 1") == 1
+    second = conversation.advance(complete(first, [*answer, end]))
+    assert isinstance(second, EngineRequest)
+    sequence = finish(conversation, complete(second, [*answer, end]))
+    assert supervised(tiny_tokenizer, sequence.token_ids, sequence.loss_mask) == f"ok{END}ok"

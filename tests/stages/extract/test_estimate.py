@@ -283,8 +283,9 @@ def test_a_disk_that_is_large_enough_is_not(
 ):
     """Chunks are whole, so that shorter answers count once they save one."""
     prompts = write_jsonl(tmp_path / "some.jsonl", [{"prompt": "the quick brown fox jumps over the dog"}] * 2)
-    changed = EXTRACT | {"max_new_tokens": 60} | settings
-    needed = vpd("estimate", tiny_llama, prompts, "--out", out, **EXTRACT | {"max_new_tokens": 60})["bytes"]["raw"]
+    common = EXTRACT | {"max_new_tokens": 60, "duplicates": "keep"}
+    changed = common | settings
+    needed = vpd("estimate", tiny_llama, prompts, "--out", out, **common)["bytes"]["raw"]
     set_free(monkeypatch, needed + more)
     estimated = vpd("estimate", tiny_llama, prompts, "--out", out, **changed)
     assert estimated["free_bytes"] == needed + more >= estimated["bytes"][changed.get("codec", "raw")]
