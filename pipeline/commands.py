@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,14 @@ from ..stages.drafter.checkpoint import check_fits, load_shape
 from ..stages.evaluate.live import decode_prompts, single_responses
 from ..stages.evaluate.replay import Replay
 from ..stages.extract.estimate import check_space
-from ..stages.extract.first_draft import draft_cache
+from ..stages.extract.first_draft import FirstDrafting
 from ..stages.extract.sink import ExtractReport
 from ..stages.extract.target import load_target
 from ..stages.train.checkpoints import find_drafter, list_checkpoints
 from ..stages.train.run import make_trainer
 from ..stages.train.samples import is_held_out
 from .config import VpdConfig, config_yaml
-from .extraction import ExtractJob, prepare, work_on
+from .extraction import ExtractJob, drafting_beside, prepare, work_on
 from .inspect import accept_length_histogram
 from .progress import ProgressReport
 from .ray_workers import RayResources, extract_on_ray
@@ -63,16 +64,20 @@ def extract(
     if drafter is not None:
         check_fits(load_shape(drafter), prepared.manifest, drafter)
     check_space(open_storage(out), prepared.plan, prepared.manifest, settings)
-    if ray is not None:
-        report = extract_on_ray(job, prepared, ray)
-    else:
-        with (
-            ProgressReport("extract", len(prepared.plan.conversations), "tokens") as progress,
-            StopSignals(f"within {settings.stop_seconds:.0f} s, with the sequences in the engine") as signals,
-        ):
-            report = work_on(prepared, progress.advance, lambda: signals.received is not None)
-    if drafter is not None and not report.num_left:
-        draft_over(open_cache_for_reading(out, config), drafter, config)
+    drafting = FirstDrafting(drafter, config.draft, config.read) if drafter is not None else None
+    with StopSignals(f"within {settings.stop_seconds:.0f} s, with the sequences in the engine") as signals:
+
+        def must_stop() -> bool:
+            return signals.received is not None
+
+        with drafting_beside(out, drafting, must_stop) if drafting is not None else nullcontext():
+            if ray is not None:
+                report = extract_on_ray(job, prepared, ray, must_stop)
+            else:
+                with ProgressReport("extract", len(prepared.plan.conversations), "tokens") as progress:
+                    report = work_on(prepared, progress.advance, must_stop)
+    if drafting is not None and not report.num_left:
+        draft_over(open_cache_for_reading(out, config), drafting)
     cache = Cache.open(out, allow_empty=True)
     result = {
         "cache": out,
@@ -112,14 +117,14 @@ def open_cache_for_reading(place: str, config: VpdConfig) -> Cache:
     return Cache.open(storage)
 
 
-def draft_over(cache: Cache, drafter: Path, config: VpdConfig) -> FirstDrafts:
+def draft_over(cache: Cache, drafting: FirstDrafting) -> FirstDrafts:
     with ProgressReport("draft", len(cache), "anchors") as progress:
-        return draft_cache(cache, drafter, config.draft, config.read, progress.advance)
+        return drafting.run(cache, progress.advance)
 
 
 def draft(place: str, first_drafter: Path, config: VpdConfig, as_json: bool) -> None:
     cache = open_cache_for_reading(place, config)
-    drafts = draft_over(cache, find_drafter(first_drafter), config)
+    drafts = draft_over(cache, FirstDrafting(find_drafter(first_drafter), config.draft, config.read))
     histogram = accept_length_histogram(cache, drafts)
     num_anchors = sum(histogram.values())
     result = {"fingerprint": drafts.fingerprint, "num_anchors": num_anchors, "accept_lengths": histogram}

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from ..data.cache.manifest import CacheManifest
+from ..data.cache.manifest import MANIFEST_NAME, CacheManifest
+from ..data.cache.storage import open_storage
+from ..data.cache.store import Cache
+from ..data.errors import VpdError
 from ..stages.config import ExtractConfig
 from ..stages.extract.engine import Engine
+from ..stages.extract.first_draft import FirstDrafting
 from ..stages.extract.plan import (
     ExtractPlan,
     make_chat,
@@ -22,6 +28,8 @@ from ..stages.extract.probe import probe
 from ..stages.extract.run import extract
 from ..stages.extract.sink import ExtractReport
 from ..stages.extract.target import Target, load_target
+
+SECONDS_BETWEEN_DRAFTINGS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +66,29 @@ def prepare(job: ExtractJob) -> Prepared:
     manifest = plan_manifest(target, layer_ids, chat, prompts, settings)
     plan = plan_extraction(job.out, manifest, prompts, chat, target, settings)
     return Prepared(job, target, layer_ids, manifest, plan)
+
+
+@contextmanager
+def drafting_beside(place: str, drafting: FirstDrafting, must_stop: Callable[[], bool]) -> Iterator[None]:
+    """Drafts over what is committed, in a thread of its own, while the block extracts.
+
+    What goes wrong is found again, and told, by the drafting that follows the extraction.
+    """
+    over = threading.Event()
+
+    def draft_on() -> None:
+        with suppress(VpdError, OSError):
+            while not over.wait(SECONDS_BETWEEN_DRAFTINGS):
+                if open_storage(place).exists(MANIFEST_NAME):
+                    drafting.run(Cache.open(place, allow_empty=True), must_stop=must_stop)
+
+    thread = threading.Thread(target=draft_on, name="vpd-draft", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def work_on(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
@@ -31,10 +32,15 @@ class RayResources:
     num_cpus: float
 
 
-def extract_on_ray(job: ExtractJob, prepared: Prepared, resources: RayResources) -> ExtractReport:
+def extract_on_ray(
+    job: ExtractJob, prepared: Prepared, resources: RayResources, must_stop: Callable[[], bool]
+) -> ExtractReport:
     """Runs the job with so many workers; a worker that dies is replaced, and others take over its units.
 
     Target, prompts and cache must be where every node finds them.
+
+    Args:
+        must_stop: once this is true, the workers commit what is finished and end.
 
     Raises:
         ConfigError: Ray is not installed.
@@ -60,7 +66,12 @@ def extract_on_ray(job: ExtractJob, prepared: Prepared, resources: RayResources)
         worker = ray.remote(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, max_retries=RETRIES)(run_worker)
         pending = [worker.remote(job) for _ in range(resources.num_workers)]
         shown = len(finished_units(cache.storage))
+        is_stopping = False
         while pending:
+            if must_stop() and not is_stopping:
+                is_stopping = True
+                for task in pending:
+                    ray.cancel(task)
             done, pending = ray.wait(pending, timeout=SECONDS_BETWEEN_LOOKS)
             for found in done:
                 try:
@@ -68,8 +79,10 @@ def extract_on_ray(job: ExtractJob, prepared: Prepared, resources: RayResources)
                 except (RayError, VpdError) as caught:
                     error = caught
             shown = show_units(progress, cache.storage, shown)
-    if error is not None and prepare(job).plan.conversations:
-        raise as_vpd_error(error) from error
+    if error is not None:
+        report.num_left = len(prepare(job).plan.conversations)
+        if report.num_left and not is_stopping:
+            raise as_vpd_error(error) from error
     return report
 
 

@@ -1,14 +1,16 @@
 """First drafts over a cache: drafts at every anchor from the stored states, without the target."""
 
-# S tokens of a sequence, T with a state, N blocks, G block size, A alternatives
+# S tokens of a sequence, T with a state, D context features, N blocks, G block size, A alternatives
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ...data.cache.drafts import ACCEPT_LEN, NOT_DRAFTED, NUM_ALTERNATIVES, FirstDrafts, draft_specs, empty_drafts
 from ...data.cache.reader import CachedSequence, Request, read_ahead
@@ -48,65 +50,130 @@ def open_first_drafts(cache: Cache, folder: Path, config: DraftConfig) -> FirstD
     return drafts
 
 
-def draft_cache(
-    cache: Cache,
-    folder: Path,
-    config: DraftConfig,
-    read: ReadConfig | None = None,
-    on_sequence: Callable[[int], None] = lambda num_anchors: None,
-) -> FirstDrafts:
-    """Drafts whatever part of the cache this drafter has not drafted yet; part by part, each committed as a whole.
+class FirstDrafting:
+    """A first drafter at work on a cache that may still grow: each call drafts what it has not drafted yet."""
 
-    Args:
-        on_sequence: called after each sequence with its number of anchors.
-    """
-    drafts = open_first_drafts(cache, folder, config)
-    missing = drafts.missing_parts()
-    if not missing:
+    def __init__(self, folder: Path, config: DraftConfig, read: ReadConfig | None = None):
+        self._folder, self._config, self._read = folder, config, read or ReadConfig()
+        self._device = choose_device(config.device)
+        self._dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
+        self._loaded: tuple[Drafter, TargetPieces] | None = None
+
+    def run(
+        self,
+        cache: Cache,
+        on_sequence: Callable[[int], None] = lambda num_anchors: None,
+        must_stop: Callable[[], bool] = lambda: False,
+    ) -> FirstDrafts:
+        """Drafts part by part, each committed as a whole.
+
+        Args:
+            on_sequence: called after each sequence with its number of anchors.
+            must_stop: once this is true, the part at hand is left.
+        """
+        drafts = open_first_drafts(cache, self._folder, self._config)
+        for part in drafts.missing_parts():
+            if not self._draft_part(cache, drafts, part, on_sequence, must_stop):
+                break
         return drafts
-    read = read or ReadConfig()
-    device = choose_device(config.device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    drafter = load_drafter(folder, device=device, dtype=dtype)
-    pieces = TargetPieces.load(cache.target_folder, device=device, dtype=dtype)
-    for part in missing:
+
+    def _models(self, cache: Cache) -> tuple[Drafter, TargetPieces]:
+        if self._loaded is None:
+            drafter = load_drafter(self._folder, device=self._device, dtype=self._dtype)
+            pieces = TargetPieces.load(cache.target_folder, device=self._device, dtype=self._dtype)
+            self._loaded = drafter, pieces
+        return self._loaded
+
+    def _draft_part(
+        self,
+        cache: Cache,
+        drafts: FirstDrafts,
+        part: str,
+        on_sequence: Callable[[int], None],
+        must_stop: Callable[[], bool],
+    ) -> bool:
+        """Returns whether the part is drafted."""
+        drafter, pieces = self._models(cache)
         num_anchors = 0
         requests = map(Request, cache.rows_of_part(part))
         with (
             drafts.writer(part) as writer,
-            closing(read_ahead(cache, requests, read.num_threads, read.num_buffers)) as sequences,
+            closing(read_ahead(cache, requests, self._read.num_threads, self._read.num_buffers)) as sequences,
         ):
-            for sequence in sequences:
-                arrays = draft_sequence(sequence, drafter, pieces, config)
-                writer.append(arrays)
-                count = int((arrays[ACCEPT_LEN] != NOT_DRAFTED).sum())
-                num_anchors += count
-                on_sequence(count)
+            for packed in pack_sequences(sequences, self._config, pieces):
+                for arrays in draft_sequences(packed, drafter, pieces, self._config):
+                    if must_stop():
+                        return False
+                    writer.append(arrays)
+                    count = int((arrays[ACCEPT_LEN] != NOT_DRAFTED).sum())
+                    num_anchors += count
+                    on_sequence(count)
             writer.commit({"num_anchors": num_anchors})
         drafts.parts[part] = writer.name
-    return drafts
+        return True
+
+
+class Undrafted(NamedTuple):
+    """What drafting needs of a sequence."""
+
+    features_TD: Tensor
+    token_ids_S: Tensor
+    loss_mask_S: Tensor
+    anchors_N: Tensor
+
+
+def pack_sequences(
+    sequences: Iterable[CachedSequence], config: DraftConfig, pieces: TargetPieces
+) -> Iterator[list[Undrafted]]:
+    """Sequences that are drafted together: as many as give a pass its anchors, with their states on the device."""
+    packed: list[Undrafted] = []
+    device, dtype = pieces.embed_VH.device, pieces.embed_VH.dtype
+    for sequence in sequences:
+        token_ids_S, loss_mask_S = sequence.token_ids_S.to(device), sequence.loss_mask_S.to(device)
+        anchors_N = anchors_of(loss_mask_S, sequence.row.num_tokens)[:: config.stride]
+        # A copy: the reader's buffer is filled again for the next sequence.
+        features_TD = sequence.hidden(device).flatten(1).to(dtype, copy=True)
+        packed.append(Undrafted(features_TD, token_ids_S, loss_mask_S, anchors_N))
+        if sum(len(each.anchors_N) for each in packed) >= config.anchors_per_pass:
+            yield packed
+            packed = []
+    if packed:
+        yield packed
 
 
 @torch.inference_mode()
-def draft_sequence(
-    sequence: CachedSequence, drafter: Drafter, pieces: TargetPieces, config: DraftConfig
-) -> dict[str, np.ndarray]:
-    """Rows of the drafts' arrays for one sequence; anchors that are not drafted keep `NOT_DRAFTED`."""
-    device, G = pieces.embed_VH.device, drafter.shape.block_size
-    T = sequence.row.num_tokens
-    arrays = empty_drafts(T, draft_specs(G, CHUNK_TOKENS))
-    token_ids_S, loss_mask_S = sequence.token_ids_S.to(device), sequence.loss_mask_S.to(device)
-    context = drafter.context(sequence.hidden(device).flatten(1).to(pieces.embed_VH.dtype))
-    anchors = anchors_of(loss_mask_S, T)[:: config.stride]
-    for anchors_N in anchors.split(config.anchors_per_pass):
-        tokens_NG, labelled_NG = block_tokens(token_ids_S, loss_mask_S, anchors_N, G)
-        masked_NG = show_prefix(tokens_NG, torch.zeros_like(anchors_N), drafter.shape.mask_token_id)
-        wanted_NG = torch.ones_like(masked_NG, dtype=torch.bool)
+def draft_sequences(
+    packed: list[Undrafted], drafter: Drafter, pieces: TargetPieces, config: DraftConfig
+) -> list[dict[str, np.ndarray]]:
+    """Rows of the drafts' arrays for each sequence; anchors that are not drafted keep `NOT_DRAFTED`."""
+    G = drafter.shape.block_size
+    found = [empty_drafts(len(each.features_TD), draft_specs(G, CHUNK_TOKENS)) for each in packed]
+    context = drafter.context(
+        torch.cat([each.features_TD for each in packed]), [len(each.features_TD) for each in packed]
+    )
+    blocks = [block_tokens(each.token_ids_S, each.loss_mask_S, each.anchors_N, G) for each in packed]
+    tokens_NG, labelled_NG = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    anchors_N = torch.cat([each.anchors_N for each in packed])
+    masked_NG = show_prefix(tokens_NG, torch.zeros_like(anchors_N), drafter.shape.mask_token_id)
+    sequence_N = torch.arange(len(packed)).repeat_interleave(torch.tensor([len(each.anchors_N) for each in packed]))
+    for start in range(0, len(anchors_N), config.anchors_per_pass):
+        chunk = slice(start, start + config.anchors_per_pass)
+        wanted_NG = torch.ones_like(masked_NG[chunk], dtype=torch.bool)
         wanted_NG[:, 0] = False
-        found_NGA, probs_NGA = fill_blocks(drafter, pieces, context, masked_NG, anchors_N, wanted_NG, NUM_ALTERNATIVES)
-        rows = anchors_N.cpu().numpy()
-        accepted_N = accept_lengths(found_NGA[..., 0], tokens_NG, labelled_NG)
-        arrays["accept_len"][rows] = accepted_N.to(torch.uint8).cpu().numpy()
-        arrays["tokens"][rows] = found_NGA[:, 1:].to(torch.int32).cpu().numpy()
-        arrays["probs"][rows] = probs_NGA[:, 1:].to(torch.float16).cpu().numpy()
-    return arrays
+        num_blocks = torch.bincount(sequence_N[chunk], minlength=len(packed)).tolist()
+        found_NGA, probs_NGA = fill_blocks(
+            drafter, pieces, context, masked_NG[chunk], anchors_N[chunk], wanted_NG, NUM_ALTERNATIVES, num_blocks
+        )
+        accepted_N = accept_lengths(found_NGA[..., 0], tokens_NG[chunk], labelled_NG[chunk])
+        drafted = {
+            "accept_len": accepted_N.to(torch.uint8).cpu().numpy(),
+            "tokens": found_NGA[:, 1:].to(torch.int32).cpu().numpy(),
+            "probs": probs_NGA[:, 1:].to(torch.float16).cpu().numpy(),
+        }
+        rows_N = anchors_N[chunk].cpu().numpy()
+        begin = 0
+        for arrays, count in zip(found, num_blocks, strict=True):
+            for name, values in drafted.items():
+                arrays[name][rows_N[begin : begin + count]] = values[begin : begin + count]
+            begin += count
+    return found

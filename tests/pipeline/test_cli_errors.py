@@ -57,7 +57,9 @@ WRONG = [
         lambda place: place.extract(place.folder / "nowhere.jsonl"),
         ["nowhere.jsonl", "does not exist", "check the path"],
     ),
-    Wrong("empty-prompt-file", lambda place: place.extract(place.write()), ["some.jsonl", "has no record", "remove"]),
+    Wrong(
+        "empty-prompt-file", lambda place: place.extract(place.write()), ["some.jsonl", "there is no record", "remove"]
+    ),
     Wrong(
         "line-is-not-json",
         lambda place: place.extract(place.write(PROMPTS[0], "{broken")),
@@ -191,7 +193,7 @@ WRONG = [
     Wrong(
         "broken-manifest",
         lambda place: place.train(broken_manifest(place), objective="dflash"),
-        ["dataset.json is not a manifest of schema version 2", "checksum", "vpd verify"],
+        ["dataset.json is not a manifest of schema version 3", "checksum", "vpd verify"],
     ),
     Wrong(
         "nothing-committed",

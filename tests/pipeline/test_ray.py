@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 from tiny import run_vpd, write_jsonl
-from vpd.data.cache.work import WORK
+from vpd.data.cache.work import DONE, WORK
+from vpd.pipeline.ray_workers import extract_on_ray
 from vpd.stages.extract.units import LEASE, WORKER
 from workers import NUM_RECORDS, arguments, check_same
 
@@ -56,6 +57,26 @@ def test_a_worker_that_is_killed_is_replaced(
     assert outcome.code == 0, outcome.err
     assert outcome.result["num_sequences"] == NUM_RECORDS
     check_same(tmp_path / "cache", alone)
+
+
+def test_a_signal_ends_all_workers(
+    cluster: Any, tiny_llama: Path, many_prompts: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out = tmp_path / "cache"
+    args = [*arguments(tiny_llama, many_prompts, out), "--ray", 2, "--ray-gpus", 0]
+
+    def stopped(job: Any, prepared: Any, resources: Any, must_stop: Any) -> Any:
+        """As if a signal came with the first finished unit."""
+        return extract_on_ray(job, prepared, resources, lambda: any((out / WORK).glob(f"*{DONE}")))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vpd.pipeline.commands.extract_on_ray", stopped)
+        outcome = run_vpd(*args)
+    assert outcome.code == 0, outcome.err
+    assert 0 < outcome.result["num_left"] < NUM_RECORDS
+    assert outcome.result["num_sequences"] == NUM_RECORDS - outcome.result["num_left"]
+    assert run_vpd(*args).result["num_sequences"] == NUM_RECORDS
+    check_same(out, alone)
 
 
 def test_what_a_worker_finds_wrong_is_told(cluster: Any, tiny_llama: Path, many_prompts: Path, tmp_path: Path):

@@ -18,7 +18,7 @@ from vpd.stages.config import DraftConfig, EvalConfig
 from vpd.stages.evaluate import replay as replay_module
 from vpd.stages.evaluate.replay import Replay
 from vpd.stages.evaluate.report import Way
-from vpd.stages.extract.first_draft import draft_cache
+from vpd.stages.extract.first_draft import FirstDrafting
 
 FIRST = Second("first")
 SEVERAL_SECONDS = [pytest.param(second, id=name) for name, second in SECONDS.items()]
@@ -255,7 +255,7 @@ def test_nothing_to_replay_is_an_error(world: World):
 def test_drafts_that_leave_out_anchors_are_refused(world: World, tmp_path: Path):
     shutil.copytree(world.folder / "cache", tmp_path / "cache", ignore=shutil.ignore_patterns("drafts"))
     cache = Cache.open(tmp_path / "cache")
-    drafts = draft_cache(cache, world.folder / "first", DraftConfig(device="cpu", stride=2))
+    drafts = FirstDrafting(world.folder / "first", DraftConfig(device="cpu", stride=2)).run(cache)
     with pytest.raises(DrafterError, match=r"leave out anchors \(stride 2\).*Draft with --stride 1"):
         Replay(cache, drafts, None, EvalConfig(device="cpu")).run(cache.rows)
 

@@ -28,7 +28,7 @@ from vpd.stages.drafter.model import Drafter
 from vpd.stages.drafter.shape import DrafterShape
 from vpd.stages.evaluate.replay import Replay
 from vpd.stages.evaluate.report import AnchorFacts, ReplayReport, Way
-from vpd.stages.extract.first_draft import draft_cache
+from vpd.stages.extract.first_draft import FirstDrafting
 
 V = 12
 SHAPE = replace(ANY_SHAPE, vocab_size=V, mask_token_id=V - 1)
@@ -120,7 +120,7 @@ class World:
     @cached_property
     def drafts(self) -> FirstDrafts:
         """Recorded first drafts."""
-        return draft_cache(self.cache, self.folder / "first", DraftConfig(device="cpu"))
+        return FirstDrafting(self.folder / "first", DraftConfig(device="cpu")).run(self.cache)
 
     def replay(self, second: Second | None = None, first: FirstDrafts | None = None, **config: Any) -> Replay:
         settings = {"policies": list(POLICIES), "device": "cpu"} | config

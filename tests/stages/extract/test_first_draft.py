@@ -1,7 +1,9 @@
 """First drafts of a whole cache against a slow drafting of one anchor at a time."""
 
 import shutil
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from vpd.stages.config import DraftConfig
 from vpd.stages.drafter.checkpoint import load_drafter
 from vpd.stages.drafter.model import Drafter
 from vpd.stages.drafter.target_pieces import TargetPieces
-from vpd.stages.extract.first_draft import draft_cache
+from vpd.stages.extract.first_draft import FirstDrafting
 from vpd.stages.train.checkpoints import find_drafter
 
 
@@ -63,20 +65,36 @@ def test_a_stride_leaves_the_anchors_between_out(tiny_cache: Path, first_run: Pa
     folder = tmp_path / "cache"
     shutil.copytree(tiny_cache, folder)
     cache = Cache.open(folder)
-    drafts = draft_cache(cache, find_drafter(first_run), DraftConfig(stride=3, anchors_per_pass=2))
+    drafts = FirstDrafting(find_drafter(first_run), DraftConfig(stride=3, anchors_per_pass=2)).run(cache)
     for row in cache.rows:
         anchors = slow_anchors(cache.read(row).loss_mask_S.tolist(), row.num_tokens)
         drafted = (drafts.read(row).accept_len_T != NOT_DRAFTED).nonzero().flatten().tolist()
         assert drafted == anchors[::3]
     with pytest.raises(DrafterError, match="stride 3"):
-        draft_cache(cache, find_drafter(first_run), DraftConfig(stride=1))
+        FirstDrafting(find_drafter(first_run), DraftConfig(stride=1)).run(cache)
 
 
 def test_drafting_while_extracting_gives_the_same_drafts(
-    drafted_cache: Path, first_run: Path, tiny_llama: Path, tiny_prompts: Path, tmp_path: Path
+    drafted_cache: Path,
+    first_run: Path,
+    tiny_llama: Path,
+    tiny_prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    out = tmp_path / "cache"
+    out, beside = tmp_path / "cache", []
+    monkeypatch.setattr("vpd.pipeline.extraction.SECONDS_BETWEEN_DRAFTINGS", 0.01)
+    run = FirstDrafting.run
+
+    def noted(drafting: FirstDrafting, cache: Cache, *args: Any, **settings: Any) -> FirstDrafts:
+        drafts = run(drafting, cache, *args, **settings)
+        if threading.current_thread() is not threading.main_thread():
+            beside.append(len(drafts.parts))
+        return drafts
+
+    monkeypatch.setattr(FirstDrafting, "run", noted)
     vpd("extract", tiny_llama, tiny_prompts, "--out", out, "--first-drafter", first_run, **EXTRACT)
+    assert beside
     after, during = Cache.open(drafted_cache), Cache.open(out)
     rows = {row.seq_id: row for row in after.rows}
     for row in during.rows:
