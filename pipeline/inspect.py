@@ -13,6 +13,7 @@ from rich.text import Text
 
 from ..data.cache.drafts import NOT_DRAFTED, FirstDrafts, list_drafts
 from ..data.cache.part import read_commit
+from ..data.cache.quarantine import read_quarantined
 from ..data.cache.reader import CachedTokens
 from ..data.cache.store import Cache
 from ..data.cache.target_files import target_folder
@@ -91,6 +92,13 @@ def mark_sample(cache: Cache, tokens: CachedTokens) -> list[tuple[str, bool]]:
     return [(text[begin:end], mask[i]) for i, (begin, end) in zip(starts, pairwise(cuts), strict=True)]
 
 
+def count_quarantined(cache: Cache) -> dict[str, int]:
+    """Sequences that were taken out and are still lacking, by reason."""
+    reasons = {entry["seq_id"]: entry["reason"] for entry in read_quarantined(cache.storage)}
+    present = set(cache.rows.strings("seq_id"))
+    return dict(Counter(reason for seq_id, reason in reasons.items() if seq_id not in present).most_common())
+
+
 def describe_cache(cache: Cache) -> dict[str, Any]:
     """Everything that `vpd inspect` says."""
     sizes, sample = bytes_by_array(cache), cache.read_tokens(cache.rows[0])
@@ -109,6 +117,7 @@ def describe_cache(cache: Cache) -> dict[str, Any]:
         "finish_reasons": dict(Counter(cache.rows.strings("finish_reason"))),
         "lengths": length_histogram(cache.rows.column("num_tokens")),
         "audits": read_audits(cache.storage),
+        "quarantined": count_quarantined(cache),
         "first_drafters": [describe_drafts(cache, name) for name in list_drafts(cache.storage)],
         "sample": {
             "seq_id": sample.row.seq_id,
@@ -162,6 +171,8 @@ def print_cache(found: dict[str, Any], console: Console) -> None:
             f"{audit['num_sequences']} sequences, relative error at worst {audit['worst_relative_error']:.4f}, mean "
             f"{audit['mean_relative_error']:.4f}; {audit['argmax_agreement']:.2%} of the choices agree",
         )
+    for reason, count in found["quarantined"].items():
+        table.add_row("in quarantine", f"{count} sequences: {reason}")
     console.print(table)
     for drafts in found["first_drafters"]:
         print_drafts(drafts, console)

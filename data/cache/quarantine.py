@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import uuid
 from typing import Any
 
 from .storage import Storage
 
-QUARANTINE = "quarantine.jsonl"
-"""One line a sequence: `seq_id`, `source`, `row`, `reason`."""
-QUARANTINED_PARTS = "quarantine"
-"""Folder of parts that were taken out of the cache."""
+QUARANTINE = "quarantine"
+"""Folder of parts that were taken out of the cache, and of lists of sequences."""
+LISTS = f"{QUARANTINE}/sequences"
+"""One line a sequence: `seq_id`, `source`, `row`, `reason`. Each list has one writer."""
 
 
 def list_quarantined(storage: Storage, entries: list[dict[str, Any]]) -> None:
-    """Adds sequences to the list; with none, it is not begun."""
-    if not entries:
-        return
-    listed = storage.read(QUARANTINE) if storage.exists(QUARANTINE) else b""
-    storage.write(QUARANTINE, listed + "".join(json.dumps(entry) + "\n" for entry in entries).encode())
+    """Adds a list of sequences; with none, there is no list."""
+    if entries:
+        content = "".join(json.dumps(entry) + "\n" for entry in entries).encode()
+        storage.write(f"{LISTS}/{uuid.uuid4().hex[:12]}.jsonl", content)
+
+
+def read_quarantined(storage: Storage) -> list[dict[str, Any]]:
+    """The entries of all lists; a sequence that was tried again may be there twice, or in the cache by now."""
+    contents = storage.read_all([f"{LISTS}/{name}" for name in storage.list_folder(LISTS)])
+    return [json.loads(line) for content in contents for line in content.splitlines()]

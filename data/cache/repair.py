@@ -9,7 +9,7 @@ from .drafts import drafts_root, list_drafts, part_of
 from .index import INDEX, SNAPSHOT, SequenceIndex, part_index_file, read_part_index
 from .manifest import CacheManifest
 from .part import commit_file, committed_parts, part_folder, read_commit
-from .quarantine import QUARANTINED_PARTS, list_quarantined
+from .quarantine import QUARANTINE, list_quarantined
 from .reader import Slot
 from .storage import Storage
 from .store import TOKEN_ARRAYS, Cache, state_specs
@@ -109,7 +109,7 @@ def _put_aside(storage: Storage, name: str) -> None:
         (part_folder("", name), f"{name}.zarr"),
     ):
         if storage.exists(file):
-            storage.move(file, f"{QUARANTINED_PARTS}/{aside}")
+            storage.move(file, f"{QUARANTINE}/{aside}")
 
 
 def _remove_drafts(storage: Storage, found: VerifyReport, bad: list[str], report: RepairReport) -> None:

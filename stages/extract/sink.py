@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ...data.cache.quarantine import QUARANTINE, list_quarantined
+from ...data.cache.quarantine import LISTS, list_quarantined
 from ...data.cache.writer import StateWriter
 from ...data.errors import ExtractionError
 from ...data.prompts import PromptRecord
@@ -126,6 +126,7 @@ class Sink:
                 try:
                     self._deal_with(item) if isinstance(item, Outcome) else item()
                 except BaseException as error:
+                    self._complete.clear()  # a part that can't be written takes sequences of finished units with it
                     self._error = error
 
     def _commit(self) -> None:
@@ -188,7 +189,7 @@ class Sink:
         if self._num_faults > max(FEWEST_QUARANTINED, self._max_quarantined * done):
             raise ExtractionError(
                 f"{self._num_faults} of {done} sequences had to be put into quarantine, the last one for {reason}; "
-                f"they are listed in {storage.place}/{QUARANTINE}. Check the target's weights and dtype, or allow more "
+                f"they are listed in {storage.place}/{LISTS}. Check the target's weights and dtype, or allow more "
                 "with extract.max_quarantined; what was written before is kept."
             )
 

@@ -23,17 +23,8 @@ NUM_LAYERS = EXTRACT["num_draft_layers"]
 KEYS = {
     *("cache", "schema_version", "fingerprint", "target", "target_fingerprint", "tokenizer_hash", "template_hash"),
     *("layer_ids", "vllm_layer_ids", "num_target_layers", "hidden_size", "vocab_size", "chunk_tokens", "codec"),
-    *(
-        "generation",
-        "engine",
-        "versions",
-        "audits",
-        "num_parts",
-        "num_sequences",
-        "num_tokens",
-        "num_supervised",
-        "num_bytes",
-    ),
+    *("generation", "engine", "versions", "audits", "quarantined"),
+    *("num_parts", "num_sequences", "num_tokens", "num_supervised", "num_bytes"),
     *("bytes_per_token", "bytes_by_array", "finish_reasons", "lengths", "first_drafters", "sample"),
 }
 

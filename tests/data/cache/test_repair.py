@@ -1,6 +1,5 @@
 """Repair: the whole sequences stay, the damaged ones go, and the commands make just those again."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +8,9 @@ from typing import NamedTuple
 import pytest
 from tiny import EXTRACT, run_vpd, vpd
 from vpd.data.cache.drafts import FirstDrafts
+from vpd.data.cache.quarantine import LISTS, read_quarantined
 from vpd.data.cache.store import Cache
+from vpd.pipeline.inspect import count_quarantined
 
 
 def contents(folder: Path) -> dict[str, tuple[bytes, list[int]]]:
@@ -68,11 +69,13 @@ def test_what_is_lost_is_made_again_and_nothing_else(
     assert outcome.code == 1
     lost = outcome.result["repair"]["lost"]
     assert len(lost) == case.num_lost if case.num_lost is not None else 0 < len(lost) < len(before)
-    quarantine = folder / "quarantine.jsonl"
-    listed = [json.loads(line) for line in quarantine.read_text().splitlines()] if quarantine.exists() else []
+    listed = read_quarantined(Cache.open(folder, allow_empty=True).storage)
     assert sorted(entry["seq_id"] for entry in listed) == sorted(lost)
 
+    assert sum(count_quarantined(Cache.open(folder, allow_empty=True)).values()) == len(listed)
+
     again = vpd("extract", tiny_llama, tiny_prompts, "--out", folder, **EXTRACT)
+    assert vpd("inspect", folder)["quarantined"] == {}
     assert (again["num_written"], again["num_present"]) == (len(lost), len(before) - len(lost))
     assert contents(folder) == before
     vpd("draft", folder, "--first-drafter", first_run)
@@ -115,7 +118,7 @@ def test_a_part_whose_sequences_nobody_can_tell_is_made_again_as_a_whole(
     assert outcome.code == 1
     for words in ("1 parts put into quarantine", "which sequences 1 of them held can't be told", "vpd extract"):
         assert words in outcome.out
-    assert not (folder / "quarantine.jsonl").exists()
+    assert not (folder / LISTS).exists()
     assert vpd("extract", tiny_llama, tiny_prompts, "--out", folder, **EXTRACT)["num_written"] == len(before)
     assert contents(folder) == before
 
@@ -124,4 +127,4 @@ def test_nothing_lost_leaves_no_list_of_what_is_lost(drafted_cache: Path, tmp_pa
     folder = shutil.copytree(drafted_cache, tmp_path / "cache")
     part_file(folder, 0, "hidden/zarr.json").unlink()
     assert run_vpd("verify", folder, "--repair", "--json").result["repair"]["lost"] == []
-    assert not (folder / "quarantine.jsonl").exists()
+    assert not (folder / LISTS).exists()

@@ -1,6 +1,5 @@
 """Extractions that go on: what is there is not written again, and an interruption loses nothing that was finished."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import pytest
 from extracting import by_row, no_engine, run, tokens
 from tiny import EXTRACT, PROMPTS, snapshot, vpd, write_jsonl
-from vpd.data.cache.quarantine import QUARANTINE
+from vpd.data.cache.quarantine import LISTS, read_quarantined
 from vpd.data.cache.store import Cache
 from vpd.data.errors import ExtractionError
 from vpd.data.prompts import read_prompts
@@ -141,7 +140,7 @@ def test_states_that_are_not_finite_go_to_quarantine_and_are_tried_again(
     report = run(tiny_llama, four_prompts, cache, lambda engine: BrokenStates(engine, 2, value), max_new_tokens=6)
     assert (report.num_written, report.skipped) == (2, {"states that are not finite": 2})
     assert sorted(by_row(cache)) == [3, 4]
-    entries = [json.loads(line) for line in (cache / QUARANTINE).read_text().splitlines()]
+    entries = sorted(read_quarantined(Cache.open(cache).storage), key=lambda entry: entry["row"])
     records = read_prompts([four_prompts]).records[:2]
     assert entries == [
         {"seq_id": r.seq_id, "source": r.source, "row": r.row, "reason": "states that are not finite"} for r in records
@@ -153,5 +152,5 @@ def test_states_that_are_not_finite_go_to_quarantine_and_are_tried_again(
 def test_too_many_sequences_in_quarantine_stop_the_run(tiny_llama: Path, tiny_prompts: Path, tmp_path: Path):
     with pytest.raises(ExtractionError) as caught:
         run(tiny_llama, tiny_prompts, tmp_path / "cache", lambda engine: BrokenStates(engine, 100, float("nan")))
-    for word in ("4 of 4 sequences", "not finite", QUARANTINE, "dtype"):
+    for word in ("4 of 4 sequences", "not finite", LISTS, "dtype"):
         assert word in str(caught.value)

@@ -1,0 +1,204 @@
+"""Who works on which unit: every unit has one living worker at a time, and a finished one has none."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+from vpd.data.cache.records import dump_record
+from vpd.data.cache.storage import Storage, open_storage
+from vpd.data.cache.work import DONE, WORK, finished_units
+from vpd.stages.extract.conversations import Conversation
+from vpd.stages.extract.engine import EngineRequest
+from vpd.stages.extract.units import LEASE, WORKER, WorkBoard, WorkUnit, lives_here, split_units, start_time
+
+NEVER, SOON = 60.0, 0.2
+"""Seconds of silence after which a worker is dead."""
+OTHER = "0123456789ab"
+"""A worker whose files tests write."""
+
+
+def make_units(ids: list[str], size: int, left: list[str]) -> list[WorkUnit]:
+    request = EngineRequest(key="", prompt_ids=[1], max_new_tokens=1, capture=True)
+    named = [cast(Conversation, SimpleNamespace(record=SimpleNamespace(seq_id=seq_id))) for seq_id in left]
+    return split_units(ids, [(each, request) for each in named], size)
+
+
+def names_of(unit: WorkUnit) -> list[str]:
+    return [conversation.record.seq_id for conversation, _ in unit.conversations]
+
+
+IDS = [f"id-{i:02d}" for i in range(10)]
+UNITS = make_units(IDS, 3, IDS)
+UNIT_IDS = [unit.unit_id for unit in UNITS]
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return open_storage(str(tmp_path / "cache"))
+
+
+def make_board(storage: Storage, known: set[str] | None = None, seconds: float = NEVER) -> WorkBoard:
+    return WorkBoard(storage, UNITS, known or set(), seconds)
+
+
+def claim_all(board: WorkBoard) -> list[str]:
+    return [unit.unit_id for unit in iter(board.claim, None)]
+
+
+def files(storage: Storage, suffix: str) -> list[str]:
+    return [name for name in storage.list_folder(WORK) if name.endswith(suffix)]
+
+
+def write_worker(storage: Storage, *, host: str = "", pid: int | None = None, started: str | None = None) -> None:
+    """The other worker says that it lives."""
+    pid = os.getpid() if pid is None else pid
+    record = {"host": host or socket.gethostname(), "pid": pid, "started": started or start_time(pid)}
+    storage.write(f"{WORK}/{OTHER}{WORKER}", dump_record({**record, "beat": os.urandom(4).hex()}))
+
+
+def write_lease(storage: Storage, unit_id: str) -> None:
+    storage.create(f"{WORK}/{unit_id}.0{LEASE}", dump_record({"worker": OTHER}))
+
+
+# The units
+
+
+def test_units_cover_what_is_left_once_and_in_order():
+    left = [seq_id for seq_id in IDS if seq_id not in ("id-00", "id-04")]
+    units = make_units(IDS, 3, left)
+    assert [names_of(unit) for unit in units] == [
+        ["id-01", "id-02"],
+        ["id-03", "id-05"],
+        ["id-06", "id-07", "id-08"],
+        ["id-09"],
+    ]
+    # A unit keeps its name whatever is left of it, and has another one with other records.
+    assert [unit.unit_id for unit in units] == UNIT_IDS
+    assert len({*UNIT_IDS, *(unit.unit_id for unit in make_units(IDS, 4, left))}) == len(UNIT_IDS) + 3
+
+
+def test_a_unit_of_which_nothing_is_left_is_none():
+    assert [names_of(unit) for unit in make_units(IDS, 5, IDS[5:])] == [IDS[5:]]
+
+
+# Claims
+
+
+def test_workers_that_claim_at_once_share_all_units(storage: Storage):
+    boards = [make_board(storage) for _ in range(4)]
+    start = threading.Barrier(len(boards))
+
+    def claim(board: WorkBoard) -> list[str]:
+        start.wait()
+        return claim_all(board)
+
+    with ThreadPoolExecutor(len(boards)) as pool:
+        claimed = [unit_id for found in pool.map(claim, boards) for unit_id in found]
+    assert sorted(claimed) == sorted(UNIT_IDS)
+    for board in boards:
+        board.close()
+    assert storage.list_folder(WORK) == []
+
+
+def test_what_is_given_back_is_free(storage: Storage):
+    with closing(make_board(storage)) as first:
+        assert claim_all(first) == UNIT_IDS
+        with closing(make_board(storage)) as second:
+            assert second.claim() is None
+            assert (second.num_units_left, second.num_left) == (len(UNITS), len(IDS))
+            first.close()
+            assert claim_all(second) == UNIT_IDS
+            assert (second.num_units_left, second.num_left) == (0, 0)
+
+
+def test_a_finished_unit_is_never_claimed_again(storage: Storage):
+    with closing(make_board(storage)) as first:
+        done = first.claim()
+        assert done is not None
+        first.finish(done.unit_id, {"id-01": "empty response"}, {"tokens": 5})
+    assert finished_units(storage) == {done.unit_id: {"id-01": "empty response"}}
+    assert files(storage, LEASE) == []
+    with closing(make_board(storage)) as second:
+        assert claim_all(second) == UNIT_IDS[1:]
+
+
+def test_a_unit_that_lost_sequences_after_it_was_finished_is_claimed_again(storage: Storage):
+    storage.write(f"{WORK}/{UNIT_IDS[2]}{DONE}", dump_record({"skipped": {}}))
+    with closing(make_board(storage, known={UNIT_IDS[2]})) as board:
+        assert claim_all(board) == UNIT_IDS
+
+
+# Dead workers
+
+
+def test_a_process_of_this_host_that_ended_is_dead_at_once(storage: Storage):
+    write_lease(storage, UNIT_IDS[0])
+    with (
+        subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process,
+        closing(make_board(storage)) as board,
+    ):
+        write_worker(storage, pid=process.pid)
+        assert claim_all(board) == UNIT_IDS[1:]
+        process.kill()
+        process.wait()
+        assert claim_all(board) == UNIT_IDS[:1]
+        assert files(storage, WORKER) == [f"{board._worker}{WORKER}"]
+
+
+def test_another_process_of_the_same_number_is_not_the_worker(storage: Storage):
+    write_lease(storage, UNIT_IDS[0])
+    write_worker(storage, started="1")
+    with closing(make_board(storage)) as board:
+        assert claim_all(board) == UNIT_IDS
+
+
+def test_a_worker_without_a_file_is_dead(storage: Storage):
+    write_lease(storage, UNIT_IDS[0])
+    with closing(make_board(storage)) as board:
+        assert claim_all(board) == UNIT_IDS
+
+
+@pytest.mark.parametrize("host", ["", "another-host"])
+def test_a_worker_is_dead_after_so_long_a_silence(host: str, storage: Storage):
+    write_lease(storage, UNIT_IDS[0])
+    write_worker(storage, host=host)
+    with closing(make_board(storage, seconds=SOON)) as board:
+        for _ in range(4):  # it speaks: longer than the time of a lease, it is let alone
+            assert UNIT_IDS[0] not in claim_all(board)
+            time.sleep(SOON / 2)
+            write_worker(storage, host=host)
+        assert board.claim() is None
+        time.sleep(SOON * 1.5)
+        assert claim_all(board) == UNIT_IDS[:1]
+
+
+def test_a_living_worker_speaks_often_enough(storage: Storage):
+    with closing(make_board(storage, seconds=SOON)) as first, closing(make_board(storage, seconds=SOON)) as second:
+        assert claim_all(first) == UNIT_IDS
+        for _ in range(8):
+            assert second.claim() is None
+            time.sleep(SOON / 3)
+
+
+def test_two_that_find_a_dead_worker_do_not_both_take_its_unit(storage: Storage):
+    write_lease(storage, UNIT_IDS[0])
+    with closing(make_board(storage)) as first, closing(make_board(storage)) as second:
+        assert sorted([*claim_all(first), *claim_all(second)]) == sorted(UNIT_IDS)
+        assert claim_all(first) == claim_all(second) == []
+
+
+def test_lives_here_knows_its_own_process():
+    here = {"host": socket.gethostname(), "pid": os.getpid(), "started": start_time(os.getpid())}
+    assert lives_here(here)
+    assert not lives_here({**here, "started": "1"})
+    assert lives_here({**here, "host": "another-host", "started": "1"})
+    assert start_time(2**22 + 1) is None
