@@ -83,6 +83,13 @@ def from_text(text: str) -> Any:
         return text
 
 
+class NumberOrShare(click.types.FloatParamType):
+    """A number, or a percentage, which stays a text for the settings to read."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if isinstance(value, str) and value.endswith("%") else super().convert(value, param, ctx)
+
+
 def _within(key: str, name: str) -> bool:
     return key == name or key.startswith(f"{name}.")
 
@@ -99,7 +106,7 @@ def _click_type(field: FieldInfo) -> click.ParamType | None:
 def _plain_click_type(kind: Any) -> click.ParamType | None:
     if get_origin(kind) is Literal:
         return click.Choice(get_args(kind))
-    return {bool: click.BOOL, int: click.INT, float: click.FLOAT, str: click.STRING}.get(kind)
+    return {bool: click.BOOL, int: click.INT, float: NumberOrShare(), str: click.STRING}.get(kind)
 
 
 def _option(dotted: str, key: str, field: FieldInfo) -> Callable[[Decorated], Decorated]:

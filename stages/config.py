@@ -6,9 +6,20 @@ One field is the YAML key, the command-line flag and the documentation at once.
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from ..data.cache.codecs import CodecName
+
+
+def from_percentage(value: Any) -> Any:
+    """`0.5%` as 0.005; anything else as it is."""
+    if not (isinstance(value, str) and value.endswith("%")):
+        return value
+    try:
+        return float(value[:-1]) / 100
+    except ValueError:
+        return value
+
 
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -16,7 +27,7 @@ BlockSize = Annotated[int, Field(ge=2, le=255)]
 Branches = Annotated[int, Field(ge=0, le=64)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, BeforeValidator(from_percentage), Field(ge=0, le=1)]
 Ratio = Annotated[float, Field(gt=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 

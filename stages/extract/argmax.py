@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
 
 from ...data.errors import TargetError
 from .target import Target, read_pieces
@@ -18,27 +19,42 @@ class ArgmaxHead:
     """
 
     def __init__(self, target: Target):
-        kind = target.config.model_type
-        # Gemma stores its norm weights less one.
-        self._norm_offset = 1.0 if kind.startswith("gemma") else 0.0
-        self._eps = float(getattr(target.config, "rms_norm_eps", 0.0))
-        if not self._eps:
-            raise TargetError(
-                f"expected a target whose final norm is an RMSNorm, got model type {kind} without rms_norm_eps. "
-                "Choose --engine transformers."
-            )
+        """
+        Raises:
+            TargetError: the target's final norm or LM head can't be found.
+        """
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        pieces = {name: value.to(device, dtype) for name, value in read_pieces(target).items()}
-        self._norm_H = pieces["norm.weight"].float() + self._norm_offset
-        self._head_VH = pieces.get("lm_head.weight", pieces["embed_tokens.weight"])
+        pieces = {name: value.to(device) for name, value in read_pieces(target).items()}
+        weights = {name.removeprefix("norm."): value for name, value in pieces.items() if name.startswith("norm.")}
+        self._norm = make_final_norm(target, weights).to(device)
+        self._head_VH = pieces.get("lm_head.weight", pieces["embed_tokens.weight"]).to(dtype)
+        self._bias_V = pieces["lm_head.bias"].to(dtype) if "lm_head.bias" in pieces else None
 
     @torch.inference_mode()
     def __call__(self, states_TH: Tensor, tokens_per_chunk: int = 512) -> Tensor:
         """int64 [T] for states [T, H]."""
         choices = []
         for chunk in states_TH.split(tokens_per_chunk):
-            chunk = chunk.to(self._head_VH.device, torch.float32)
-            normed = F.rms_norm(chunk, self._norm_H.shape, self._norm_H, self._eps).to(self._head_VH.dtype)
-            choices.append((normed @ self._head_VH.T).argmax(dim=-1).cpu())
+            normed = self._norm(chunk.to(self._head_VH.device, torch.float32)).to(self._head_VH.dtype)
+            choices.append(F.linear(normed, self._head_VH, self._bias_V).argmax(dim=-1).cpu())
         return torch.cat(choices)
+
+
+def make_final_norm(target: Target, weights: dict[str, Tensor]) -> nn.Module:
+    """The target's own module, in float32: kinds differ in what they subtract, what they scale by and what they add.
+
+    Raises:
+        TargetError: transformers' class for this target has no such norm.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(target.config)
+        norm: nn.Module = model.get_decoder().norm.float()
+        norm.load_state_dict({name: value.float() for name, value in weights.items()}, assign=True)
+    except (ValueError, AttributeError, RuntimeError) as error:
+        raise TargetError(
+            f"expected a target whose final norm transformers' class for {target.config.model_type} names `norm`: "
+            f"{error}. Choose --engine transformers."
+        ) from error
+    return norm

@@ -28,8 +28,11 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 PIECE_SUFFIXES = {
     "embed_tokens.weight": ("embed_tokens.weight",),
     "norm.weight": ("model.norm.weight", "language_model.norm.weight"),
+    "norm.bias": ("model.norm.bias", "language_model.norm.bias"),
     "lm_head.weight": ("lm_head.weight",),
+    "lm_head.bias": ("lm_head.bias",),
 }
+REQUIRED_PIECES = ("embed_tokens.weight", "norm.weight")
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 HASH_BLOCK = 1 << 22
 
@@ -168,12 +171,13 @@ def copy_pieces(target: Target, storage: Storage) -> None:
 
 
 def read_pieces(target: Target) -> dict[str, torch.Tensor]:
-    """Embedding, final norm and, unless it is tied to the embedding, LM head."""
+    """Embedding, final norm and, unless it is tied to the embedding, LM head; biases where there are some."""
     where = _tensor_files(target)
     pieces: dict[str, torch.Tensor] = {}
     for piece, suffixes in PIECE_SUFFIXES.items():
         names = [name for name in where if name.endswith(suffixes)]
-        if piece == "lm_head.weight" and (target.config.tie_word_embeddings or not names):
+        is_tied = piece == "lm_head.weight" and target.config.tie_word_embeddings
+        if is_tied or not (names or piece in REQUIRED_PIECES):
             continue
         if len(names) != 1:
             raise TargetError(

@@ -201,6 +201,7 @@ def test_folder_in_place_of_a_file(tmp_path: Path):
         ("train.betas=[0.8, 0.9]", "train.betas", (0.8, 0.9)),
         ("extract.layer_ids=[1,2]", "extract.layer_ids", [1, 2]),
         ("extract.engine_args={a: 1}", "extract.engine_args", {"a": 1}),
+        ("extract.audit=0.5%", "extract.audit", 0.005),
         ("extract.skip_bad=true", "extract.skip_bad", True),
         ("train.first_drafter=00123", "train.first_drafter", "00123"),
         ("train.first_drafter=null", "train.first_drafter", None),
@@ -374,6 +375,7 @@ def test_flags_of_other_kinds():
     args = ["--skip-bad", "--layer-ids", "1,9", "--limit", "3"]
     expected = {"extract.skip_bad": True, "extract.layer_ids": [1, 9], "extract.limit": 3}
     assert run(ExtractConfig, "extract", *args) == expected
+    assert run(ExtractConfig, "extract", "--audit", "0.5%") == {"extract.audit": "0.5%"}
     assert run(ExtractConfig, "extract", "--no-skip-bad") == {"extract.skip_bad": False}
 
 

@@ -71,6 +71,7 @@ def test_a_signal_ends_all_workers(
 
     with monkeypatch.context() as patch:
         patch.setattr("vpd.pipeline.commands.extract_on_ray", stopped)
+        patch.setattr("vpd.pipeline.ray_workers.SECONDS_BETWEEN_LOOKS", 0.05)
         outcome = run_vpd(*args)
     assert outcome.code == 0, outcome.err
     assert 0 < outcome.result["num_left"] < NUM_RECORDS
