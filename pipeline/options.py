@@ -83,11 +83,15 @@ def from_text(text: str) -> Any:
         return text
 
 
-class NumberOrShare(click.types.FloatParamType):
+class NumberOrShare(click.ParamType):
     """A number, or a percentage, which stays a text for the settings to read."""
 
+    name = "float"
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return value if isinstance(value, str) and value.endswith("%") else super().convert(value, param, ctx)
+        if isinstance(value, str) and value.endswith("%"):
+            return value
+        return click.FLOAT(value, param, ctx)
 
 
 def _within(key: str, name: str) -> bool:
