@@ -4,23 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import END, make_tokenizer
+from tiny import END, TARGET_SHAPE, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-NUM_LAYERS, VOCAB = 6, 320
-SHAPE: dict[str, Any] = {
-    "hidden_size": 128,
-    "num_hidden_layers": NUM_LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "intermediate_size": 256,
-    "vocab_size": VOCAB,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.15,
-    "bos_token_id": None,
-    "pad_token_id": None,
-}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1}
 LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 SOFT_CAPS = {"final_logit_softcapping": 5.0, "attn_logit_softcapping": 20.0, "query_pre_attn_scalar": 32}
@@ -66,7 +52,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "StableLM": ("stablelm", {}),
     "Nemotron": ("nemotron", {}),
 }
-"""Name -> transformers' model type, and what differs from `SHAPE`."""
+"""Name -> transformers' model type, and what differs from `TARGET_SHAPE`."""
 
 
 def save_kind(name: str, folder: Path) -> Path:
@@ -75,7 +61,7 @@ def save_kind(name: str, folder: Path) -> Path:
     tokenizer = make_tokenizer()
     end = tokenizer.get_vocab()[END]
     torch.manual_seed(2)
-    config = AutoConfig.for_model(kind, **SHAPE | {"eos_token_id": end} | changes)
+    config = AutoConfig.for_model(kind, **TARGET_SHAPE | {"eos_token_id": end, "pad_token_id": None} | changes)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

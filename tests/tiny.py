@@ -39,6 +39,18 @@ CHATML = (
 )
 TEXTS = ["the quick brown fox jumps over the lazy dog", "user assistant system", "what is the sum of two and three?"]
 NUM_LAYERS, HIDDEN, VOCAB = 6, 128, 320
+TARGET_SHAPE: dict[str, Any] = {
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "intermediate_size": 256,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.15,
+    "bos_token_id": None,
+}
 PROMPTS: list[dict[str, Any]] = [
     *({"prompt": f"what is the sum of {i} and {7 * i % 5}?"} for i in range(8)),
     {"messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "which fox jumps?"}]},
@@ -73,19 +85,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def save_target(kind: str, folder: Path, tokenizer: PreTrainedTokenizerFast, **save_args: Any) -> Path:
     """A random target: `llama` with tied embeddings, `qwen3` with an LM head of its own."""
     end = tokenizer.get_vocab()[END]
-    shape: dict[str, Any] = {
-        "hidden_size": HIDDEN,
-        "num_hidden_layers": NUM_LAYERS,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "intermediate_size": 256,
-        "vocab_size": VOCAB,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.15,
-        "bos_token_id": None,
-        "eos_token_id": end,
-    }
+    shape = TARGET_SHAPE | {"eos_token_id": end}
     torch.manual_seed(2)
     if kind == "llama":
         model = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, **shape))

@@ -61,8 +61,9 @@ class FirstDrafts:
         self.block_size = int(facts["block_size"])
         self.specs = draft_specs(self.block_size, cache.manifest.chunk_tokens)
         self.root = drafts_root(fingerprint)
-        self.parts = {part_of(name): name for name in committed_parts(cache.storage, self.root)}
+        self.parts: dict[str, str] = {}
         """Parts of the cache that are drafted, and the names of their parts of drafts."""
+        self.renew()
         self._open_parts: dict[str, OpenPart] = {}
 
     @property
@@ -93,6 +94,10 @@ class FirstDrafts:
                 + ("Name one of them." if names else f"Make them: vpd draft {cache.place} --first-drafter DIR.")
             )
         return cls(cache, found[0], read_facts(cache.storage, found[0]))
+
+    def renew(self) -> None:
+        """Finds what others have drafted since."""
+        self.parts |= {part_of(name): name for name in committed_parts(self.cache.storage, self.root)}
 
     def missing_parts(self) -> list[str]:
         """Parts of the cache that this drafter has not drafted yet."""

@@ -55,6 +55,6 @@ def make_final_norm(target: Target, weights: dict[str, Tensor]) -> nn.Module:
     except (ValueError, AttributeError, RuntimeError) as error:
         raise TargetError(
             f"expected a target whose final norm transformers' class for {target.config.model_type} names `norm`: "
-            f"{error}. Choose --engine transformers."
+            f"{' '.join(str(error).split()).rstrip('. ')}. Choose --engine transformers."
         ) from error
     return norm

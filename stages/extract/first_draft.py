@@ -3,6 +3,7 @@
 # S tokens of a sequence, T with a state, D context features, N blocks, G block size, A alternatives
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -65,15 +66,18 @@ class FirstDrafting:
         on_sequence: Callable[[int], None] = lambda num_anchors: None,
         must_stop: Callable[[], bool] = lambda: False,
     ) -> FirstDrafts:
-        """Drafts part by part, each committed as a whole.
+        """Drafts part by part, each committed as a whole, in an order of its own: others that draft the same cache at
+        the same time are as a rule at another part, and what they have drafted is left to them.
 
         Args:
             on_sequence: called after each sequence with its number of anchors.
             must_stop: once this is true, the part at hand is left.
         """
         drafts = open_first_drafts(cache, self._folder, self._config)
-        for part in drafts.missing_parts():
-            if not self._draft_part(cache, drafts, part, on_sequence, must_stop):
+        missing = drafts.missing_parts()
+        for part in random.sample(missing, len(missing)):
+            drafts.renew()
+            if part not in drafts.parts and not self._draft_part(cache, drafts, part, on_sequence, must_stop):
                 break
         return drafts
 

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from kinds import KINDS, save_kind
-from tiny import VOCAB
+from tiny import HIDDEN, VOCAB
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
-from vpd.stages.extract.argmax import ArgmaxHead
+from vpd.data.errors import TargetError
+from vpd.stages.extract.argmax import ArgmaxHead, make_final_norm
 from vpd.stages.extract.target import load_target
 
 LEAST_GAP = 1e-3
@@ -40,3 +41,9 @@ def test_choices_are_those_of_the_whole_model(name: str, tmp_path: Path):
     found_T = ArgmaxHead(load_target(str(folder)))(states_TH, tokens_per_chunk=77)
     assert torch.equal(found_T[clear_T], logits_TV.argmax(dim=-1)[clear_T])
     assert len(set(found_T.tolist())) > 20
+
+
+def test_a_norm_that_the_class_does_not_know_is_named(tiny_llama: Path):
+    weights = {"weight": torch.ones(HIDDEN), "bias": torch.zeros(HIDDEN)}
+    with pytest.raises(TargetError, match="llama names `norm`.*bias.*--engine transformers"):
+        make_final_norm(load_target(str(tiny_llama)), weights)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import EXTRACT, vpd
 from vpd.data.cache.drafts import NOT_DRAFTED, DraftedSequence, FirstDrafts
+from vpd.data.cache.part import committed_parts
 from vpd.data.cache.reader import CachedSequence
 from vpd.data.cache.store import Cache
 from vpd.data.errors import DrafterError
@@ -72,6 +73,28 @@ def test_a_stride_leaves_the_anchors_between_out(tiny_cache: Path, first_run: Pa
         assert drafted == anchors[::3]
     with pytest.raises(DrafterError, match="stride 3"):
         FirstDrafting(find_drafter(first_run), DraftConfig(stride=1)).run(cache)
+
+
+def test_what_another_process_drafts_meanwhile_is_not_drafted_again(
+    first_run: Path, tiny_llama: Path, tiny_prompts: Path, tmp_path: Path
+):
+    for limit in (4, 8, 12):  # each run adds a part
+        vpd("extract", tiny_llama, tiny_prompts, "--out", tmp_path / "cache", **EXTRACT, limit=limit)
+    cache = Cache.open(tmp_path / "cache")
+    first, second = (FirstDrafting(find_drafter(first_run), DraftConfig(stride=4)) for _ in range(2))
+    began = False
+
+    def begin_another(num_anchors: int) -> None:
+        nonlocal began
+        if not began:
+            began = True
+            second.run(cache)
+
+    drafts = first.run(cache, begin_another)
+    assert len(cache.parts) == 3
+    assert sorted(drafts.parts) == sorted(cache.parts)
+    committed = committed_parts(cache.storage, drafts.root)
+    assert len(committed) == 3 + 1  # both had begun one
 
 
 def test_drafting_while_extracting_gives_the_same_drafts(
