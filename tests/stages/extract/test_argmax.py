@@ -45,5 +45,5 @@ def test_choices_are_those_of_the_whole_model(name: str, tmp_path: Path):
 
 def test_a_norm_that_the_class_does_not_know_is_named(tiny_llama: Path):
     weights = {"weight": torch.ones(HIDDEN), "bias": torch.zeros(HIDDEN)}
-    with pytest.raises(TargetError, match="llama names `norm`.*bias.*--engine transformers"):
+    with pytest.raises(TargetError, match=r"llama names `norm`.*bias.*--engine transformers"):
         make_final_norm(load_target(str(tiny_llama)), weights)
