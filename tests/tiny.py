@@ -85,7 +85,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def save_target(kind: str, folder: Path, tokenizer: PreTrainedTokenizerFast, **save_args: Any) -> Path:
     """A random target: `llama` with tied embeddings, `qwen3` with an LM head of its own."""
     end = tokenizer.get_vocab()[END]
-    shape = TARGET_SHAPE | {"eos_token_id": end}
+    shape: dict[str, Any] = TARGET_SHAPE | {"eos_token_id": end}
     torch.manual_seed(2)
     if kind == "llama":
         model = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, **shape))

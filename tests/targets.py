@@ -1,0 +1,72 @@
+"""Which kinds of targets an extraction knows, tried with tiny random ones: a table.
+
+    python tests/targets.py [NAME ...] [--engine vllm|transformers]
+
+Each kind goes through `vpd extract` in a process of its own, with all of its sequences audited.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import click
+from kinds import KINDS, save_kind
+from rich.console import Console
+from rich.table import Table
+from tiny import as_flags, write_jsonl
+
+PROMPTS = [{"prompt": f"what is the sum of {i} and {7 * i % 5}?"} for i in range(16)]
+FLAGS = {"dtype": "float32", "layer_ids": "0,2,5", "max_new_tokens": 24, "max_len": 128, "part_mib": 1, "audit": "100%"}
+VLLM_ARGS = "extract.engine_args={enforce_eager: true, kv_cache_memory_bytes: 268435456, max_num_seqs: 16}"
+SECONDS = 300
+
+
+@click.command()
+@click.argument("names", nargs=-1)
+@click.option("--engine", type=click.Choice(["vllm", "transformers"]), default="vllm", show_default=True)
+def main(names: tuple[str, ...], engine: str) -> None:
+    table = Table("target", "extraction", "choices confirmed", "second look: worst error", "choices agree")
+    with TemporaryDirectory() as temporary:
+        for name in names or KINDS:
+            table.add_row(name, *try_kind(name, engine, Path(temporary) / name.replace(" ", "-")))
+    Console(width=200).print(table)
+
+
+def try_kind(name: str, engine: str, folder: Path) -> list[str]:
+    """The cells of a kind's row."""
+    folder.mkdir()
+    target = save_kind(name, folder / "target")
+    prompts = write_jsonl(folder / "prompts.jsonl", PROMPTS)
+    command = [sys.executable, "-m", "vpd.pipeline.cli", "extract", str(target), str(prompts), "--json"]
+    flags = as_flags({**FLAGS, "engine": engine, "out": folder / "cache"})
+    settings = ["--set", VLLM_ARGS] if engine == "vllm" else []
+    try:
+        done = subprocess.run([*command, *flags, *settings], capture_output=True, text=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        return [f"no end after {SECONDS} s"]
+    if done.returncode:
+        return [reason(done.stderr)]
+    found: dict[str, Any] = json.loads(done.stdout)
+    audit = found["audit"]
+    confirmed = found["num_checked"] - found["num_argmax_differing"]
+    return [
+        f"{found['num_sequences']} sequences, {found['num_tokens']} tokens",
+        f"{confirmed} of {found['num_checked']}",
+        f"{audit['worst_relative_error']:.4f}",
+        f"{audit['argmax_agreement']:.2%}",
+    ]
+
+
+def reason(error: str) -> str:
+    """The line in which vpd says what is wrong; without one, the last."""
+    lines = [line for line in error.splitlines() if line.strip()]
+    return next((line for line in lines if line.startswith("vpd: error:")), lines[-1])[:160]
+
+
+if __name__ == "__main__":
+    main()
