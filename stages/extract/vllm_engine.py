@@ -85,7 +85,8 @@ class VllmEngine:
             self._receiver.close()
             raise ExtractionError(
                 f"vLLM did not start on {target.folder}: {error}. Its own messages above say why; engine arguments go "
-                "into extract.engine_args (on a CPU, kv_cache_memory_bytes bounds its memory)."
+                "into extract.engine_args (on a CPU, kv_cache_memory_bytes bounds its memory). A target whose class in "
+                "vLLM does not hand out its layers' states (EAGLE-3's interface) needs --engine transformers."
             ) from error
         self.facts = engine_facts("vllm", vllm_version(), self._engine.model_config.dtype, engine_args)
 
