@@ -35,6 +35,8 @@ from .target_files import target_folder
 CHUNK_TOKENS = 64
 OPEN_PARTS = 256
 TOKEN_ARRAYS = {"token_ids": "int32", "target_argmax": "int32", "loss_mask": "uint8"}
+NO_CHOICE = -1
+"""In `target_argmax`: not known, as after every token that none follows which is supervised."""
 
 
 def state_specs(manifest: CacheManifest) -> dict[str, ArraySpec]:

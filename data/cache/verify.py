@@ -29,7 +29,7 @@ from .records import FileDigest, describe
 from .salvage import locate_chunks, whole_chunks
 from .shard import WHAT_TO_DO, ArraySpec, parse_footer
 from .storage import Storage
-from .store import TOKEN_ARRAYS, channel_scale_spec, state_specs
+from .store import NO_CHOICE, TOKEN_ARRAYS, channel_scale_spec, state_specs
 from .target_files import read_target_record
 from .work import damaged_notes
 
@@ -304,8 +304,12 @@ def _check_sequence(
 def _check_tokens(tokens: CachedTokens, manifest: CacheManifest) -> str | None:
     row, num_tokens = tokens.row, tokens.row.num_tokens
     ids = tokens.token_ids_S.tolist()
-    if not all(0 <= token < manifest.vocab_size for token in [*ids, *tokens.target_argmax_T.tolist()]):
+    choices = [choice for choice in tokens.target_argmax_T.tolist() if choice != NO_CHOICE]
+    if not all(0 <= token < manifest.vocab_size for token in [*ids, *choices]):
         return f"a token id lies outside the vocabulary of {manifest.vocab_size}"
+    following = tokens.loss_mask_S[1 : num_tokens + 1]
+    if (tokens.target_argmax_T[: len(following)][following] == NO_CHOICE).any():
+        return "the target's choice is missing before a supervised token"
     if int(tokens.loss_mask_S.sum()) != row.num_supervised:
         return f"its index has {row.num_supervised} supervised tokens, its mask {int(tokens.loss_mask_S.sum())}"
     mask = tokens.loss_mask_S[:num_tokens].int().tolist()

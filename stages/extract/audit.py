@@ -12,10 +12,10 @@ import torch
 
 from ...data.cache.index import SequenceRow
 from ...data.cache.reader import CachedSequence, Request, read_ahead
-from ...data.cache.store import Cache
+from ...data.cache.store import NO_CHOICE, Cache
 from ...data.errors import ExtractionError
 from .compare_states import compare_states
-from .engine import UNKNOWN, Completion, Engine, EngineRequest
+from .engine import Completion, Engine, EngineRequest
 
 AT_ONCE = 8
 """Sequences in memory."""
@@ -60,7 +60,7 @@ def audit(engine: Engine, cache: Cache, rows: Sequence[SequenceRow]) -> dict[str
             found["worst"] = {"seq_id": sequence.row.seq_id, "position": position, "layer": layer_id}
         error_sum += float(likeness.relative_error_TK.mean(dim=1).sum())
         cosine_sum += float(likeness.cosine_TK.mean(dim=1).sum())
-        known_T = again.argmax_T != UNKNOWN
+        known_T = (sequence.target_argmax_T != NO_CHOICE) & (again.argmax_T != NO_CHOICE)
         num_choices += int(known_T.sum())
         num_agreeing += int((sequence.target_argmax_T.long() == again.argmax_T)[known_T].sum())
         found["num_sequences"] += 1
@@ -78,8 +78,13 @@ def look_again(
     for start in range(0, len(rows), AT_ONCE):
         chunk = rows[start : start + AT_ONCE]
         for row in chunk:
-            ids = cache.read_tokens(row).token_ids_S[: row.num_tokens].tolist()
-            engine.submit(EngineRequest(key=f"audit {row.seq_id}", prompt_ids=ids, max_new_tokens=1, capture=True))
+            tokens = cache.read_tokens(row)
+            ids, mask = (values[: row.num_tokens].int().tolist() for values in (tokens.token_ids_S, tokens.loss_mask_S))
+            engine.submit(
+                EngineRequest(
+                    key=f"audit {row.seq_id}", prompt_ids=ids, max_new_tokens=1, capture=True, supervised=mask
+                )
+            )
         done: dict[str, Completion] = {}
         while len(done) < len(chunk):
             done |= {completion.key: completion for completion in engine.poll()}

@@ -9,11 +9,12 @@ from typing import Protocol
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ...data.cache.store import NO_CHOICE
 from ...data.chat import ChatFormat
 from ...data.errors import PromptError
 from ...data.prompts import Message, PromptRecord
 from ...data.thinking import ThinkingMarks, without_thinking
-from .engine import UNKNOWN, Completion, EngineRequest
+from .engine import Completion, EngineRequest
 
 STAND_IN = "."
 """In place of an answer that is not there yet; some templates refuse an empty one."""
@@ -27,6 +28,7 @@ class FinishedSequence:
     token_ids: list[int]
     loss_mask: list[int]
     target_argmax: list[int]
+    """The target's greedy choice after each token that a supervised one follows, `NO_CHOICE` after the others."""
     hidden_TKH: Tensor
     prompt_len: int
     final_token_id: int | None
@@ -97,7 +99,13 @@ class GivenConversation:
             )
 
     def first_request(self) -> EngineRequest:
-        return EngineRequest(key=self.record.seq_id, prompt_ids=self._token_ids, max_new_tokens=1, capture=True)
+        return EngineRequest(
+            key=self.record.seq_id,
+            prompt_ids=self._token_ids,
+            max_new_tokens=1,
+            capture=True,
+            supervised=self._loss_mask,
+        )
 
     def expected_len(self, first: EngineRequest, response_tokens: float | None) -> float:
         return len(first.prompt_ids)
@@ -109,7 +117,7 @@ class GivenConversation:
             record=self.record,
             token_ids=self._token_ids,
             loss_mask=self._loss_mask,
-            target_argmax=[*completion.argmax_T.tolist()[:-1], completion.output_ids[0]],
+            target_argmax=[*choices_before(self._loss_mask[1:], completion.argmax_T.tolist()), NO_CHOICE],
             hidden_TKH=completion.hidden_TKH,
             prompt_len=self._loss_mask.index(1),
             final_token_id=None,
@@ -138,6 +146,7 @@ class GeneratedConversation:
         self._max_len, self._max_new_tokens, self._greedy = max_len, max_new_tokens, greedy
         self._turns = split_turns(record)
         self._messages: list[Message] = list(self._turns.pop(0)) if self._turns else []
+        self._prompt_loss_mask: list[int] = []
         if record.text is None and not self._messages:
             raise PromptError("expected a user message to answer, found none.")
 
@@ -177,11 +186,14 @@ class GeneratedConversation:
                 f"the prompt has {len(prompt_ids)} tokens and leaves no "
                 f"room for a response in {self._max_len}. Raise extract.max_len, or skip such records with --skip-bad."
             )
+        if not self._turns:
+            self._prompt_loss_mask = self._prompt_mask(prompt_ids)
         return EngineRequest(
             key=self.record.seq_id,
             prompt_ids=prompt_ids,
             max_new_tokens=min(self._max_new_tokens, room),
             capture=not self._turns,
+            supervised=self._prompt_loss_mask,
         )
 
     def _finish(self, completion: Completion) -> FinishedSequence:
@@ -193,16 +205,16 @@ class GeneratedConversation:
         if self._greedy:
             # The engine's own choices are the greedy ones by definition, whatever rounding says afterwards.
             chosen = slice(len(prompt_ids) - 1, None)
-            checked = [pair for pair in zip(argmax[chosen], output_ids, strict=True) if pair[0] != UNKNOWN]
+            checked = [pair for pair in zip(argmax[chosen], output_ids, strict=True) if pair[0] != NO_CHOICE]
             argmax[chosen] = output_ids
         *loss_mask, ends_supervised = self._thinking.mask(
-            prompt_ids + output_ids, self._prompt_mask(prompt_ids) + [1] * len(output_ids)
+            prompt_ids + output_ids, self._prompt_loss_mask + [1] * len(output_ids)
         )
         return FinishedSequence(
             record=self.record,
             token_ids=prompt_ids + output_ids[:-1],
             loss_mask=loss_mask,
-            target_argmax=argmax,
+            target_argmax=choices_before([*loss_mask[1:], ends_supervised], argmax),
             hidden_TKH=completion.hidden_TKH,
             prompt_len=len(prompt_ids),
             final_token_id=output_ids[-1] if ends_supervised else None,
@@ -225,6 +237,11 @@ class GeneratedConversation:
                 "when it asks for an answer, so they can't be marked. Give a template that renders them alike."
             )
         return earlier.loss_mask[:end] + [0] * (len(prompt_ids) - end)
+
+
+def choices_before(supervised: list[int], argmax: list[int]) -> list[int]:
+    """Leaves out the choices that training never asks for, whatever engine gave them."""
+    return [choice if wanted else NO_CHOICE for wanted, choice in zip(supervised, argmax, strict=False)]
 
 
 def split_turns(record: PromptRecord) -> list[list[Message]]:

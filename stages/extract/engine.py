@@ -4,14 +4,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-
-UNKNOWN = -1
-"""A choice that was not computed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +21,8 @@ class EngineRequest:
     max_new_tokens: int
     """With 1 this is a prefill: the one new token is the target's choice after the prompt."""
     capture: bool
+    supervised: Sequence[int] = ()
+    """1 for the prompt's supervised tokens, before which the target's choices are wanted; empty: there is none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,7 @@ class Completion:
     argmax_T: Tensor | None
     """int64: the target's greedy choice after each of the T tokens, from its states.
 
-    `UNKNOWN` where greedy sampling says it anyway: it is then the next token.
+    `NO_CHOICE` where nobody asked for it, or where greedy sampling says it anyway: it is then the next token.
     """
     fault: str = ""
     """What is wrong with what the engine gave, so that it must not be used; empty: nothing."""

@@ -108,10 +108,12 @@ class Worker:
         self._running: dict[str, tuple[str, Conversation]] = {}
         self._next_claim = 0.0
         self._started_stopping: float | None = None
+        self._failure: PromptError | None = None
 
     @property
     def is_stopping(self) -> bool:
-        return self._must_stop()
+        """Whether no sequence is begun any more."""
+        return self._must_stop() or self._failure is not None
 
     @property
     def num_open(self) -> int:
@@ -123,21 +125,30 @@ class Worker:
 
     def wait_for_work(self) -> bool:
         """Claims a first unit, waiting for dead workers' ones if need be; False: nothing is left to do."""
-        while self._unit is None and self.board.num_units_left and not self._must_stop():
+        while self._unit is None and self.board.num_units_left and not self.is_stopping:
             self._unit = self.board.claim()
             if self._unit is None:
                 time.sleep(SECONDS_BETWEEN_CLAIMS)
         return self._unit is not None
 
     def run(self, engine: Engine, sink: Sink) -> None:
-        """Until nothing is left, or the time to stop is over."""
+        """Until nothing is left, or the time to stop is over.
+
+        Raises:
+            PromptError: a record can't be used; what was in the engine is finished first.
+        """
+        self._run(engine, sink)
+        if self._failure is not None:
+            raise self._failure
+
+    def _run(self, engine: Engine, sink: Sink) -> None:
         while not self._is_out_of_time():
             sink.check()
             self._submit(engine, sink)
             if self._running:
                 for completion in engine.poll():
                     self._advance(completion, engine, sink)
-            elif self._must_stop() or not (self._backlog or self.board.num_units_left):
+            elif self.is_stopping or not (self._backlog or self.board.num_units_left):
                 return
             elif sink.num_waiting:  # the writer has the memory that the next requests would take
                 time.sleep(0.01)
@@ -146,7 +157,7 @@ class Worker:
                 time.sleep(SECONDS_BETWEEN_CLAIMS)
 
     def _is_out_of_time(self) -> bool:
-        if not self._must_stop():
+        if not self.is_stopping:
             return False
         if self._started_stopping is None:
             self._started_stopping = time.monotonic()
@@ -154,7 +165,7 @@ class Worker:
 
     def _submit(self, engine: Engine, sink: Sink) -> None:
         """Fills the engine up, unless the writer is behind: what is in flight or unwritten bounds the memory."""
-        while not self._must_stop() and len(self._running) + sink.num_waiting < self._config.max_in_flight:
+        while not self.is_stopping and len(self._running) + sink.num_waiting < self._config.max_in_flight:
             if not self._backlog and not self._take_unit(sink):
                 return
             unit_id, conversation, request = self._backlog.popleft()
@@ -186,7 +197,8 @@ class Worker:
             del self._running[completion.key]
             is_too_long = isinstance(error, SequenceTooLong)
             if not self._config.skip_bad and not is_too_long:
-                raise PromptError(f"{record.source}, row {record.row}: {error}") from error
+                self._failure = PromptError(f"{record.source}, row {record.row}: {error}")
+                return
             sink.put(Outcome(unit_id, record, reason=f"{'too long' if is_too_long else 'unusable'} after some turns"))
             return
         if isinstance(outcome, EngineRequest):

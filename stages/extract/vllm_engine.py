@@ -18,9 +18,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ...data.cache.store import NO_CHOICE
 from ...data.errors import ConfigError, ExtractionError
 from .argmax import ArgmaxHead
-from .engine import UNKNOWN, Completion, EngineRequest, Sampling, engine_facts
+from .engine import Completion, EngineRequest, Sampling, engine_facts
 from .target import Target
 
 CONNECTOR = "HiddenStatesConnector"
@@ -151,44 +152,59 @@ class VllmEngine:
             waiting = bool(self._finished)
         self._receiver.collect(STATES_TIMEOUT if waiting else 0.0)
         ready = [key for key in self._finished if not self._requests[key].capture or key in self._receiver.received]
-        return [self._complete(self._requests.pop(key), self._finished.pop(key)) for key in ready]
+        return self._complete(ready)
 
     def close(self) -> None:
         self._engine.engine_core.shutdown()
         self._receiver.close()
 
-    def _complete(self, request: EngineRequest, output: Any) -> Completion:
-        output_ids = list(output.token_ids)
-        hidden_TKH = argmax_T = None
-        fault = ""
-        if request.capture:
-            header, states = self._receiver.received.pop(request.key)
-            if header["token_ids"] != request.prompt_ids + output_ids[:-1] or len(states) != len(header["token_ids"]):
-                fault = "states of other tokens"
-            else:
-                argmax_T = self._choices(states[:, -1], len(request.prompt_ids))
-                hidden_TKH = states[:, : self._num_layers].bfloat16()
+    def _complete(self, keys: list[str]) -> list[Completion]:
+        captured: dict[str, Tensor] = {}
+        for key in keys:
+            if self._requests[key].capture:
+                header, states = self._receiver.received.pop(key)
+                entered = self._requests[key].prompt_ids + list(self._finished[key].token_ids)[:-1]
+                if header["token_ids"] == entered and len(states) == len(entered):
+                    captured[key] = states
+        argmax = self._choices(captured)
+        return [self._completion(key, captured.get(key), argmax.get(key)) for key in keys]
+
+    def _completion(self, key: str, states: Tensor | None, argmax_T: Tensor | None) -> Completion:
+        request, output = self._requests.pop(key), self._finished.pop(key)
         return Completion(
-            key=request.key,
+            key=key,
             prompt_ids=request.prompt_ids,
-            output_ids=output_ids,
+            output_ids=list(output.token_ids),
             finish_reason="stop" if output.finish_reason == "stop" else "length",
-            hidden_TKH=hidden_TKH,
+            hidden_TKH=None if states is None else states[:, : self._num_layers].bfloat16(),
             argmax_T=argmax_T,
-            fault=fault,
+            fault="states of other tokens" if request.capture and states is None else "",
         )
 
-    def _choices(self, states_TH: Tensor, prompt_len: int) -> Tensor:
-        """Greedy choices int64 [T]; of those that are the output's by definition just a sample, `UNKNOWN` elsewhere.
+    def _choices(self, captured: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Greedy choices int64 [T] where they are wanted, `NO_CHOICE` elsewhere.
 
-        The head over the vocabulary is a fifth of a small target's work.
+        The head over the vocabulary is a fifth of a small target's work, and for few tokens the reading of its weights:
+        so it sees the wanted tokens of all requests at once, and no others.
         """
-        known = range(prompt_len - 1, len(states_TH)) if self._sampling.greedy else range(0)
-        argmax_T = torch.full((len(states_TH),), UNKNOWN)
-        wanted = torch.tensor([i for i in range(len(states_TH)) if i not in known or i % CHECK_EVERY == 0])
-        if len(wanted):
-            argmax_T[wanted] = self._head(states_TH[wanted])
-        return argmax_T
+        if not captured:
+            return {}
+        wanted = [self._wanted(self._requests[key], len(states)) for key, states in captured.items()]
+        found = self._head(
+            torch.cat([states[rows, -1] for rows, states in zip(wanted, captured.values(), strict=True)])
+        )
+        argmax = {key: torch.full((len(states),), NO_CHOICE) for key, states in captured.items()}
+        for rows, choices, argmax_T in zip(wanted, found.split(list(map(len, wanted))), argmax.values(), strict=True):
+            argmax_T[rows] = choices
+        return argmax
+
+    def _wanted(self, request: EngineRequest, num_tokens: int) -> Tensor:
+        """Positions int64 of which the head is asked: of generated tokens that are its own choices just a sample."""
+        before_answer = len(request.prompt_ids) - 1
+        positions = [i for i, is_supervised in enumerate(request.supervised[1:]) if is_supervised]
+        step = CHECK_EVERY if self._sampling.greedy else 1
+        positions += [i for i in range(before_answer, num_tokens) if i % step == 0]
+        return torch.tensor(positions, dtype=torch.int64)
 
 
 class StateReceiver:

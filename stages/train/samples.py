@@ -15,7 +15,7 @@ from torch import Tensor
 from ...data.cache.drafts import NOT_DRAFTED, FirstDrafts
 from ...data.cache.index import SequenceIndex, SequenceRow
 from ...data.cache.reader import CachedSequence, CachedTokens
-from ...data.cache.store import Cache
+from ...data.cache.store import NO_CHOICE, Cache
 from ...data.errors import CacheNotFoundError
 from ..config import TrainConfig
 from ..drafter.blocks import anchors_of, block_tokens, show_prefix
@@ -230,4 +230,5 @@ def label_tokens(cache: Cache, rows: Sequence[SequenceRow]) -> Tensor:
         sequence = cache.read_tokens(row)
         supervised = sequence.token_ids_S[sequence.loss_mask_S].tolist()
         found.update(chain(supervised, sequence.target_argmax_T.tolist()))
+    found.discard(NO_CHOICE)
     return torch.tensor(sorted(found))

@@ -4,6 +4,7 @@ import random
 import shutil
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from tiny import Damage, fill_cache, make_sequence, run_vpd, vpd
 from vpd.data.cache.drafts import FirstDrafts
 from vpd.data.cache.reader import Request, read_ahead
 from vpd.data.cache.storage import LocalStorage
-from vpd.data.cache.store import Cache
+from vpd.data.cache.store import NO_CHOICE, Cache
 from vpd.data.cache.verify import verify
 from vpd.data.cache.work import AUDITS, PROBE, WORK
 from vpd.data.errors import VpdError
@@ -124,6 +125,26 @@ def test_the_bad_sequence_is_named_and_no_other(whole: Path, tmp_path: Path):
     assert outcome.code == 1
     (problem,) = outcome.result["problems"]
     assert (problem["part"], problem["sequences"]) == (row.part, [row.seq_id])
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"token_ids": [3] * 9 + [50]}, "outside the vocabulary of 50"),
+        ({"target_argmax": [3] * 9 + [50]}, "outside the vocabulary of 50"),
+        ({"target_argmax": [3] * 9 + [-2]}, "outside the vocabulary of 50"),
+        ({"target_argmax": [3] * 4 + [NO_CHOICE] + [3] * 5}, "choice is missing"),
+        ({"target_argmax": [3] * 9 + [NO_CHOICE]}, "choice is missing"),
+        ({"target_argmax": [3] * 9 + [NO_CHOICE], "final_token_id": None}, None),
+        ({"target_argmax": [NO_CHOICE] * 4 + [3] * 6}, None),
+    ],
+)
+def test_token_ids_that_mean_nothing_are_reported(changes: dict[str, Any], what: str | None, tmp_path: Path):
+    """Of ten tokens the last five are supervised, and the final one, which has no state."""
+    fill_cache(tmp_path / "cache", [make_sequence("a", 10, 2, 8, **changes)])
+    found = [problem.what for problem in verify(LocalStorage(tmp_path / "cache")).problems if problem.part is not None]
+    assert len(found) == (what is not None)
+    assert what is None or what in found[0]
 
 
 def test_states_that_are_not_finite_are_reported(tmp_path: Path):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import CHATML, END
 from transformers import PreTrainedTokenizerFast
+from vpd.data.cache.store import NO_CHOICE
 from vpd.data.chat import ChatFormat
 from vpd.data.errors import PromptError
 from vpd.data.prompts import Message, PromptRecord
@@ -96,7 +97,8 @@ def test_a_given_response_is_one_prefill(record, text, answers, chat, tiny_token
     sequence = finish(conversation, complete(request, [44]))
     assert sequence.token_ids == request.prompt_ids
     assert supervised(tiny_tokenizer, sequence.token_ids, sequence.loss_mask) == answers
-    assert sequence.target_argmax == [9] * (len(sequence.token_ids) - 1) + [44]
+    assert request.supervised == sequence.loss_mask
+    assert sequence.target_argmax == [9 if wanted else NO_CHOICE for wanted in [*sequence.loss_mask[1:], 0]]
     assert sequence.prompt_len == sequence.loss_mask.index(1)
     assert (sequence.final_token_id, sequence.finish_reason, sequence.num_checked) == (None, "given", 0)
 
@@ -158,7 +160,7 @@ def test_one_answer(chat: ChatFormat, tiny_tokenizer: PreTrainedTokenizerFast, e
     sequence = finish(conversation, complete(request, [50, 51, end]))
     assert sequence.token_ids == [*request.prompt_ids, 50, 51]
     assert sequence.loss_mask == [0] * len(request.prompt_ids) + [1, 1]
-    assert sequence.target_argmax == [9] * (len(request.prompt_ids) - 1) + [50, 51, end]
+    assert sequence.target_argmax == [NO_CHOICE] * (len(request.prompt_ids) - 1) + [50, 51, end]
     assert (sequence.prompt_len, sequence.final_token_id) == (len(request.prompt_ids), end)
 
 
@@ -182,6 +184,9 @@ def test_two_turns_end_in_one_sequence_with_both_answers_marked(
     )
     sequence = finish(conversation, complete(second, [*tiny_tokenizer("a fox")["input_ids"], end]))
     assert supervised(tiny_tokenizer, sequence.token_ids, sequence.loss_mask) == "a dog<|im_end|>a fox"
+    assert (first.supervised, second.supervised) == ([], sequence.loss_mask[: len(second.prompt_ids)])
+    own = len(second.prompt_ids) - 1
+    assert sequence.target_argmax[:own] == [9 if wanted else NO_CHOICE for wanted in sequence.loss_mask[1 : own + 1]]
     assert (sequence.prompt_len, sequence.final_token_id) == (len(second.prompt_ids), end)
 
 
@@ -218,7 +223,7 @@ def test_greedy_choices_stand_and_those_that_rounding_turns_are_counted(greedy, 
     conversation = generate(make_record("u"), chat, tiny_tokenizer, greedy=greedy)
     request = conversation.first_request()
     sequence = finish(conversation, complete(request, [50, 51, 52], [50, 8, 52]))
-    assert sequence.target_argmax == [9] * (len(request.prompt_ids) - 1) + argmax
+    assert sequence.target_argmax == [NO_CHOICE] * (len(request.prompt_ids) - 1) + argmax
     assert (sequence.num_checked, sequence.num_argmax_differing) == (checked, 1 if greedy else 0)
 
 
@@ -235,10 +240,9 @@ def test_a_template_that_renders_earlier_answers_otherwise_is_refused(tiny_token
     template = CHATML.replace("m.content", marked)
     chat = ChatFormat(tiny_tokenizer, eos_token_ids={1}, template=template)
     conversation = generate(make_record("uu"), chat, tiny_tokenizer)
-    second = conversation.advance(complete(conversation.first_request(), [50, 1]))
-    assert isinstance(second, EngineRequest)
+    completion = complete(conversation.first_request(), [50, 1])
     with pytest.raises(PromptError, match=r".*template"):
-        conversation.advance(complete(second, [50, 1]))
+        conversation.advance(completion)
 
 
 # Thinking and calls

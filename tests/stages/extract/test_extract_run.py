@@ -10,7 +10,8 @@ from extracting import by_row, no_engine, run, tokens
 from tiny import CHATML, END, MULTI_TURN_ROW, NUM_LAYERS, PROMPTS, TEXT_ROW, render, write_jsonl
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-from vpd.data.cache.store import Cache
+from vpd.data.cache.reader import CachedSequence
+from vpd.data.cache.store import NO_CHOICE, Cache
 from vpd.data.errors import PromptError
 from vpd.stages.extract.run import ExtractReport
 
@@ -75,6 +76,12 @@ def extracted(
 # What is stored
 
 
+def asked_for(sequence: CachedSequence, argmax_T: Tensor) -> list[int]:
+    """Those of the choices that training may ask for: before a supervised token."""
+    following = [*sequence.loss_mask_S.tolist()[1:], False]
+    return [choice if following[i] else NO_CHOICE for i, choice in enumerate(argmax_T.tolist())]
+
+
 def test_every_record_is_stored_once(extracted: Extracted):
     assert sorted(by_row(extracted.folder)) == list(range(1, len(PROMPTS) + 1))
     report = extracted.report
@@ -91,7 +98,7 @@ def test_states_of_every_layer_are_those_of_a_plain_forward_pass(extracted: Extr
 def test_the_stored_choices_are_the_argmax_of_a_plain_forward_pass(extracted: Extracted):
     for sequence in by_row(extracted.folder).values():
         expected = extracted.model.forward(sequence.token_ids_S[: sequence.row.num_tokens].tolist())
-        assert sequence.target_argmax_T.tolist() == expected.argmax_T.tolist()
+        assert sequence.target_argmax_T.tolist() == asked_for(sequence, expected.argmax_T)
     assert extracted.report.num_argmax_differing == 0
 
 
@@ -223,7 +230,7 @@ def test_given_responses_are_prefilled(
         assert sequence.loss_mask_S.tolist() == mask[:max_len]
         expected = model.forward(sequence.token_ids_S.tolist())
         check_states(sequence.hidden_TKH, expected.hidden_TKH)
-        assert sequence.target_argmax_T.tolist() == expected.argmax_T.tolist()
+        assert sequence.target_argmax_T.tolist() == asked_for(sequence, expected.argmax_T)
         is_cut = len(mask) > max_len
         assert (sequence.row.final_token_id, sequence.row.finish_reason) == (None, "given, cut" if is_cut else "given")
         assert sequence.row.prompt_len == len(ids[0])

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from vpd.data.cache.store import Cache
+from vpd.data.cache.store import NO_CHOICE, Cache
 from vpd.data.errors import ConfigError
-from vpd.stages.extract.engine import UNKNOWN, Completion, Engine, EngineRequest, Sampling
+from vpd.stages.extract.engine import Completion, Engine, EngineRequest, Sampling
 from vpd.stages.extract.target import load_target
 from vpd.stages.extract.transformers_engine import TransformersEngine
 from vpd.stages.extract.vllm_engine import CHECK_EVERY, VllmEngine, refuse_reserved
@@ -52,6 +52,7 @@ def test_same_states_tokens_and_choices(engines: tuple[Engine, Engine], max_new_
             prompt_ids=torch.randint(3, 290, (length,), generator=generator).tolist(),
             max_new_tokens=max_new_tokens,
             capture=True,
+            supervised=[i % 3 == 0 for i in range(length)],
         )
         for length in PROMPT_LENS
     ]
@@ -65,10 +66,10 @@ def test_same_states_tokens_and_choices(engines: tuple[Engine, Engine], max_new_
         assert ours.argmax_T is not None
         assert theirs.argmax_T is not None
         torch.testing.assert_close(ours.hidden_TKH, theirs.hidden_TKH, rtol=BF16_UNIT, atol=1e-3)
-        computed_T = ours.argmax_T != UNKNOWN
+        computed_T = ours.argmax_T != NO_CHOICE
         assert torch.equal(ours.argmax_T[computed_T], theirs.argmax_T[computed_T])
         generated = slice(len(ours.prompt_ids) - 1, None)
-        assert computed_T[: generated.start].all()
+        assert computed_T[: generated.start].tolist() == [i % 3 == 0 for i in range(1, len(ours.prompt_ids))]
         assert computed_T[generated].sum() in (
             len(ours.output_ids) // CHECK_EVERY,
             -(-len(ours.output_ids) // CHECK_EVERY),
@@ -97,7 +98,9 @@ def test_smollm2_generated_states_equal_a_reforward(smollm2_run: dict[str, Any])
             ours, theirs = sequence.hidden_TKH[:, k].float(), out.hidden_states[layer_id + 1][0]
             error = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)
             assert error.max() < 2 * BF16_UNIT, f"layer {layer_id}: {error.max():.4f}"
-        assert torch.equal(sequence.target_argmax_T, out.logits[0].argmax(dim=-1))
+        answer = slice(row.prompt_len - 1, None)
+        assert torch.equal(sequence.target_argmax_T[answer], out.logits[0, answer].argmax(dim=-1))
+        assert (sequence.target_argmax_T[: answer.start] == NO_CHOICE).all()
         assert torch.equal(sequence.token_ids_S[row.prompt_len :], sequence.target_argmax_T[row.prompt_len - 1 :])
 
 

@@ -23,6 +23,7 @@ from recorded import (
     prefixes,
     training_blocks,
 )
+from vpd.data.cache.store import NO_CHOICE
 from vpd.data.errors import CacheNotFoundError
 from vpd.stages.train.samples import (
     draw_blocks,
@@ -189,9 +190,11 @@ def test_label_tokens_hold_every_label(labels: str):
         make_sequence(turns, final_token=True, seq_id=f"s{i}")
         for i, turns in enumerate(["..aaaaa", "...aa.aaaaaaa", "aaa"])
     ]
+    sequences[0].target_argmax_T[0] = NO_CHOICE
     cache = make_cache(sequences)
     tokens = label_tokens(cache, cache.rows).tolist()
     assert tokens == sorted(set(tokens))
+    assert min(tokens) >= 0
     for sequence in sequences:
         blocks = training_blocks(sequence, make_config(labels=labels)).labels
         assert set(blocks.labels_NG[blocks.weights_NG > 0].tolist()) <= set(tokens)
