@@ -171,6 +171,8 @@ class DraftConfig(Section):
     """Blocks drafted in one forward pass; >= 1."""
     device: str = "auto"
     """Torch device; auto = a GPU where there is one."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """What the first drafter computes in; auto = bfloat16 on a GPU, float32 on a CPU."""
 
 
 class DrafterSection(Section):

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from .model import Context, Drafter
-from .target_pieces import TargetPieces
-
-POSITIONS_PER_CHUNK = 1024
+from .target_pieces import TargetPieces, positions_per_chunk
 
 
 @torch.inference_mode()
@@ -37,7 +35,8 @@ def fill_blocks(
     tokens_NGA = block_ids_NG.new_zeros(*block_ids_NG.shape, num_alternatives)
     probs_NGA = torch.zeros(tokens_NGA.shape, device=tokens_NGA.device)
     found = [
-        _most_likely(states_CH, pieces.head_VH, num_alternatives) for states_CH in states_PH.split(POSITIONS_PER_CHUNK)
+        _most_likely(states_CH, pieces.head_VH, num_alternatives)
+        for states_CH in states_PH.split(positions_per_chunk(pieces.head_VH))
     ]
     if found:
         tokens_NGA[wanted_NG] = torch.cat([tokens for tokens, _ in found])

@@ -17,6 +17,8 @@ from ...data.errors import DrafterError
 
 PIECES = "pieces.safetensors"
 EMBED, HEAD = "embed_tokens.weight", "lm_head.weight"
+LOGITS_ON_CPU, LOGITS_ON_GPU = 1 << 23, 1 << 27
+"""Logits that exist at once. On a CPU as few as leave a matrix product its speed: they stay near the processor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,11 @@ class TargetPieces:
             embed_VH = file.get_tensor(EMBED).to(dtype)
             tied = HEAD not in set(file.keys())
             return cls(embed_VH, embed_VH if tied else file.get_tensor(HEAD).to(dtype))
+
+
+def positions_per_chunk(head_VH: Tensor) -> int:
+    """How many positions the head takes at a time."""
+    return max(1, (LOGITS_ON_CPU if head_VH.device.type == "cpu" else LOGITS_ON_GPU) // len(head_VH))
 
 
 def load_target_config(target_folder: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ...data.cache.index import SequenceRow
 from ...data.cache.store import Cache
 from ...data.errors import CacheNotFoundError
 from ..config import EvalConfig
-from ..devices import choose_device
+from ..devices import choose_device, choose_dtype
 from ..drafter.checkpoint import check_fits, load_drafter
 from ..drafter.model import Drafter
 from ..drafter.target_pieces import TargetPieces
@@ -136,7 +136,7 @@ def decode_prompts(
         rows: sequences with a single response, see `single_responses`.
     """
     device = choose_device(config.device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = choose_dtype("auto", device)
     for folder in drafters:
         check_fits(load_drafter(folder).shape, cache.manifest, folder)
     first, second = (load_drafter(folder, device=device, dtype=dtype) for folder in drafters)

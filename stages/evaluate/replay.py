@@ -25,7 +25,7 @@ from ...data.cache.reader import CachedSequence, Request, read_ahead
 from ...data.cache.store import Cache
 from ...data.errors import CacheNotFoundError, DrafterError
 from ..config import EvalConfig, ReadConfig
-from ..devices import choose_device
+from ..devices import choose_device, choose_dtype
 from ..drafter.checkpoint import check_fits, load_drafter
 from ..drafter.model import Context, Drafter
 from ..drafter.target_pieces import TargetPieces
@@ -77,7 +77,7 @@ class Replay:
         """
         self.cache, self.config, self.read = cache, config, read or ReadConfig()
         self.device = choose_device(config.device)
-        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.dtype = choose_dtype("auto", self.device)
         self.pieces = TargetPieces.load(cache.target_folder, device=self.device, dtype=self.dtype)
         self.second = None if second is None else self._load(second)
         self.first: Drafter | None = None

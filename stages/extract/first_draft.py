@@ -18,7 +18,7 @@ from ...data.cache.reader import CachedSequence, Request, read_ahead
 from ...data.cache.store import CHUNK_TOKENS, Cache
 from ...data.errors import DrafterError
 from ..config import DraftConfig, ReadConfig
-from ..devices import choose_device
+from ..devices import choose_device, choose_dtype
 from ..drafter.blocks import accept_lengths, anchors_of, block_tokens, show_prefix
 from ..drafter.checkpoint import check_fits, drafter_fingerprint, load_drafter, load_shape
 from ..drafter.drafting import fill_blocks
@@ -57,7 +57,7 @@ class FirstDrafting:
     def __init__(self, folder: Path, config: DraftConfig, read: ReadConfig | None = None):
         self._folder, self._config, self._read = folder, config, read or ReadConfig()
         self._device = choose_device(config.device)
-        self._dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
+        self._dtype = choose_dtype(config.dtype, self._device)
         self._loaded: tuple[Drafter, TargetPieces] | None = None
 
     def run(

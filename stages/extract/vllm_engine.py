@@ -27,7 +27,7 @@ from .target import Target
 CONNECTOR = "HiddenStatesConnector"
 CONNECTOR_MODULE = f"{__package__}.connector"
 SCHEDULER = f"{__package__}.scheduler.OneTokenScheduler"
-CHECK_EVERY = 8
+CHECK_EVERY = 32
 """Of so many generated tokens, one is compared with the argmax of the states that it came from."""
 STATES_TIMEOUT = 120.0
 """Seconds to wait for the states of a request that the engine has reported as finished."""

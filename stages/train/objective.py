@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config import TrainConfig
-
-LOGITS_ON_CPU, LOGITS_ON_GPU = 1 << 23, 1 << 27
-"""Logits that exist at once. On a CPU as few as leave a matrix product its speed: they stay near the processor."""
+from ..drafter.target_pieces import positions_per_chunk
 
 
 def position_weights(labelled_NG: Tensor, prefix_len_N: Tensor, tau: float) -> Tensor:
@@ -143,8 +141,7 @@ class _ChunkedHead(torch.autograd.Function):
         loss_P = torch.empty(len(labels_P), device=states_PH.device, dtype=torch.float32)
         right_P = torch.empty_like(labels_P, dtype=torch.bool)
         gradient_PH = torch.empty_like(states_PH)
-        num_logits = LOGITS_ON_CPU if head_VH.device.type == "cpu" else LOGITS_ON_GPU
-        num_positions = max(1, num_logits // len(head_VH))
+        num_positions = positions_per_chunk(head_VH)
         # All chunks use the same memory, of the head's type and of float32, which may be one and the same.
         product_CV = head_VH.new_empty(min(num_positions, len(labels_P)), len(head_VH))
         is_float32 = head_VH.dtype == torch.float32

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/run.py [--out FILE] [--only NAME] ...
 
-They take about seven minutes and 4 GiB of the disk below OUT, which is given back. Ratios compare what was measured in
+They take about thirteen minutes and 4 GiB of the disk below OUT, which is given back. Ratios compare what was measured in
 the same run, in turn; still, a machine that does nothing else gives the truest ones.
 """
 
@@ -20,6 +20,7 @@ import click
 sys.path.insert(1, str(Path(__file__).parents[1]))  # for `servers`
 
 from bench_codecs import bench_codecs
+from bench_extract import bench_extract
 from bench_feed import bench_feed
 from bench_open import bench_open
 from bench_read import bench_read
@@ -36,6 +37,7 @@ BENCHMARKS: dict[str, list[Callable[[Path], list[Figure]]]] = {
     "codecs": [bench_codecs],
     "feed": [partial(bench_feed, workload=SMOLLM2)],
     "train": [bench_train],
+    "extract": [bench_extract],
     "remote": [partial(bench_remote, workload=workload) for workload in (QWEN3, SMOLLM2)],
 }
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from vpd.stages.drafter import drafting
+from vpd.stages.drafter import target_pieces
 from vpd.stages.drafter.drafting import fill_blocks
 from vpd.stages.drafter.model import Drafter
 from vpd.stages.drafter.shape import DrafterShape
@@ -80,7 +80,7 @@ def test_wanted_positions_get_the_most_likely_tokens_and_others_nothing(
     positions_per_chunk: int,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr(drafting, "POSITIONS_PER_CHUNK", positions_per_chunk)
+    monkeypatch.setattr(target_pieces, "LOGITS_ON_CPU", positions_per_chunk * V)
     features_TD, block_ids_NG = inputs()
     with torch.no_grad():
         context = drafter.context(features_TD)

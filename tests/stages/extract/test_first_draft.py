@@ -75,6 +75,21 @@ def test_a_stride_leaves_the_anchors_between_out(tiny_cache: Path, first_run: Pa
         FirstDrafting(find_drafter(first_run), DraftConfig(stride=1)).run(cache)
 
 
+def test_bfloat16_drafts_are_those_of_float32_but_for_rounding(drafted_cache: Path, first_run: Path, tmp_path: Path):
+    folder = tmp_path / "cache"
+    shutil.copytree(drafted_cache, folder, ignore=shutil.ignore_patterns("drafts"))
+    cache = Cache.open(folder)
+    rounded = FirstDrafting(find_drafter(first_run), DraftConfig(dtype="bfloat16")).run(cache)
+    precise = FirstDrafts.open(Cache.open(drafted_cache))
+    differing = 0
+    for row in cache.rows:
+        ours, theirs = rounded.read(row), precise.read(row)
+        assert torch.equal(ours.accept_len_T == NOT_DRAFTED, theirs.accept_len_T == NOT_DRAFTED)
+        torch.testing.assert_close(ours.probs_TGA.float(), theirs.probs_TGA.float(), rtol=0.1, atol=0.02)
+        differing += int((ours.probs_TGA != theirs.probs_TGA).sum())
+    assert differing
+
+
 def test_what_another_process_drafts_meanwhile_is_not_drafted_again(
     first_run: Path, tiny_llama: Path, tiny_prompts: Path, tmp_path: Path
 ):

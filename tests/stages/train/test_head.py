@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from vpd.stages.train import objective
+from vpd.stages.drafter import target_pieces
 from vpd.stages.train.objective import HeadRows, VocabularySampler, head_losses
 
 P, V, H = 11, 23, 6
@@ -67,7 +67,7 @@ TOLERANCE = 1e-5
 def test_loss_and_gradient_are_those_of_the_full_cross_entropy(
     head: Head, rows_of, positions_per_chunk: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(objective, "LOGITS_ON_CPU", positions_per_chunk * V)
+    monkeypatch.setattr(target_pieces, "LOGITS_ON_CPU", positions_per_chunk * V)
     loss_P, gradient_PH, right = found_losses(head, rows_of(head))
     expected_P, expected_PH = full_losses(head)
     torch.testing.assert_close(loss_P.double(), expected_P, rtol=TOLERANCE, atol=TOLERANCE)
