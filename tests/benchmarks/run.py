@@ -2,8 +2,8 @@
 
     python tests/benchmarks/run.py [--out FILE] [--only NAME] ...
 
-They take about thirteen minutes and 4 GiB of the disk below OUT, which is given back. Ratios compare what was measured in
-the same run, in turn; still, a machine that does nothing else gives the truest ones.
+They take about thirteen minutes and 4 GiB of the disk below OUT, which is given back. Ratios compare what was measured
+in the same run, in turn; still, a machine that does nothing else gives the truest ones.
 """
 
 from __future__ import annotations
