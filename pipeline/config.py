@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -50,13 +50,18 @@ class VpdConfig(Section):
 def load_config(source: str | Path | None, overrides: Mapping[str, Any]) -> VpdConfig:
     """Settings of a recipe or YAML file (none = the defaults), with dotted overrides on top.
 
-    A string given for a field that takes no text is read as YAML. Raises one ConfigError with all problems.
+    A string given for a field that takes no text is read as YAML; a key below a mapping, such as
+    `extract.engine_args.max_num_seqs`, adds an entry to it. Raises one ConfigError with all problems.
     """
     problems: list[str] = []
     flat = {} if source is None else _flatten(_read_source(source, problems), f" in {source}", problems)
-    for key, value in _flatten(overrides, "", problems).items():
+    entries = {key: value for key, value in overrides.items() if _mapping_of(key)}
+    rest = {key: value for key, value in overrides.items() if key not in entries}
+    for key, value in _flatten(rest, "", problems).items():
         text_for_other = isinstance(value, str) and not takes_text(leaf_fields(VpdConfig)[key])
         flat[key] = from_text(value) if text_for_other else value
+    for key, value in entries.items():
+        _add_entry(flat, _mapping_of(key), key, value)
     tree: dict[str, Any] = {}
     for key, value in flat.items():
         *sections, name = key.split(".")
@@ -179,6 +184,20 @@ def _flatten(tree: Mapping[Any, Any], where: str, problems: list[str], prefix: s
         problems += [f"{twice}: given twice{where}" for twice in flat.keys() & found.keys()]
         flat |= found
     return flat
+
+
+def _mapping_of(key: str) -> str:
+    """The setting that is a mapping and of which the key names an entry; empty: there is none."""
+    leaves, place = leaf_fields(VpdConfig), key.rpartition(".")[0]
+    while place and place not in leaves:
+        place = place.rpartition(".")[0]
+    return place if place and get_origin(leaves[place].annotation) is dict else ""
+
+
+def _add_entry(flat: dict[str, Any], mapping: str, key: str, value: Any) -> None:
+    others = flat.get(mapping, leaf_fields(VpdConfig)[mapping].get_default(call_default_factory=True))
+    if isinstance(others, Mapping):  # what is none is refused with the other wrong values
+        flat[mapping] = {**others, key.removeprefix(f"{mapping}."): value}
 
 
 def _nearest(name: str, valid: Collection[str]) -> str:

@@ -8,6 +8,7 @@ Each kind goes through `vpd extract` in a process of its own, with all of its se
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,9 +64,11 @@ def try_kind(name: str, engine: str, folder: Path) -> list[str]:
 
 
 def reason(error: str) -> str:
-    """The line in which vpd says what is wrong; without one, the last."""
+    """The engine's own first error; without one, the line in which vpd says what is wrong, or the last."""
     lines = [line for line in error.splitlines() if line.strip()]
-    return next((line for line in lines if line.startswith("vpd: error:")), lines[-1])[:160]
+    raised = [line.partition("] ")[2] for line in lines if re.search(r"\] \w*Error: ", line)]
+    told = [line for line in lines if line.startswith("vpd: error:")]
+    return (raised or told or lines[-1:])[0][:120]
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ class VllmEngine:
     ):
         refuse_reserved(engine_args or {})
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
         try:
             from vllm import EngineArgs
             from vllm.platforms import current_platform

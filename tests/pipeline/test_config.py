@@ -216,6 +216,26 @@ def test_assignment_reaches_its_field(text: str, key: str, value: Any):
     assert type(found) is type(value)
 
 
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (["extract.engine_args.a=2"], {"enforce_eager": True, "a": 2}),
+        (["extract.engine_args.a=2", "extract.engine_args.enforce_eager=false"], {"enforce_eager": False, "a": 2}),
+        (["extract.engine_args={b: 1}", "extract.engine_args.a={c: [3]}"], {"b": 1, "a": {"c": [3]}}),
+    ],
+)
+def test_an_entry_of_a_mapping_is_added_to_the_others(texts: list[str], expected: dict[str, Any]):
+    recipe = load_config("smollm2-135m", {}).extract.engine_args
+    found = load_config("smollm2-135m", dict(map(parse_assignment, texts))).extract.engine_args
+    kept = {} if "b" in expected else recipe
+    assert found == kept | expected
+
+
+def test_an_entry_goes_into_a_mapping_alone():
+    with pytest.raises(ConfigError, match=r"train\.lr\.a: unknown setting"):
+        load_config(None, {"train.lr.a": 2})
+
+
 @pytest.mark.parametrize("text", ["train.lr", "=3", ""])
 def test_assignment_without_key_or_equals(text: str):
     with pytest.raises(ConfigError, match="KEY=VALUE"):

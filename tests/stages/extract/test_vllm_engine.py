@@ -1,11 +1,15 @@
 """The real vLLM against transformers: states of every layer, tokens, choices."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from kinds import save_kind
+from tiny import write_jsonl
 from transformers import AutoModelForCausalLM
 from vpd.data.cache.store import NO_CHOICE, Cache
 from vpd.data.errors import ConfigError
@@ -102,6 +106,19 @@ def test_smollm2_generated_states_equal_a_reforward(smollm2_run: dict[str, Any])
         assert torch.equal(sequence.target_argmax_T[answer], out.logits[0, answer].argmax(dim=-1))
         assert (sequence.target_argmax_T[: answer.start] == NO_CHOICE).all()
         assert torch.equal(sequence.token_ids_S[row.prompt_len :], sequence.target_argmax_T[row.prompt_len - 1 :])
+
+
+@pytest.mark.engine
+def test_why_an_engine_does_not_start_is_told_and_standard_output_stays_clean(tmp_path: Path):
+    """vLLM's class for this kind does not hand out its layers' states."""
+    target = save_kind("Gemma 3", tmp_path / "target")
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "name a fox"}])
+    command = [sys.executable, "-m", "vpd.pipeline.cli", "extract", target, prompts, "--out", tmp_path / "cache"]
+    flags = ["--json", "--max-len", "64", "--layer-ids", "0,2,5", "--engine-arg", "enforce_eager=true"]
+    done = subprocess.run([*map(str, command), *flags], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "eagle" in done.stderr.lower().rpartition("vpd: error:")[0]
 
 
 @pytest.mark.parametrize("name", ["enable_prefix_caching", "max_model_len", "speculative_config"])
