@@ -114,8 +114,11 @@ def test_why_an_engine_does_not_start_is_told_and_standard_output_stays_clean(tm
     target = save_kind("Gemma 3", tmp_path / "target")
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "name a fox"}])
     command = [sys.executable, "-m", "vpd.pipeline.cli", "extract", target, prompts, "--out", tmp_path / "cache"]
-    flags = ["--json", "--max-len", "64", "--layer-ids", "0,2,5", "--engine-arg", "enforce_eager=true"]
-    done = subprocess.run([*map(str, command), *flags], capture_output=True, text=True, timeout=200)
+    flags = ["--json", "--max-len", "64", "--layer-ids", "0,2,5"]
+    arguments = [
+        flag for each in ("enforce_eager=true", f"kv_cache_memory_bytes={1 << 28}") for flag in ("--engine-arg", each)
+    ]
+    done = subprocess.run([*map(str, command), *flags, *arguments], capture_output=True, text=True, timeout=200)
     assert done.returncode == 1
     assert done.stdout == ""
     assert "eagle" in done.stderr.lower().rpartition("vpd: error:")[0]
