@@ -169,7 +169,7 @@ def describe_drafts(report: TransferReport) -> str:
 def estimate(target_name: str, prompt_files: tuple[str, ...], out: str, config: VpdConfig, as_json: bool) -> None:
     settings, wanted = config.extract, config.estimate
     prompts = plan_prompts(prompt_files, settings)
-    target = load_target(target_name)
+    target = load_target(target_name, settings.adapter)
     layer_ids, chat = plan_layers(target, settings), make_chat(target, settings)
     manifest = plan_manifest(target, layer_ids, chat, prompts, settings)
     chosen = sample_records(prompts, wanted.sample)

@@ -60,7 +60,7 @@ def prepare(job: ExtractJob) -> Prepared:
     """
     settings = job.settings
     prompts = plan_prompts(job.prompts, settings)
-    target = load_target(job.target)
+    target = load_target(job.target, settings.adapter)
     layer_ids = plan_layers(target, settings)
     chat = make_chat(target, settings)
     manifest = plan_manifest(target, layer_ids, chat, prompts, settings)

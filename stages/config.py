@@ -78,6 +78,8 @@ class ExtractConfig(Section):
     """Jinja file of the chat template; none = the tokenizer's own."""
     template_args: dict[str, Any] = {}
     """Arguments of the chat template, such as `enable_thinking: false`."""
+    adapter: str | None = None
+    """Folder of a LoRA adapter of the target, in peft's form; none = the target as it is."""
     skip_bad: bool = False
     """Leave out records that can't be used, and count them, in place of stopping at the first."""
     limit: Count | None = None

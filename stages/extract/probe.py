@@ -14,6 +14,7 @@ from torch import Tensor
 from ...data.cache.storage import Storage
 from ...data.cache.work import PROBE, note_probe, read_probe
 from ...data.errors import ExtractionError
+from .adapter import can_apply
 from .compare_states import compare_states
 from .engine import Engine, EngineRequest, Sampling
 from .target import Target
@@ -51,7 +52,8 @@ def probe(engine: Engine, target: Target, layer_ids: Sequence[int], storage: Sto
 def can_compare(target: Target) -> bool:
     """Whether transformers computes the same from the same weights, at little cost."""
     num_bytes = sum(path.stat().st_size for path in target.weight_files())
-    return num_bytes <= SMALL_TARGET_BYTES and getattr(target.config, "quantization_config", None) is None
+    has_known_weights = getattr(target.config, "quantization_config", None) is None
+    return num_bytes <= SMALL_TARGET_BYTES and has_known_weights and (target.adapter is None or can_apply())
 
 
 def capture(engine: Engine, token_ids: list[int]) -> Tensor:

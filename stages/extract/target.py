@@ -23,6 +23,7 @@ from ...data.cache.storage import LocalStorage, Storage
 from ...data.cache.target_files import store_target_files, target_folder
 from ...data.errors import CacheCorruptError, TargetError
 from ..drafter.target_pieces import PIECES
+from .adapter import Adapter, load_adapter
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
 PIECE_SUFFIXES = {
@@ -46,6 +47,8 @@ class Target:
     config: PretrainedConfig
     """Config of the language model."""
     tokenizer: PreTrainedTokenizerBase
+    adapter: Adapter | None = None
+    """What an engine adds to its weights."""
 
     @property
     def num_layers(self) -> int:
@@ -74,9 +77,10 @@ class Target:
         return sorted(self.folder.glob("*.safetensors"))
 
     def fingerprint(self) -> str:
-        """Hash of the config and of every weight file; 16 hex digits."""
+        """Hash of the config and of every weight file, the adapter's included; 16 hex digits."""
+        files = [self.folder / "config.json", *self.weight_files(), *(self.adapter.files if self.adapter else [])]
         with ThreadPoolExecutor(max_workers=4) as pool:
-            digests = list(pool.map(_hash_file, [self.folder / "config.json", *self.weight_files()]))
+            digests = list(pool.map(_hash_file, files))
         return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
 
     def tokenizer_hash(self) -> str:
@@ -86,8 +90,11 @@ class Target:
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def load_target(name: str) -> Target:
+def load_target(name: str, adapter: str | None = None) -> Target:
     """Finds a target: a local folder, or an id on the hub (downloaded, or from the hub's local cache).
+
+    Args:
+        adapter: folder of a LoRA adapter that it is to have.
 
     Raises:
         TargetError: there is no such target, or its folder lacks the config, the tokenizer or the weights.
@@ -107,7 +114,7 @@ def load_target(name: str) -> Target:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise TargetError(f"the target's config or tokenizer in {folder} can't be loaded: {error}") from error
-    return Target(name, folder, config, tokenizer)
+    return Target(name, folder, config, tokenizer, None if adapter is None else load_adapter(adapter))
 
 
 def _download(name: str) -> Path:
@@ -212,7 +219,7 @@ def _hash_file(path: Path) -> str:
 def target_facts(target: Target) -> dict[str, Any]:
     """What the manifest says of the target."""
     return {
-        "target": target.name,
+        "target": target.name if target.adapter is None else f"{target.name} + {target.adapter.folder}",
         "target_fingerprint": target.fingerprint(),
         "tokenizer_hash": target.tokenizer_hash(),
         "num_target_layers": target.num_layers,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from ...data.errors import ConfigError, TargetError
+from .adapter import can_apply
 from .engine import Completion, EngineRequest, Sampling, engine_facts
 from .target import Target
 
@@ -38,6 +39,13 @@ class TransformersEngine:
         if self._batch_size < 1:
             raise ConfigError(f"expected a batch_size of at least 1, got {self._batch_size}.")
         self._model = AutoModelForCausalLM.from_pretrained(target.folder, dtype=dtype, **model_args)
+        if target.adapter is not None:
+            if not can_apply():
+                raise ConfigError(
+                    f"extract.adapter: with --engine transformers, {target.adapter.folder} needs the package peft, "
+                    "which is not installed. Install vpd[adapter], or choose --engine vllm."
+                )
+            self._model.load_adapter(str(target.adapter.folder))
         cast(nn.Module, self._model).to(self._device).eval()
         self._sampling = sampling
         self._ends = [[token_id] for token_id in target.eos_token_ids]

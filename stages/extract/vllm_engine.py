@@ -40,7 +40,12 @@ RESERVED_ARGS = {
     "speculative_config": "nothing: extraction takes this slot",
     "kv_transfer_config": "nothing: extraction takes this slot",
     "async_scheduling": "nothing: vLLM extracts without it",
+    "enable_lora": "extract.adapter",
 }
+
+
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Those that vLLM makes room for."""
 
 
 class VllmEngine:
@@ -61,6 +66,7 @@ class VllmEngine:
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
         try:
             from vllm import EngineArgs
+            from vllm.lora.request import LoRARequest
             from vllm.platforms import current_platform
             from vllm.v1.engine.llm_engine import LLMEngine
         except ImportError as error:
@@ -79,6 +85,10 @@ class VllmEngine:
         self._finished: dict[str, Any] = {}
         self._requests: dict[str, EngineRequest] = {}
         args = self._engine_args(target, dtype, max_len, vllm_ids, engine_args or {})
+        self._lora_request: LoRARequest | None = None
+        if target.adapter is not None:
+            args |= {"enable_lora": True, "max_lora_rank": room_for(target.adapter.rank)}
+            self._lora_request = LoRARequest("adapter", 1, str(target.adapter.folder))
         if current_platform.is_cpu():
             args.setdefault("scheduler_cls", SCHEDULER)
         try:
@@ -140,7 +150,9 @@ class VllmEngine:
             extra_args={"kv_transfer_params": {CAPTURE_KEY: request.key}} if request.capture else None,
         )
         self._requests[request.key] = request
-        self._engine.add_request(request.key, {"prompt_token_ids": request.prompt_ids}, params)
+        self._engine.add_request(
+            request.key, {"prompt_token_ids": request.prompt_ids}, params, lora_request=self._lora_request
+        )
 
     def poll(self) -> list[Completion]:
         """One engine step, then every request whose tokens and states are both here."""
@@ -261,6 +273,11 @@ class StateReceiver:
                 self._queue.put((header, torch.frombuffer(data, dtype=dtype).view(header["shape"])))
         except (EOFError, OSError):
             connection.close()
+
+
+def room_for(rank: int) -> int:
+    """The least rank that vLLM makes room for; it refuses what is too large itself."""
+    return next((size for size in LORA_RANKS if size >= rank), rank)
 
 
 def refuse_reserved(engine_args: dict[str, Any]) -> None:

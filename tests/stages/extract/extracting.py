@@ -34,7 +34,7 @@ def run(
 ) -> ExtractReport:
     """What `vpd extract` does, with the engine wrapped."""
     config = make_config(**changes)
-    target = load_target(str(target_folder))
+    target = load_target(str(target_folder), config.adapter)
     layer_ids, chat = plan_layers(target, config), make_chat(target, config)
     prompts = plan_prompts([prompt_file], config)
     manifest = plan_manifest(target, layer_ids, chat, prompts, config)

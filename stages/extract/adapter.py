@@ -1,0 +1,60 @@
+"""A LoRA adapter of the target, in peft's form."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from ...data.errors import TargetError
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+FROZEN = ("embed_tokens", "lm_head", "norm")
+"""Modules that an adapter must leave alone: they are stored with the cache as the target's own files have them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """What an engine needs of an adapter."""
+
+    folder: Path
+    rank: int
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.folder / ADAPTER_CONFIG, self.folder / ADAPTER_WEIGHTS]
+
+
+def load_adapter(name: str) -> Adapter:
+    """
+    Raises:
+        TargetError: there is no such LoRA adapter, or it changes what stage two takes from the target's own files.
+    """
+    folder = Path(name)
+    missing = [file for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if not (folder / file).is_file()]
+    if missing:
+        found = " and no ".join(missing)
+        raise TargetError(f"expected a LoRA adapter in {name}, found no {found}. Check extract.adapter.")
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_text())
+        kind, ranks = str(config["peft_type"]), [config.get("r", 0), *(config.get("rank_pattern") or {}).values()]
+        rank = max(map(int, ranks))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TargetError(f"{folder / ADAPTER_CONFIG}: expected the JSON of a LoRA adapter: {error!r}.") from None
+    if kind != "LORA":
+        raise TargetError(f"{folder}: expected a LoRA adapter, found {kind}. Merge it, and extract the merged target.")
+    changed = config.get("target_modules") or []
+    changed = [*([changed] if isinstance(changed, str) else changed), *(config.get("modules_to_save") or [])]
+    frozen = [module for module in changed if any(word in module for word in FROZEN)]
+    if frozen:
+        raise TargetError(
+            f"{folder}: expected an adapter of attention and MLP, found one that changes {', '.join(frozen)}. "
+            "Merge it, and extract the merged target."
+        )
+    return Adapter(folder, rank)
+
+
+def can_apply() -> bool:
+    """Whether transformers can load an adapter, which it leaves to peft."""
+    return find_spec("peft") is not None
