@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from datetime import timedelta
 from types import TracebackType
 
 from rich.console import Console
@@ -24,6 +25,7 @@ class ProgressReport:
         self._task, self._total, self._work, self._note = task, total, work, ""
         self._done = self._amount = 0
         self._started = time.monotonic()
+        self._first: tuple[float, int] | None = None
         self._console = Console(stderr=True, soft_wrap=True)
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -57,18 +59,36 @@ class ProgressReport:
         """One unit is finished, with `amount` of work in it."""
         self._done += 1
         self._amount += amount
-        seconds = time.monotonic() - self._started
-        rate = f"{self._amount / max(seconds, 1e-9):.0f} {self._work}/s" if self._work else ""
+        # What starts up before the first unit is finished says nothing of the rate.
+        if self._first is None:
+            self._first = time.monotonic(), self._amount
+        since, amount_before = self._first
+        seconds = time.monotonic() - since
+        rate = f"{(self._amount - amount_before) / seconds:.0f} {self._work}/s" if self._work and seconds else ""
         self._note = "  ".join(part for part in (rate, note) if part)
         self._bar.update(self._bar_task, completed=self._done, note=self._note)
+
+    def line(self) -> str:
+        """What is done, how fast, how long it took and, once that can be told, will still take."""
+        elapsed = as_duration(time.monotonic() - self._started)
+        left = ""
+        if self._first is not None and 1 < self._done < self._total:
+            seconds = time.monotonic() - self._first[0]
+            left = f", {as_duration(seconds / (self._done - 1) * (self._total - self._done))} left"
+        return "  ".join(
+            part for part in (f"{self._task}: {self._done}/{self._total}", self._note, elapsed + left) if part
+        )
 
     def _print_lines(self) -> None:
         """Where there is no terminal: a line at the start, at the end, and every few seconds, work finished or not."""
         over = False
         while True:
-            seconds = time.monotonic() - self._started
-            note = f"  {self._note}" if self._note else ""
-            self._console.print(f"{self._task}: {self._done}/{self._total}{note}  {seconds:.0f} s", highlight=False)
+            self._console.print(self.line(), highlight=False)
             if over:
                 return
             over = self._over.wait(SECONDS_BETWEEN_LINES)
+
+
+def as_duration(seconds: float) -> str:
+    """h:mm:ss, with days before it if need be."""
+    return str(timedelta(seconds=round(seconds)))
