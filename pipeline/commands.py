@@ -75,7 +75,7 @@ def extract(
                 report = extract_on_ray(job, prepared, ray, must_stop)
             else:
                 with ProgressReport("extract", len(prepared.plan.conversations), "tokens") as progress:
-                    report = work_on(prepared, progress.advance, must_stop)
+                    report = work_on(prepared, progress.advance, must_stop, progress.begin)
     if drafting is not None and not report.num_left:
         draft_over(open_cache_for_reading(out, config), drafting)
     cache = Cache.open(out, allow_empty=True)
@@ -104,7 +104,7 @@ def describe_audit(found: dict[str, Any] | None) -> str:
         return ""
     return (
         f" A second look at {found['num_sequences']} of them ({found['num_tokens']} tokens): worst relative error "
-        f"{found['worst_relative_error']:.4f}, mean {found['mean_relative_error']:.4f}; "
+        f"{found['worst_relative_error']:.1e}, mean {found['mean_relative_error']:.1e}; "
         f"{found['argmax_agreement']:.2%} of the choices agree."
     )
 

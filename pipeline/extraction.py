@@ -95,8 +95,13 @@ def work_on(
     prepared: Prepared,
     on_sequence: Callable[[int, str], None] = lambda num_tokens, note: None,
     must_stop: Callable[[], bool] = lambda: False,
+    on_start: Callable[[], None] = lambda: None,
 ) -> ExtractReport:
-    """One worker's part of the job; all of it if there is no other."""
+    """One worker's part of the job; all of it if there is no other.
+
+    Args:
+        on_start: called once the engine runs and gives the right states.
+    """
     settings = prepared.job.settings
     cache = open_cache(prepared.job.out, prepared.manifest, prepared.target)
 
@@ -107,6 +112,7 @@ def work_on(
         except BaseException:
             engine.close()
             raise
+        on_start()
         return engine
 
     return extract(

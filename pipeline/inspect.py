@@ -168,8 +168,8 @@ def print_cache(found: dict[str, Any], console: Console) -> None:
     for audit in found["audits"]:
         table.add_row(
             "second look",
-            f"{audit['num_sequences']} sequences, relative error at worst {audit['worst_relative_error']:.4f}, mean "
-            f"{audit['mean_relative_error']:.4f}; {audit['argmax_agreement']:.2%} of the choices agree",
+            f"{audit['num_sequences']} sequences, relative error at worst {audit['worst_relative_error']:.1e}, mean "
+            f"{audit['mean_relative_error']:.1e}; {audit['argmax_agreement']:.2%} of the choices agree",
         )
     for reason, count in found["quarantined"].items():
         table.add_row("in quarantine", f"{count} sequences: {reason}")

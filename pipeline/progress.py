@@ -25,7 +25,7 @@ class ProgressReport:
         self._task, self._total, self._work, self._note = task, total, work, ""
         self._done = self._amount = 0
         self._started = time.monotonic()
-        self._first: tuple[float, int] | None = None
+        self._began = self._started
         self._console = Console(stderr=True, soft_wrap=True)
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -55,16 +55,16 @@ class ProgressReport:
             self._over.set()
             self._lines.join()
 
+    def begin(self) -> None:
+        """What came before was start-up, and says nothing of the rate."""
+        self._began = time.monotonic()
+
     def advance(self, amount: int = 0, note: str = "") -> None:
         """One unit is finished, with `amount` of work in it."""
         self._done += 1
         self._amount += amount
-        # What starts up before the first unit is finished says nothing of the rate.
-        if self._first is None:
-            self._first = time.monotonic(), self._amount
-        since, amount_before = self._first
-        seconds = time.monotonic() - since
-        rate = f"{(self._amount - amount_before) / seconds:.0f} {self._work}/s" if self._work and seconds else ""
+        seconds = time.monotonic() - self._began
+        rate = f"{self._amount / max(seconds, 1e-9):.0f} {self._work}/s" if self._work else ""
         self._note = "  ".join(part for part in (rate, note) if part)
         self._bar.update(self._bar_task, completed=self._done, note=self._note)
 
@@ -72,9 +72,9 @@ class ProgressReport:
         """What is done, how fast, how long it took and, once that can be told, will still take."""
         elapsed = as_duration(time.monotonic() - self._started)
         left = ""
-        if self._first is not None and 1 < self._done < self._total:
-            seconds = time.monotonic() - self._first[0]
-            left = f", {as_duration(seconds / (self._done - 1) * (self._total - self._done))} left"
+        if 0 < self._done < self._total:
+            seconds = time.monotonic() - self._began
+            left = f", {as_duration(seconds / self._done * (self._total - self._done))} left"
         return "  ".join(
             part for part in (f"{self._task}: {self._done}/{self._total}", self._note, elapsed + left) if part
         )

@@ -58,7 +58,7 @@ def try_kind(name: str, engine: str, folder: Path) -> list[str]:
     return [
         f"{found['num_sequences']} sequences, {found['num_tokens']} tokens",
         f"{confirmed} of {found['num_checked']}",
-        f"{audit['worst_relative_error']:.4f}",
+        f"{audit['worst_relative_error']:.1e}",
         f"{audit['argmax_agreement']:.2%}",
     ]
 

@@ -21,21 +21,21 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def test_rate_and_time_left_count_from_the_first_finished_unit(clock: Clock):
-    """Whatever starts up before that would make the first figures wrong by minutes."""
+def test_rate_and_time_left_count_from_the_beginning_of_work(clock: Clock):
+    """What starts up before that would make the first figures wrong by minutes."""
     report = ProgressReport("extract", 101, "tokens")
     assert report.line() == "extract: 0/101  0:00:00"
     clock.now += 60
-    report.advance(500)
-    assert report.line() == "extract: 1/101  0:01:00"
+    assert report.line() == "extract: 0/101  0:01:00"
+    report.begin()
     clock.now += 10
     for _ in range(20):
         report.advance(100, "3 in the engine")
-    assert report.line() == "extract: 21/101  200 tokens/s  3 in the engine  0:01:10, 0:00:40 left"
+    assert report.line() == "extract: 20/101  200 tokens/s  3 in the engine  0:01:10, 0:00:40 left"
     clock.now += 40
-    for _ in range(80):
+    for _ in range(81):
         report.advance(100)
-    assert report.line() == "extract: 101/101  200 tokens/s  0:01:50"
+    assert report.line() == "extract: 101/101  202 tokens/s  0:01:50"
 
 
 def test_lines_are_printed_to_standard_error(capsys: pytest.CaptureFixture[str]):
