@@ -9,7 +9,7 @@ TORCH := 2.13.0
 PROMPTS ?= gsm8k.jsonl mbpp.jsonl
 UNSEEN ?= humaneval.jsonl
 
-.PHONY: demo test lint bench study clean
+.PHONY: demo test lint bench targets study clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vpd demo --out runs/demo
@@ -24,6 +24,9 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python tests/benchmarks/run.py --out runs/bench.json
+
+targets: $(VENV)/.installed
+	$(BIN)/python tests/targets.py $(TARGETS_ARGS)
 
 study: $(VENV)/.installed
 	$(BIN)/vpd study $(PROMPTS) $(foreach file,$(UNSEEN),--unseen $(file)) --out runs/study $(STUDY_ARGS)
