@@ -10,7 +10,7 @@ from extracting import by_row, run
 from safetensors.torch import load_file, save_file
 from tiny import write_jsonl
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-from vpd.data.errors import FingerprintMismatchError, TargetError
+from vpd.data.errors import ConfigError, FingerprintMismatchError, TargetError
 from vpd.stages.extract.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter
 from vpd.stages.extract.engine import EngineRequest, Sampling
 from vpd.stages.extract.target import load_target
@@ -132,6 +132,15 @@ def test_adapters_of_another_kind_are_refused(changes: dict[str, Any], words: li
     with pytest.raises(TargetError) as caught:
         load_adapter(str(tmp_path))
     assert all(word in str(caught.value) for word in words)
+
+
+def test_transformers_without_peft_says_what_to_install(
+    tiny_llama: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("vpd.stages.extract.transformers_engine.can_apply", lambda: False)
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "name a fox"}])
+    with pytest.raises(ConfigError, match=r"vpd\[adapter\]"):
+        run(tiny_llama, prompts, tmp_path / "cache", adapter=str(adapter))
 
 
 @pytest.mark.parametrize("file", [ADAPTER_CONFIG, ADAPTER_WEIGHTS])
