@@ -36,7 +36,7 @@ CHUNK_TOKENS = 64
 OPEN_PARTS = 256
 TOKEN_ARRAYS = {"token_ids": "int32", "target_argmax": "int32", "loss_mask": "uint8"}
 NO_CHOICE = -1
-"""In `target_argmax`: not known, as after every token that none follows which is supervised."""
+"""In `target_argmax`: nobody asked for it, since the token after it is not supervised."""
 
 
 def state_specs(manifest: CacheManifest) -> dict[str, ArraySpec]:

@@ -44,6 +44,12 @@ def load_adapter(name: str) -> Adapter:
         raise TargetError(f"{folder / ADAPTER_CONFIG}: expected the JSON of a LoRA adapter: {error!r}.") from None
     if kind != "LORA":
         raise TargetError(f"{folder}: expected a LoRA adapter, found {kind}. Merge it, and extract the merged target.")
+    unknown = [name for name, plain in (("use_dora", False), ("bias", "none")) if config.get(name, plain) != plain]
+    if unknown:
+        raise TargetError(
+            f"{folder}: expected a plain LoRA adapter, found {', '.join(unknown)} set, which vLLM does not apply. "
+            "Merge it, and extract the merged target."
+        )
     changed = config.get("target_modules") or []
     changed = [*([changed] if isinstance(changed, str) else changed), *(config.get("modules_to_save") or [])]
     frozen = [module for module in changed if any(word in module for word in FROZEN)]

@@ -117,7 +117,7 @@ class GivenConversation:
             record=self.record,
             token_ids=self._token_ids,
             loss_mask=self._loss_mask,
-            target_argmax=[*choices_before(self._loss_mask[1:], completion.argmax_T.tolist()), NO_CHOICE],
+            target_argmax=choices_before([*self._loss_mask[1:], 0], completion.argmax_T.tolist()),
             hidden_TKH=completion.hidden_TKH,
             prompt_len=self._loss_mask.index(1),
             final_token_id=None,

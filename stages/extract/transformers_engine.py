@@ -45,7 +45,13 @@ class TransformersEngine:
                     f"extract.adapter: with --engine transformers, {target.adapter.folder} needs the package peft, "
                     "which is not installed. Install vpd[adapter], or choose --engine vllm."
                 )
-            self._model.load_adapter(str(target.adapter.folder))
+            try:
+                self._model.load_adapter(str(target.adapter.folder))
+            except (RuntimeError, ValueError, TypeError) as error:
+                raise TargetError(
+                    f"the adapter {target.adapter.folder} can't be applied to {target.folder}: {error}. "
+                    "Check that it was trained on this target."
+                ) from error
         cast(nn.Module, self._model).to(self._device).eval()
         self._sampling = sampling
         self._ends = [[token_id] for token_id in target.eos_token_ids]

@@ -8,7 +8,8 @@ import secrets
 import shutil
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, Listener
@@ -150,14 +151,17 @@ class VllmEngine:
             extra_args={"kv_transfer_params": {CAPTURE_KEY: request.key}} if request.capture else None,
         )
         self._requests[request.key] = request
-        self._engine.add_request(
-            request.key, {"prompt_token_ids": request.prompt_ids}, params, lora_request=self._lora_request
-        )
+        with alive():
+            self._engine.add_request(
+                request.key, {"prompt_token_ids": request.prompt_ids}, params, lora_request=self._lora_request
+            )
 
     def poll(self) -> list[Completion]:
         """One engine step, then every request whose tokens and states are both here."""
         if self._engine.has_unfinished_requests():
-            for output in self._engine.step():
+            with alive():
+                outputs = self._engine.step()
+            for output in outputs:
                 if output.finished:
                     self._finished[output.request_id] = cast(Any, output).outputs[0]
             waiting = False
@@ -273,6 +277,23 @@ class StateReceiver:
                 self._queue.put((header, torch.frombuffer(data, dtype=dtype).view(header["shape"])))
         except (EOFError, OSError):
             connection.close()
+
+
+@contextmanager
+def alive() -> Iterator[None]:
+    """
+    Raises:
+        ExtractionError: the engine's processes ended while they were asked for something.
+    """
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError as error:
+        raise ExtractionError(
+            "vLLM's engine died. Its own messages above say why; if it ran out of memory, lower max_num_seqs or "
+            "gpu_memory_utilization (--engine-arg). What was finished is kept: run the same command again."
+        ) from error
 
 
 def room_for(rank: int) -> int:

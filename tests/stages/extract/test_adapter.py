@@ -1,6 +1,7 @@
 """Targets with a LoRA adapter: their states are those of the merged target."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +88,8 @@ def test_a_cache_takes_nothing_of_the_target_without_its_adapter(tiny_llama: Pat
         run(tiny_llama, prompts, tmp_path / "cache")
 
 
-@pytest.mark.engine
-def test_vllm_s_states_are_those_of_the_merged_target(
-    tiny_llama: Path, merged: Path, adapter: Path, vllm_imported: None
-):
+@pytest.fixture(scope="module")
+def engine(tiny_llama: Path, adapter: Path, vllm_imported: None) -> Iterator[VllmEngine]:
     engine = VllmEngine(
         load_target(str(tiny_llama), str(adapter)),
         (1, 3),
@@ -99,12 +98,15 @@ def test_vllm_s_states_are_those_of_the_merged_target(
         max_len=64,
         engine_args={"enforce_eager": True, "kv_cache_memory_bytes": 1 << 28},
     )
-    try:
-        engine.submit(EngineRequest(key="a", prompt_ids=[5, 6, 7, 8, 9], max_new_tokens=8, capture=True))
-        while not (completions := engine.poll()):
-            pass
-    finally:
-        engine.close()
+    yield engine
+    engine.close()
+
+
+@pytest.mark.engine
+def test_vllm_s_states_are_those_of_the_merged_target(engine: VllmEngine, merged: Path):
+    engine.submit(EngineRequest(key="a", prompt_ids=[5, 6, 7, 8, 9], max_new_tokens=8, capture=True))
+    while not (completions := engine.poll()):
+        pass
     (found,) = completions
     assert found.hidden_TKH is not None
     ids = found.prompt_ids + found.output_ids
@@ -123,6 +125,8 @@ def test_vllm_s_states_are_those_of_the_merged_target(
         ({"peft_type": "IA3"}, ["found IA3", "Merge it"]),
         ({"target_modules": ["q_proj", "lm_head"]}, ["changes lm_head", "Merge it"]),
         ({"modules_to_save": ["embed_tokens"]}, ["changes embed_tokens", "Merge it"]),
+        ({"use_dora": True}, ["found use_dora", "Merge it"]),
+        ({"bias": "all"}, ["found bias", "Merge it"]),
         ({"r": "x"}, ["expected the JSON of a LoRA adapter"]),
     ],
 )
@@ -141,6 +145,17 @@ def test_transformers_without_peft_says_what_to_install(
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "name a fox"}])
     with pytest.raises(ConfigError, match=r"vpd\[adapter\]"):
         run(tiny_llama, prompts, tmp_path / "cache", adapter=str(adapter))
+
+
+def test_an_adapter_of_another_target_is_named(tiny_llama: Path, adapter: Path, tmp_path: Path):
+    narrow = {
+        name: w[:, :7].clone() if "lora_A" in name else w for name, w in load_file(adapter / ADAPTER_WEIGHTS).items()
+    }
+    save_file(narrow, tmp_path / ADAPTER_WEIGHTS)
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(CONFIG))
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "name a fox"}])
+    with pytest.raises(TargetError, match="Check that it was trained on this target"):
+        run(tiny_llama, prompts, tmp_path / "cache", adapter=str(tmp_path))
 
 
 @pytest.mark.parametrize("file", [ADAPTER_CONFIG, ADAPTER_WEIGHTS])

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from kinds import save_kind
 from tiny import write_jsonl
 from transformers import AutoModelForCausalLM
 from vpd.data.cache.store import NO_CHOICE, Cache
-from vpd.data.errors import ConfigError
+from vpd.data.errors import ConfigError, ExtractionError
 from vpd.stages.extract.engine import Completion, Engine, EngineRequest, Sampling
 from vpd.stages.extract.target import load_target
 from vpd.stages.extract.transformers_engine import TransformersEngine
@@ -88,6 +88,27 @@ def test_uncaptured_requests_bring_tokens_alone(engines: tuple[Engine, Engine]):
 
 
 @pytest.mark.engine
+@pytest.mark.parametrize("place", ["step", "add_request"])
+def test_an_engine_that_dies_is_an_error_that_says_what_to_do(
+    place: str, engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
+):
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    def die(*args: Any, **kwargs: Any) -> None:
+        raise EngineDeadError
+
+    engine, _ = engines
+    assert isinstance(engine, VllmEngine)
+    monkeypatch.setattr(engine._engine, place, die)
+    monkeypatch.setattr(engine._engine, "has_unfinished_requests", lambda: True)
+    late = EngineRequest(key="late", prompt_ids=[5], max_new_tokens=1, capture=False)
+    calls: dict[str, Callable[[], object]] = {"step": engine.poll, "add_request": lambda: engine.submit(late)}
+    with pytest.raises(ExtractionError, match="run the same command again"):
+        calls[place]()
+    engine._requests.clear()
+
+
+@pytest.mark.engine
 @pytest.mark.smollm2
 def test_smollm2_generated_states_equal_a_reforward(smollm2_run: dict[str, Any]):
     cache = Cache.open(smollm2_run["cache_folder"])
@@ -131,8 +152,6 @@ def test_reserved_engine_arguments_are_refused(name: str):
 
 
 def test_vllm_missing_is_named(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch):
-    from vpd.data.errors import ExtractionError
-
     monkeypatch.setitem(__import__("sys").modules, "vllm", None)
     with pytest.raises(ExtractionError, match="extract-cpu"):
         VllmEngine(load_target(str(tiny_llama)), (1,), GREEDY, max_len=8)
