@@ -8,7 +8,7 @@ from tiny import EXTRACT, NUM_LAYERS
 from vpd.data.cache.reader import CachedSequence
 from vpd.data.cache.store import Cache
 from vpd.stages.config import ExtractConfig
-from vpd.stages.extract.engine import Engine
+from vpd.stages.extract.engine import Completion, Engine, EngineRequest
 from vpd.stages.extract.plan import (
     make_chat,
     make_engine,
@@ -41,6 +41,16 @@ def run(
     plan = plan_extraction(out, manifest, prompts, chat, target, config)
     cache = open_cache(out, manifest, target)
     return extract(lambda: wrap(make_engine(target, layer_ids, config)), cache, plan, config)
+
+
+def answer(engine: Engine, requests: list[EngineRequest]) -> dict[str, Completion]:
+    """What an engine makes of these requests, by their keys."""
+    for request in requests:
+        engine.submit(request)
+    done: dict[str, Completion] = {}
+    while engine.num_in_flight:
+        done |= {completion.key: completion for completion in engine.poll()}
+    return done
 
 
 def by_row(folder: Path) -> dict[int, CachedSequence]:

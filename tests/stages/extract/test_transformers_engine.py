@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from extracting import answer
 from vpd.data.errors import ConfigError
 from vpd.stages.extract.engine import Completion, EngineRequest, Sampling
 from vpd.stages.extract.target import load_target
@@ -17,12 +18,11 @@ def answers(target_folder: Path, batch_size: int) -> dict[str, Completion]:
     engine = TransformersEngine(
         load_target(str(target_folder)), [0, 3, 5], GREEDY, dtype="float32", engine_args={"batch_size": batch_size}
     )
-    for i, (prompt_ids, max_new_tokens) in enumerate(PROMPTS):
-        engine.submit(EngineRequest(key=str(i), prompt_ids=prompt_ids, max_new_tokens=max_new_tokens, capture=i != 3))
-    found: dict[str, Completion] = {}
-    while engine.num_in_flight:
-        found |= {completion.key: completion for completion in engine.poll()}
-    return found
+    requests = [
+        EngineRequest(key=str(i), prompt_ids=prompt_ids, max_new_tokens=max_new_tokens, capture=i != 3)
+        for i, (prompt_ids, max_new_tokens) in enumerate(PROMPTS)
+    ]
+    return answer(engine, requests)
 
 
 @pytest.mark.parametrize("batch_size", [2, 5, 64])

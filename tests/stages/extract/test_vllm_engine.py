@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from extracting import answer
 from kinds import save_kind
 from tiny import write_jsonl
 from transformers import AutoModelForCausalLM
 from vpd.data.cache.store import NO_CHOICE, Cache
 from vpd.data.errors import ConfigError, ExtractionError
-from vpd.stages.extract.engine import Completion, Engine, EngineRequest, Sampling
+from vpd.stages.extract.engine import Engine, EngineRequest, Sampling
 from vpd.stages.extract.target import load_target
 from vpd.stages.extract.transformers_engine import TransformersEngine
 from vpd.stages.extract.vllm_engine import CHECK_EVERY, VllmEngine, refuse_reserved
@@ -23,15 +24,6 @@ ENGINE_ARGS = {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 28, "max_num
 PROMPT_LENS = (1, 3, 16, 17, 64, 70)
 # Both engines compute in float32 and differ by about 1e-5; rounding to bfloat16 turns that into one unit at most.
 BF16_UNIT = 2.0**-7
-
-
-def run(engine: Engine, requests: list[EngineRequest]) -> dict[str, Completion]:
-    for request in requests:
-        engine.submit(request)
-    done: dict[str, Completion] = {}
-    while engine.num_in_flight:
-        done |= {completion.key: completion for completion in engine.poll()}
-    return done
 
 
 @pytest.fixture(scope="module", params=["tiny_llama", "tiny_qwen3"])
@@ -60,7 +52,7 @@ def test_same_states_tokens_and_choices(engines: tuple[Engine, Engine], max_new_
         )
         for length in PROMPT_LENS
     ]
-    found, expected = run(engine, requests), run(reference, requests)
+    found, expected = answer(engine, requests), answer(reference, requests)
     assert found.keys() == expected.keys()
     for key, theirs in expected.items():
         ours = found[key]
@@ -83,7 +75,7 @@ def test_same_states_tokens_and_choices(engines: tuple[Engine, Engine], max_new_
 @pytest.mark.engine
 def test_uncaptured_requests_bring_tokens_alone(engines: tuple[Engine, Engine]):
     request = EngineRequest(key="plain", prompt_ids=[5, 6, 7], max_new_tokens=4, capture=False)
-    ours, theirs = (run(engine, [request])["plain"] for engine in engines)
+    ours, theirs = (answer(engine, [request])["plain"] for engine in engines)
     assert (ours.output_ids, ours.hidden_TKH) == (theirs.output_ids, None)
 
 
