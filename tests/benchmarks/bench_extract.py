@@ -159,6 +159,15 @@ def make_config() -> Any:
     )
 
 
+def draft_config() -> Any:
+    """In bfloat16 where the processor computes with it; elsewhere that takes ten times as long as float32."""
+    import torch
+    from vpd.stages.config import DraftConfig
+
+    has_bfloat16 = torch.cpu.get_capabilities()["avx512_bf16"]
+    return DraftConfig(stride=STRIDE, dtype="bfloat16" if has_bfloat16 else "float32")
+
+
 class Extraction:
     """`vpd extract` with an engine that stays, and answers that never end by themselves."""
 
@@ -231,18 +240,16 @@ class Extraction:
     def num_anchors(self) -> int:
         from vpd.data.cache.drafts import NOT_DRAFTED
         from vpd.data.cache.store import Cache
-        from vpd.stages.config import DraftConfig
         from vpd.stages.extract.first_draft import open_first_drafts
 
         cache = Cache.open(self.last_cache)
-        drafts = open_first_drafts(cache, self.drafter(cache), DraftConfig(stride=STRIDE, dtype="bfloat16"))
+        drafts = open_first_drafts(cache, self.drafter(cache), draft_config())
         return sum(int((drafts.accept_lengths(row) != NOT_DRAFTED).sum()) for row in cache.rows)
 
     def drafting(self, cache: Any) -> Any:
-        from vpd.stages.config import DraftConfig
         from vpd.stages.extract.first_draft import FirstDrafting
 
-        return FirstDrafting(self.drafter(cache), DraftConfig(stride=STRIDE, dtype="bfloat16"))
+        return FirstDrafting(self.drafter(cache), draft_config())
 
     def drafter(self, cache: Any) -> Path:
         """A first drafter with random weights."""
