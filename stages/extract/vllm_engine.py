@@ -101,6 +101,7 @@ class VllmEngine:
                 "into extract.engine_args (on a CPU, kv_cache_memory_bytes bounds its memory). A target whose class in "
                 "vLLM does not hand out its layers' states (EAGLE-3's interface) needs --engine transformers."
             ) from error
+        threading.Thread(target=wake_when_dead, args=(self._engine.engine_core,), daemon=True).start()
         self.facts = engine_facts("vllm", vllm_version(), self._engine.model_config.dtype, engine_args)
 
     def _engine_args(
@@ -294,6 +295,19 @@ def alive() -> Iterator[None]:
             "vLLM's engine died. Its own messages above say why; if it ran out of memory, lower max_num_seqs or "
             "gpu_memory_utilization (--engine-arg). What was finished is kept: run the same command again."
         ) from error
+
+
+def wake_when_dead(client: Any) -> None:
+    """Ends the wait of whoever is in `LLMEngine.step` once the engine's process is gone.
+
+    vLLM notes the death and closes the socket, but leaves a caller that waits for the next output waiting.
+    """
+    from vllm.v1.engine.core_client import SyncMPClient
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    if isinstance(client, SyncMPClient):
+        client.output_queue_thread.join()
+        client.outputs_queue.put(EngineDeadError())
 
 
 def room_for(rank: int) -> int:

@@ -1,9 +1,13 @@
 """The real vLLM against transformers: states of every layer, tokens, choices."""
 
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -80,24 +84,29 @@ def test_uncaptured_requests_bring_tokens_alone(engines: tuple[Engine, Engine]):
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("place", ["step", "add_request"])
-def test_an_engine_that_dies_is_an_error_that_says_what_to_do(
-    place: str, engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
-):
-    from vllm.v1.engine.exceptions import EngineDeadError
-
-    def die(*args: Any, **kwargs: Any) -> None:
-        raise EngineDeadError
-
+def test_a_killed_engine_is_an_error_that_says_what_to_do(engines: tuple[Engine, Engine]):
+    """The last one for these engines."""
     engine, _ = engines
     assert isinstance(engine, VllmEngine)
-    monkeypatch.setattr(engine._engine, place, die)
-    monkeypatch.setattr(engine._engine, "has_unfinished_requests", lambda: True)
-    late = EngineRequest(key="late", prompt_ids=[5], max_new_tokens=1, capture=False)
-    calls: dict[str, Callable[[], object]] = {"step": engine.poll, "add_request": lambda: engine.submit(late)}
+    errors: SimpleQueue[BaseException] = SimpleQueue()
+
+    def poll_on() -> None:
+        try:
+            while True:
+                engine.poll()
+        except BaseException as error:
+            errors.put(error)
+
+    engine.submit(EngineRequest(key="long", prompt_ids=[5, 6, 7], max_new_tokens=100, capture=True))
+    threading.Thread(target=poll_on, daemon=True).start()
+    client: Any = engine._engine.engine_core
+    for process in client.resources.engine_manager.processes:
+        os.kill(process.pid, signal.SIGKILL)
+    error = errors.get(timeout=60)
+    assert isinstance(error, ExtractionError)
+    assert "run the same command again" in str(error)
     with pytest.raises(ExtractionError, match="run the same command again"):
-        calls[place]()
-    engine._requests.clear()
+        engine.submit(EngineRequest(key="late", prompt_ids=[5], max_new_tokens=1, capture=False))
 
 
 @pytest.mark.engine
