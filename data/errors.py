@@ -39,3 +39,7 @@ class StorageError(VpdError, OSError):
 
 class ExtractionError(VpdError):
     """The engine handed back something else than what was asked of it."""
+
+
+class EngineDiedError(ExtractionError):
+    """The engine's processes ended by themselves; another engine may go on."""

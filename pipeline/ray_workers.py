@@ -12,7 +12,7 @@ from typing import Any
 
 from ..data.cache.storage import Storage
 from ..data.cache.work import finished_units
-from ..data.errors import ConfigError, ExtractionError, VpdError
+from ..data.errors import ConfigError, EngineDiedError, ExtractionError, VpdError
 from ..stages.extract.plan import open_cache
 from ..stages.extract.sink import ExtractReport
 from .extraction import ExtractJob, Prepared, prepare, work_on
@@ -35,7 +35,7 @@ class RayResources:
 def extract_on_ray(
     job: ExtractJob, prepared: Prepared, resources: RayResources, must_stop: Callable[[], bool]
 ) -> ExtractReport:
-    """Runs the job with so many workers; a worker that dies is replaced, and others take over its units.
+    """Runs the job with so many workers; one that dies, or whose engine does, is replaced; others take over its units.
 
     Target, prompts and cache must be where every node finds them.
 
@@ -63,7 +63,8 @@ def extract_on_ray(
     ):
         if not ray.is_initialized():
             ray.init(log_to_driver=False, configure_logging=False)
-        worker = ray.remote(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, max_retries=RETRIES)(run_worker)
+        options: dict[str, Any] = {"max_retries": RETRIES, "retry_exceptions": [EngineDiedError]}
+        worker = ray.remote(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, **options)(run_worker)
         pending = [worker.remote(job) for _ in range(resources.num_workers)]
         shown = len(finished_units(cache.storage))
         is_stopping = False

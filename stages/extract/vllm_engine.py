@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ...data.cache.store import NO_CHOICE
-from ...data.errors import ConfigError, ExtractionError
+from ...data.errors import ConfigError, EngineDiedError, ExtractionError
 from .argmax import ArgmaxHead
 from .engine import Completion, EngineRequest, Sampling, engine_facts
 from .target import Target
@@ -284,14 +284,14 @@ class StateReceiver:
 def alive() -> Iterator[None]:
     """
     Raises:
-        ExtractionError: the engine's processes ended while they were asked for something.
+        EngineDiedError: its processes ended while they were asked for something.
     """
     from vllm.v1.engine.exceptions import EngineDeadError
 
     try:
         yield
     except EngineDeadError as error:
-        raise ExtractionError(
+        raise EngineDiedError(
             "vLLM's engine died. Its own messages above say why; if it ran out of memory, lower max_num_seqs or "
             "gpu_memory_utilization (--engine-arg). What was finished is kept: run the same command again."
         ) from error

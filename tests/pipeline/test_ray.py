@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from tiny import run_vpd, write_jsonl
 from vpd.data.cache.work import DONE, WORK
@@ -57,6 +58,36 @@ def test_a_worker_that_is_killed_is_replaced(
     assert outcome.code == 0, outcome.err
     assert outcome.result["num_sequences"] == NUM_RECORDS
     check_same(tmp_path / "cache", alone)
+
+
+def kill_an_engine(folder: Path, killed: list[int]) -> None:
+    """Kills the engine of the first worker that writes."""
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline:
+        if any((folder / "parts").glob("*")):
+            for note in (folder / WORK).glob(f"*{WORKER}"):
+                for process in psutil.Process(json.loads(note.read_text())["pid"]).children(recursive=True):
+                    if process.name().startswith("VLLM::Engine"):
+                        process.kill()
+                        killed.append(process.pid)
+                        return
+        time.sleep(0.005)
+
+
+@pytest.mark.engine
+def test_a_worker_whose_engine_is_killed_is_replaced(cluster: Any, tiny_llama: Path, tmp_path: Path):
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"why {i}?"} for i in range(40)])
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_an_engine, args=(tmp_path / "cache", killed))
+    killer.start()
+    engine_args = "{enforce_eager: true, kv_cache_memory_bytes: 268435456, max_num_seqs: 2}"
+    args = arguments(tiny_llama, prompts, tmp_path / "cache", engine="vllm")
+    resources = ["--ray", 1, "--ray-gpus", 0, "--ray-cpus", 1]
+    outcome = run_vpd(*args, *resources, "--set", f"extract.engine_args={engine_args}")
+    killer.join()
+    assert killed, outcome.err
+    assert outcome.code == 0, outcome.err
+    assert outcome.result["num_sequences"] == 40
 
 
 def test_a_signal_ends_all_workers(

@@ -17,7 +17,7 @@ from kinds import save_kind
 from tiny import write_jsonl
 from transformers import AutoModelForCausalLM
 from vpd.data.cache.store import NO_CHOICE, Cache
-from vpd.data.errors import ConfigError, ExtractionError
+from vpd.data.errors import ConfigError, EngineDiedError, ExtractionError
 from vpd.stages.extract.engine import Engine, EngineRequest, Sampling
 from vpd.stages.extract.target import load_target
 from vpd.stages.extract.transformers_engine import TransformersEngine
@@ -103,9 +103,9 @@ def test_a_killed_engine_is_an_error_that_says_what_to_do(engines: tuple[Engine,
     for process in client.resources.engine_manager.processes:
         os.kill(process.pid, signal.SIGKILL)
     error = errors.get(timeout=60)
-    assert isinstance(error, ExtractionError)
+    assert isinstance(error, EngineDiedError)
     assert "run the same command again" in str(error)
-    with pytest.raises(ExtractionError, match="run the same command again"):
+    with pytest.raises(EngineDiedError, match="run the same command again"):
         engine.submit(EngineRequest(key="late", prompt_ids=[5], max_new_tokens=1, capture=False))
 
 
