@@ -4,9 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import click
 import pytest
-from click.testing import CliRunner
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
@@ -18,8 +16,7 @@ from vpd.pipeline.config import (
     load_config,
     parse_assignment,
 )
-from vpd.pipeline.options import collect_overrides, config_options, leaf_fields
-from vpd.stages.config import DrafterSection, EvalConfig, ExtractConfig, PrefixConfig, TrainConfig
+from vpd.stages.config import PrefixConfig
 
 SECTIONS = list(VpdConfig.model_fields)
 
@@ -326,111 +323,6 @@ def test_drafter_json_that_cannot_be_read(tmp_path: Path):
         from_drafter_json(tmp_path / "absent.json")
     with pytest.raises(ConfigError, match=r"settings\.yaml"):
         from_drafter_json(write(tmp_path, "{"))
-
-
-# Flags
-
-
-def run(model: type[BaseModel], section: str, *args: str, only: list[str] | None = None) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-
-    @click.command()
-    @config_options(model, section, only)
-    def command(**kwargs: Any) -> None:
-        found.update(collect_overrides(kwargs))
-
-    result = CliRunner().invoke(command, args)
-    assert result.exit_code == 0, result.output
-    return found | ({"help": result.output} if "--help" in args else {})
-
-
-TRAIN_VALUES = {
-    "objective": "dflash",
-    "prefix.sampler": "visible-geometric",
-    "anchor.sampler": "chain",
-    "anchor.uniform_share": "0.5",
-    "normalise": "batch",
-    "visible": "first-draft",
-    "labels": "argmax",
-    "schedule": "linear",
-    "precision": "bf16",
-    "betas": "0.8,0.9",
-    "optimizer": "muon",
-    "ema": "0.5",
-    "attention": "flex",
-    "sharding": "fsdp2",
-    "non_finite": "skip",
-    "trackers": "tensorboard,wandb",
-}
-SWITCHES = {"compile"}
-"""Settings whose flag takes no value."""
-
-
-@pytest.mark.parametrize("key", [key for key in leaf_fields(TrainConfig) if key != "prefix.mixture"])
-def test_every_training_setting_has_a_flag(key: str):
-    text = [] if key in SWITCHES else [TRAIN_VALUES.get(key, "1")]
-    overrides = run(TrainConfig, "train", f"--{key.replace('.', '-').replace('_', '-')}", *text)
-    assert list(overrides) == [f"train.{key}"]
-    if key != "holdout":
-        dumped = load_config(None, overrides).train.model_dump()
-        for part in key.split("."):
-            dumped = dumped[part]
-        others = {
-            "betas": (0.8, 0.9),
-            "init": "1",
-            "first_drafter": "1",
-            "anchor.uniform_share": 0.5,
-            "ema": 0.5,
-            "trackers": ["tensorboard", "wandb"],
-        }
-        assert dumped == others.get(key, TRAIN_VALUES.get(key, 1))
-
-
-def test_no_flag_gives_no_override():
-    for name in SECTIONS:
-        assert run(type(getattr(VpdConfig(), name)), name) == {}
-
-
-def test_flags_of_other_kinds():
-    args = ["--skip-bad", "--layer-ids", "1,9", "--limit", "3"]
-    expected = {"extract.skip_bad": True, "extract.layer_ids": [1, 9], "extract.limit": 3}
-    assert run(ExtractConfig, "extract", *args) == expected
-    assert run(ExtractConfig, "extract", "--audit", "0.5%") == {"extract.audit": "0.5%"}
-    assert run(ExtractConfig, "extract", "--no-skip-bad") == {"extract.skip_bad": False}
-
-
-@pytest.mark.parametrize("args", [["--layer-ids", "1,x"], ["--engine", "tgi"], ["--seed", "x"], ["--engine-args", "1"]])
-def test_flag_with_a_wrong_value_or_name_is_refused(args: list[str]):
-    command = config_options(ExtractConfig, "extract")(click.command()(lambda **_: None))
-    assert CliRunner().invoke(command, args).exit_code == 2
-
-
-def test_help_is_the_first_sentence_and_the_default():
-    text = " ".join(run(TrainConfig, "train", "--help")["help"].split())
-    assert "--lr FLOAT Peak learning rate; > 0. [default: 0.0006]" in text
-    assert "Ratio of the geometric prior over prefix lengths (Eq. 6); in (0, 1]. [default: 0.9]" in text
-    assert "Number of optimizer steps, in place of epochs; >= 1. [default: none]" in text
-    assert "|topk|mixture] Where prefix lengths come from. [default: posterior]" in text
-    assert text.index("--objective") < text.index("--prefix-sampler") < text.index("--init")
-
-
-def test_only_the_named_flags():
-    text = run(TrainConfig, "train", "--help", only=["prefix", "lr"])["help"]
-    flags = [word for word in text.split() if word.startswith("--")]
-    assert flags == ["--prefix-sampler", "--prefix-beta", "--prefix-k", "--prefix-floor", "--lr", "--help"]
-    with pytest.raises(ValueError, match="rate"):
-        config_options(TrainConfig, "train", ["rate"])
-
-
-def test_two_sections_on_one_command():
-    @click.command()
-    @config_options(DrafterSection, "drafter", ["num_layers"])
-    @config_options(EvalConfig, "eval", ["k"])
-    def command(**kwargs: Any) -> None:
-        click.echo(collect_overrides(kwargs | {"out": "x"}))
-
-    output = CliRunner().invoke(command, ["--num-layers", "2", "--k", "1"]).output
-    assert output.strip() == "{'drafter.num_layers': 2, 'eval.k': 1}"
 
 
 @pytest.mark.parametrize("model", models(), ids=lambda model: model.__name__)
