@@ -101,7 +101,8 @@ class VllmEngine:
                 "into extract.engine_args (on a CPU, kv_cache_memory_bytes bounds its memory). A target whose class in "
                 "vLLM does not hand out its layers' states (EAGLE-3's interface) needs --engine transformers."
             ) from error
-        threading.Thread(target=wake_when_dead, args=(self._engine.engine_core,), daemon=True).start()
+        client = self._engine.engine_core
+        threading.Thread(target=wake_when_dead, args=(client,), name="vpd-engine-watch", daemon=True).start()
         self.facts = engine_facts("vllm", vllm_version(), self._engine.model_config.dtype, engine_args)
 
     def _engine_args(
@@ -282,9 +283,10 @@ class StateReceiver:
 
 @contextmanager
 def alive() -> Iterator[None]:
-    """
+    """Around what is asked of vLLM's engine.
+
     Raises:
-        EngineDiedError: its processes ended while they were asked for something.
+        EngineDiedError: the engine's processes ended.
     """
     from vllm.v1.engine.exceptions import EngineDeadError
 
