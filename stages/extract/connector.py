@@ -2,13 +2,14 @@
 
 vLLM's `extract_hidden_states` method keeps the chosen layers' states in a cache-only KV layer. When a request
 ends, this connector gathers its states from that layer, copies them to the host and sends them through a local
-socket to the process that drives the engine. Nothing is staged on disk, and the engine never waits for the
+socket to the process that drives the engine: in the cache's bfloat16, and of the last layer, from which the target's
+choices follow, just the tokens that need one. Nothing is staged on disk, and the engine never waits for the
 receiver: the driver bounds memory by the number of requests that it keeps in flight.
 
 This module is imported inside the engine's processes, by name.
 """
 
-# T tokens of a request, K captured layers, H hidden width
+# T tokens of a request, C of them with a wanted choice, K stored layers, H hidden width
 from __future__ import annotations
 
 import threading
@@ -34,8 +35,19 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
 
-CAPTURE_KEY = "vpd_capture"
-"""Request parameter (in `kv_transfer_params`): the name under which the request's states are sent. Absent: none."""
+CAPTURE = "vpd_capture"
+"""Request parameter (in `kv_transfer_params`): what `capture_params` returns. Absent: no states are sent."""
+
+
+def capture_params(key: str, choices: list[int], answer: int, every: int) -> dict[str, Any]:
+    """Asks for a request's states.
+
+    Args:
+        key: the name under which they are sent.
+        choices: positions of the prompt after which the target's choice is wanted.
+        answer: position after which the answer begins; from there on, each `every`-th choice is wanted; 0: none is.
+    """
+    return {CAPTURE: {"key": key, "choices": choices, "answer": answer, "every": every}}
 
 
 @dataclass
@@ -43,9 +55,16 @@ class FinishedRequest:
     """A request whose states wait in the KV layer: `token_ids` are the T tokens that entered the model."""
 
     request_id: str
-    capture_key: str
+    capture: dict[str, Any]
     token_ids: list[int]
     block_ids: list[int]
+
+    @property
+    def choices(self) -> list[int]:
+        """Positions, C of them, after which the target's choice is wanted."""
+        answer, every = self.capture["answer"], self.capture["every"]
+        answered = range(answer, len(self.token_ids)) if every else ()
+        return [*self.capture["choices"], *(i for i in answered if i % every == 0)]
 
 
 @dataclass
@@ -56,16 +75,16 @@ class FinishedRequests(KVConnectorMetadata):
 
 
 class StateSender:
-    """Sends (header, states) pairs through one socket, in a thread of its own."""
+    """Sends headers and the tensors that they describe through one socket, in a thread of its own."""
 
     def __init__(self, address: str, authkey: bytes):
         self._connection = Client(address, authkey=authkey)
-        self._queue: SimpleQueue[tuple[dict[str, Any], torch.Tensor, Callable[[], None]] | None] = SimpleQueue()
+        self._queue: SimpleQueue[tuple[dict[str, Any], list[torch.Tensor], Callable[[], None]] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="vpd-state-sender", daemon=True)
         self._thread.start()
 
-    def put(self, header: dict[str, Any], states_TKH: torch.Tensor, wait_copied: Callable[[], None]) -> None:
-        self._queue.put((header, states_TKH, wait_copied))
+    def put(self, header: dict[str, Any], tensors: list[torch.Tensor], wait_copied: Callable[[], None]) -> None:
+        self._queue.put((header, tensors, wait_copied))
 
     def close(self) -> None:
         self._queue.put(None)
@@ -74,17 +93,20 @@ class StateSender:
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
-            header, states_TKH, wait_copied = item
+            header, tensors, wait_copied = item
             wait_copied()
-            self._connection.send(header)
-            self._connection.send_bytes(states_TKH.flatten().view(torch.uint8).numpy().data)
+            described = [(tuple(each.shape), str(each.dtype).removeprefix("torch.")) for each in tensors]
+            self._connection.send(header | {"tensors": described})
+            for each in tensors:
+                self._connection.send_bytes(each.flatten().view(torch.uint8).numpy().data)
 
 
 class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
-    """Hands over the captured states of every finished request that carries `CAPTURE_KEY`.
+    """Hands over the captured states of every finished request that carries `CAPTURE`.
 
-    Extra config: `address` and `authkey` (hex) of the listener that receives them. Only the first
-    tensor-parallel rank sends, as the states are the same on every rank.
+    Extra config: `address` and `authkey` (hex) of the listener that receives them, and `num_layers`, the K layers to
+    store; the last captured one, for the choices, may be one of these or one more. Only the first tensor-parallel rank
+    sends, as the states are the same on every rank.
     """
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig):
@@ -99,6 +121,7 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         self._block_size = groups[self._group_id].kv_cache_spec.block_size
         self._address = self._kv_transfer_config.get_from_extra_config("address", None)
         self._authkey = bytes.fromhex(self._kv_transfer_config.get_from_extra_config("authkey", ""))
+        self._num_layers = int(self._kv_transfer_config.get_from_extra_config("num_layers", 0))
         self._finished: list[FinishedRequest] = []
         self._kv_cache: torch.Tensor | None = None
         self._sender: StateSender | None = None
@@ -120,13 +143,11 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         """Keeps the request's blocks until its states are copied; the last token never entered the model."""
-        capture_key = (request.kv_transfer_params or {}).get(CAPTURE_KEY)
-        if capture_key is None or self._group_id >= len(block_ids) or not block_ids[self._group_id]:
+        capture = (request.kv_transfer_params or {}).get(CAPTURE)
+        if capture is None or self._group_id >= len(block_ids) or not block_ids[self._group_id]:
             return False, None
         token_ids = list(request.all_token_ids)[:-1]
-        self._finished.append(
-            FinishedRequest(request.request_id, capture_key, token_ids, list(block_ids[self._group_id]))
-        )
+        self._finished.append(FinishedRequest(request.request_id, capture, token_ids, list(block_ids[self._group_id])))
         return True, None
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
@@ -164,40 +185,41 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         return done or None, None
 
     def _send(self, request: FinishedRequest, sender: StateSender) -> Callable[[], bool]:
-        """Gathers the request's states [T, K, H] on the host; returns what tells that the copy is over."""
+        """Gathers the request's states on the host; returns what tells that the copy is over."""
         assert self._kv_cache is not None
-        num_tokens = len(request.token_ids)
         if self._kv_cache.is_cuda:
-            states_TKH, copied = self._gather_cuda(request.block_ids, num_tokens)
+            tensors, copied = self._gather_cuda(request)
             is_copied, wait_copied = copied.query, copied.synchronize
         else:
-            states_TKH = self._gather(torch.tensor(request.block_ids), num_tokens)
+            tensors = self._gather(request, torch.tensor(request.block_ids), torch.tensor(request.choices))
             is_copied, wait_copied = (lambda: True), (lambda: None)
-        header = {
-            "key": request.capture_key,
-            "token_ids": request.token_ids,
-            "shape": tuple(states_TKH.shape),
-            "dtype": str(states_TKH.dtype).removeprefix("torch."),
-        }
-        sender.put(header, states_TKH, wait_copied)
+        header = {"key": request.capture["key"], "token_ids": request.token_ids, "choices": request.choices}
+        sender.put(header, tensors, wait_copied)
         return is_copied
 
-    def _gather(self, block_ids: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    def _gather(self, request: FinishedRequest, block_ids: torch.Tensor, choices_C: torch.Tensor) -> list[torch.Tensor]:
+        """The stored layers' states, bfloat16 [T, K, H], and the last layer's where choices are wanted, [C, H]."""
         assert self._kv_cache is not None
-        # [blocks, K, block_size, H] -> [T, K, H]
-        return self._kv_cache[block_ids].transpose(1, 2).flatten(0, 1)[:num_tokens].contiguous()
+        # The KV layer is [blocks, layers, block_size, H].
+        stored = self._kv_cache[block_ids, : self._num_layers].bfloat16()
+        states_TKH = stored.transpose(1, 2).flatten(0, 1)[: len(request.token_ids)].contiguous()
+        choices_C = choices_C.long()
+        last_CH = self._kv_cache[block_ids[choices_C // self._block_size], -1, choices_C % self._block_size]
+        return [states_TKH, last_CH]
 
-    def _gather_cuda(self, block_ids: list[int], num_tokens: int) -> tuple[torch.Tensor, torch.cuda.Event]:
+    def _gather_cuda(self, request: FinishedRequest) -> tuple[list[torch.Tensor], torch.cuda.Event]:
         """The same on a stream of its own, into pinned memory, so that the model's stream goes on."""
         assert self._kv_cache is not None
+        device = self._kv_cache.device
         if self._copy_stream is None:
             self._copy_stream = torch.cuda.Stream()
         self._copy_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._copy_stream):
-            ids = torch.tensor(block_ids).pin_memory().to(self._kv_cache.device, non_blocking=True)
-            on_device = self._gather(ids, num_tokens)
-            on_host = torch.empty_like(on_device, device="cpu", pin_memory=True)
-            on_host.copy_(on_device, non_blocking=True)
+            indices = [torch.tensor(each).pin_memory() for each in (request.block_ids, request.choices)]
+            on_device = self._gather(request, *(each.to(device, non_blocking=True) for each in indices))
+            on_host = [torch.empty_like(each, device="cpu", pin_memory=True) for each in on_device]
+            for target, source in zip(on_host, on_device, strict=True):
+                target.copy_(source, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record(self._copy_stream)
         return on_host, copied

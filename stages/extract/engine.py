@@ -89,6 +89,7 @@ def engine_facts(name: str, version: str, dtype: torch.dtype, args: dict[str, An
 
 
 NEUTRAL_ARGS = {
+    "async_scheduling",
     "batch_size",
     "cpu_offload_gb",
     "disable_log_stats",

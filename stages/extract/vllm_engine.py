@@ -1,6 +1,6 @@
 """The engine of stage one: vLLM with hidden-state extraction, driven request by request."""
 
-# T tokens, K captured layers, H hidden width
+# T tokens, C of them with a wanted choice, K stored layers, H hidden width
 from __future__ import annotations
 
 import os
@@ -14,7 +14,7 @@ from importlib import metadata
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, Listener
 from queue import Empty, SimpleQueue
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -28,8 +28,11 @@ from .target import Target
 CONNECTOR = "HiddenStatesConnector"
 CONNECTOR_MODULE = f"{__package__}.connector"
 SCHEDULER = f"{__package__}.scheduler.OneTokenScheduler"
-CHECK_EVERY = 32
-"""Of so many generated tokens, one is compared with the argmax of the states that it came from."""
+CHECKED_REQUESTS, CHECK_EVERY = 16, 8
+"""Of one answer in so many, one token in so many is compared with the argmax of the states that it came from.
+
+On a CPU each answer so checked costs a reading of the LM head.
+"""
 STATES_TIMEOUT = 120.0
 """Seconds to wait for the states of a request that the engine has reported as finished."""
 RESERVED_ARGS = {
@@ -40,7 +43,6 @@ RESERVED_ARGS = {
     "enable_prefix_caching": "nothing: states of cached prefixes would be missing",
     "speculative_config": "nothing: extraction takes this slot",
     "kv_transfer_config": "nothing: extraction takes this slot",
-    "async_scheduling": "nothing: vLLM extracts without it",
     "enable_lora": "extract.adapter",
 }
 
@@ -85,6 +87,7 @@ class VllmEngine:
         self._head = ArgmaxHead(target)
         self._finished: dict[str, Any] = {}
         self._requests: dict[str, EngineRequest] = {}
+        self._num_greedy = 0
         args = self._engine_args(target, dtype, max_len, vllm_ids, engine_args or {})
         self._lora_request: LoRARequest | None = None
         if target.adapter is not None:
@@ -129,6 +132,7 @@ class VllmEngine:
                 "kv_connector_extra_config": {
                     "address": self._receiver.address,
                     "authkey": self._receiver.authkey.hex(),
+                    "num_layers": self._num_layers,
                 },
             },
         }
@@ -140,8 +144,12 @@ class VllmEngine:
     def submit(self, request: EngineRequest) -> None:
         from vllm import SamplingParams
 
-        from .connector import CAPTURE_KEY
+        from .connector import capture_params
 
+        captured = None
+        if request.capture:
+            choices = [i for i, is_supervised in enumerate(request.supervised[1:]) if is_supervised]
+            captured = capture_params(request.key, choices, len(request.prompt_ids) - 1, self._choose_every())
         params = SamplingParams(
             temperature=self._sampling.temperature,
             top_p=self._sampling.top_p,
@@ -150,13 +158,20 @@ class VllmEngine:
             max_tokens=request.max_new_tokens,
             stop_token_ids=sorted(self._eos_token_ids),
             detokenize=False,
-            extra_args={"kv_transfer_params": {CAPTURE_KEY: request.key}} if request.capture else None,
+            extra_args={"kv_transfer_params": captured} if captured else None,
         )
         self._requests[request.key] = request
         with alive():
             self._engine.add_request(
                 request.key, {"prompt_token_ids": request.prompt_ids}, params, lora_request=self._lora_request
             )
+
+    def _choose_every(self) -> int:
+        """Which choices of the next answer are wanted: of generated tokens that are greedy ones just a sample."""
+        if not self._sampling.greedy:
+            return 1
+        self._num_greedy += 1
+        return CHECK_EVERY if self._num_greedy % CHECKED_REQUESTS == 1 else 0
 
     def poll(self) -> list[Completion]:
         """One engine step, then every request whose tokens and states are both here."""
@@ -178,29 +193,29 @@ class VllmEngine:
         self._receiver.close()
 
     def _complete(self, keys: list[str]) -> list[Completion]:
-        captured: dict[str, Tensor] = {}
+        captured: dict[str, CapturedStates] = {}
         for key in keys:
             if self._requests[key].capture:
-                header, states = self._receiver.received.pop(key)
+                states = self._receiver.received.pop(key)
                 entered = self._requests[key].prompt_ids + list(self._finished[key].token_ids)[:-1]
-                if header["token_ids"] == entered and len(states) == len(entered):
+                if states.token_ids == entered and len(states.hidden_TKH) == len(entered):
                     captured[key] = states
-        argmax = self._choices(captured)
+        argmax = self._argmax(captured)
         return [self._completion(key, captured.get(key), argmax.get(key)) for key in keys]
 
-    def _completion(self, key: str, states: Tensor | None, argmax_T: Tensor | None) -> Completion:
+    def _completion(self, key: str, states: CapturedStates | None, argmax_T: Tensor | None) -> Completion:
         request, output = self._requests.pop(key), self._finished.pop(key)
         return Completion(
             key=key,
             prompt_ids=request.prompt_ids,
             output_ids=list(output.token_ids),
             finish_reason="stop" if output.finish_reason == "stop" else "length",
-            hidden_TKH=None if states is None else states[:, : self._num_layers].bfloat16(),
+            hidden_TKH=None if states is None else states.hidden_TKH,
             argmax_T=argmax_T,
             fault="states of other tokens" if request.capture and states is None else "",
         )
 
-    def _choices(self, captured: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _argmax(self, captured: dict[str, CapturedStates]) -> dict[str, Tensor]:
         """Greedy choices int64 [T] where they are wanted, `NO_CHOICE` elsewhere.
 
         The head over the vocabulary is a fifth of a small target's work, and for few tokens the reading of its weights:
@@ -208,33 +223,36 @@ class VllmEngine:
         """
         if not captured:
             return {}
-        wanted = [self._wanted(self._requests[key], len(states)) for key, states in captured.items()]
-        found = self._head(
-            torch.cat([states[rows, -1] for rows, states in zip(wanted, captured.values(), strict=True)])
-        )
-        argmax = {key: torch.full((len(states),), NO_CHOICE) for key, states in captured.items()}
-        for rows, choices, argmax_T in zip(wanted, found.split(list(map(len, wanted))), argmax.values(), strict=True):
-            argmax_T[rows] = choices
+        found = self._head(torch.cat([states.last_CH for states in captured.values()]))
+        argmax = {key: torch.full((len(states.token_ids),), NO_CHOICE) for key, states in captured.items()}
+        split = found.split([len(states.choices) for states in captured.values()])
+        for states, choices_C, argmax_T in zip(captured.values(), split, argmax.values(), strict=True):
+            argmax_T[states.choices] = choices_C
         return argmax
 
-    def _wanted(self, request: EngineRequest, num_tokens: int) -> Tensor:
-        """Positions int64 of which the head is asked: of generated tokens that are its own choices just a sample."""
-        before_answer = len(request.prompt_ids) - 1
-        positions = [i for i, is_supervised in enumerate(request.supervised[1:]) if is_supervised]
-        step = CHECK_EVERY if self._sampling.greedy else 1
-        positions += [i for i in range(before_answer, num_tokens) if i % step == 0]
-        return torch.tensor(positions, dtype=torch.int64)
+
+class CapturedStates(NamedTuple):
+    """What the connector sent of a request."""
+
+    token_ids: list[int]
+    """The T tokens that entered the model."""
+    choices: list[int]
+    """Positions, C of them, after which the target's choice is wanted."""
+    hidden_TKH: Tensor
+    """bfloat16."""
+    last_CH: Tensor
+    """The last layer's output at `choices`, in the engine's type."""
 
 
 class StateReceiver:
-    """Listens on a local socket for the connector's (header, states) pairs."""
+    """Listens on a local socket for what the connector sends."""
 
     def __init__(self) -> None:
         self._folder = tempfile.mkdtemp(prefix="vpd-")
         self.address = os.path.join(self._folder, "states")
         self.authkey = secrets.token_bytes(32)
-        self.received: dict[str, tuple[dict[str, Any], Tensor]] = {}
-        self._queue: SimpleQueue[tuple[dict[str, Any], Tensor]] = SimpleQueue()
+        self.received: dict[str, CapturedStates] = {}
+        self._queue: SimpleQueue[tuple[str, CapturedStates]] = SimpleQueue()
         self._listener = Listener(self.address, family="AF_UNIX", authkey=self.authkey)
         threading.Thread(target=self._accept, name="vpd-state-receiver", daemon=True).start()
 
@@ -245,10 +263,10 @@ class StateReceiver:
             ExtractionError: nothing came in time.
         """
         try:
-            header, states = self._queue.get(timeout=timeout) if timeout else self._queue.get_nowait()
+            key, states = self._queue.get(timeout=timeout) if timeout else self._queue.get_nowait()
             while True:
-                self.received[header["key"]] = (header, states)
-                header, states = self._queue.get_nowait()
+                self.received[key] = states
+                key, states = self._queue.get_nowait()
         except Empty:
             if timeout and not self.received:
                 raise ExtractionError(
@@ -274,9 +292,10 @@ class StateReceiver:
         try:
             while True:
                 header = connection.recv()
-                data = bytearray(connection.recv_bytes())
-                dtype = getattr(torch, header["dtype"])
-                self._queue.put((header, torch.frombuffer(data, dtype=dtype).view(header["shape"])))
+                tensors = [torch.empty(shape, dtype=getattr(torch, dtype)) for shape, dtype in header["tensors"]]
+                for each in tensors:
+                    connection.recv_bytes_into(each.flatten().view(torch.uint8).numpy())
+                self._queue.put((header["key"], CapturedStates(header["token_ids"], header["choices"], *tensors)))
         except (EOFError, OSError):
             connection.close()
 

@@ -1,7 +1,8 @@
 """Extraction against bare vLLM: the same prompts and engine arguments, both engines started before the clock.
 
-All answers have the same length, so that both sides generate the same tokens. What lies between the two is taken
-apart: the engine with states cached but not sent, with states sent, the whole of `vpd extract`, and first drafts alone.
+Answers have set lengths, so that both sides generate the same tokens, and differ in them, so that requests end one by
+one while others wait for their place, as they do in long runs. What lies between the two sides is taken apart: the
+engine with states cached but not sent, with states sent, the whole of `vpd extract`, and first drafts alone.
 
 Both engines compute on every core. Left to itself, vLLM keeps a core free for its scheduler, and another one beside a
 KV connector; of two cores that leaves none, so it gives the engine with a connector both, and the bare one but one.
@@ -15,6 +16,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,7 +27,11 @@ from report import Figure, interleave, median_ratio
 
 NAME, DATA = "extract", "SmolLM2-135M"
 ROUNDS = 3
-NEW_TOKENS = 48
+FEWEST_TOKENS, LENGTHS, LENGTH_STEP = 24, 7, 8
+"""Answers have 24, 32, ... 72 tokens."""
+ASKED_AGAIN = " Answer in a few words."
+SECONDS_OF_REST = 1.5
+"""Between turns: for a second after its work vLLM's processes spin, waiting for more."""
 LAYERS, BLOCK_SIZE, STRIDE = [1, 14, 27], 8, 4
 MAX_LEN, PART_MIB = 512, 4
 ENGINE_ARGS: dict[str, Any] = {
@@ -55,6 +61,7 @@ def bench_extract(folder: Path) -> list[Figure]:
         runs = {BARE: partial(bare, BARE)} | {name: partial(ours, name) for name in [*PARTS, ALONE]}
         seconds = interleave(runs, ROUNDS)
         num_anchors = ours("anchors")
+    num_tokens = sum(map(answer_tokens, range(num_prompts)))
 
     def figure(name: str, value: float, unit: str = "x", target_value: float | None = None) -> Figure:
         is_ratio = unit == "x"
@@ -62,7 +69,7 @@ def bench_extract(folder: Path) -> list[Figure]:
             benchmark=NAME, name=name, data=DATA, value=value, unit=unit, target=target_value, less_is_better=is_ratio
         )
 
-    found = [figure("bare vLLM", num_prompts * NEW_TOKENS / median(seconds[BARE]), "tokens/s")]
+    found = [figure("bare vLLM", num_tokens / median(seconds[BARE]), "tokens/s")]
     for name, words in PARTS.items():
         ratio = median_ratio(seconds[name], seconds[BARE])
         found.append(figure(f"{words} / bare", ratio, target_value=TARGETS.get(name)))
@@ -72,12 +79,19 @@ def bench_extract(folder: Path) -> list[Figure]:
 
 
 def write_prompts(file: Path) -> int:
-    """The demo's prompts of one turn: those of several would be several requests, one after another."""
+    """The demo's prompts of one turn, in two forms: those of several would be several requests, one after another."""
     from vpd.pipeline.demo import PROMPTS
 
-    lines = [line for line in PROMPTS.read_text().splitlines() if len(json.loads(line)["messages"]) == 1]
-    file.write_text("\n".join(lines) + "\n")
-    return len(lines)
+    records = [json.loads(line) for line in PROMPTS.read_text().splitlines()]
+    asked = [record["messages"][0]["content"] for record in records if len(record["messages"]) == 1]
+    asked += [text + ASKED_AGAIN for text in asked]
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in asked))
+    return len(asked)
+
+
+def answer_tokens(index: int) -> int:
+    """Tokens of the answer to a prompt, by its place in the file."""
+    return FEWEST_TOKENS + LENGTH_STEP * (index % LENGTHS)
 
 
 @contextmanager
@@ -91,6 +105,7 @@ def serving(serve: Callable[..., None], *arguments: Any) -> Iterator[Callable[[s
     assert here.recv() == "ready"
 
     def run(what: str) -> float:
+        time.sleep(SECONDS_OF_REST)
         here.send(what)
         return float(here.recv())
 
@@ -115,25 +130,32 @@ def serve_bare(pipe: Connection, target_folder: Path, prompts_file: Path) -> Non
         str(target_folder), dtype="float32", max_model_len=MAX_LEN + 1, enable_prefix_caching=False, **ENGINE_ARGS
     )
     prompts = [TokensPrompt(prompt_token_ids=ids) for ids in prompt_ids(target_folder, prompts_file)]
-    params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
-    engine.generate(prompts, params, use_tqdm=False)
-    pipe.send("ready")
-    while pipe.recv() is not None:
-        started = time.perf_counter()
+    params = [
+        SamplingParams(temperature=0, max_tokens=answer_tokens(i), ignore_eos=True, detokenize=False)
+        for i in range(len(prompts))
+    ]
+    try:
         engine.generate(prompts, params, use_tqdm=False)
-        pipe.send(time.perf_counter() - started)
-    engine.llm_engine.engine_core.shutdown()
+        pipe.send("ready")
+        while pipe.recv() is not None:
+            started = time.perf_counter()
+            engine.generate(prompts, params, use_tqdm=False)
+            pipe.send(time.perf_counter() - started)
+    finally:
+        engine.llm_engine.engine_core.shutdown()
 
 
 def serve_ours(pipe: Connection, target_folder: Path, prompts_file: Path) -> None:
     set_environment()
     extraction = Extraction(target_folder, prompts_file)
-    extraction.run_requests(capture=True)
-    extraction.run(with_drafts=False)
-    pipe.send("ready")
-    while (what := pipe.recv()) is not None:
-        pipe.send(extraction.measure(what))
-    extraction.engine.close()
+    try:
+        extraction.run_requests(capture=True)
+        extraction.run(with_drafts=True)
+        pipe.send("ready")
+        while (what := pipe.recv()) is not None:
+            pipe.send(extraction.measure(what))
+    finally:
+        extraction.engine.close()
 
 
 def prompt_ids(target_folder: Path, prompts_file: Path) -> list[list[int]]:
@@ -152,7 +174,7 @@ def make_config() -> Any:
         dtype="float32",
         layer_ids=LAYERS,
         max_len=MAX_LEN,
-        max_new_tokens=NEW_TOKENS,
+        max_new_tokens=answer_tokens(LENGTHS - 1),
         part_mib=PART_MIB,
         audit=0,
         engine_args=ENGINE_ARGS,
@@ -169,7 +191,7 @@ def draft_config() -> Any:
 
 
 class Extraction:
-    """`vpd extract` with an engine that stays, and answers that never end by themselves."""
+    """`vpd extract` with an engine and a first drafter that stay, and answers that never end by themselves."""
 
     def __init__(self, target_folder: Path, prompts_file: Path):
         from vpd.stages.extract.plan import make_engine
@@ -179,6 +201,7 @@ class Extraction:
         self.engine: Any = make_engine(self.target, tuple(LAYERS), self.config)
         self.engine._eos_token_ids = set()
         self.prompts = prompt_ids(target_folder, prompts_file)
+        self.drafting: Any = None
         self.num_caches = 0
         self.last_cache = ""
 
@@ -197,7 +220,8 @@ class Extraction:
 
         started = time.perf_counter()
         for i, ids in enumerate(self.prompts):
-            self.engine.submit(EngineRequest(key=str(i), prompt_ids=ids, max_new_tokens=NEW_TOKENS, capture=capture))
+            request = EngineRequest(key=str(i), prompt_ids=ids, max_new_tokens=answer_tokens(i), capture=capture)
+            self.engine.submit(request)
         num_done = 0
         while num_done < len(self.prompts):
             num_done += len(self.engine.poll())
@@ -214,14 +238,15 @@ class Extraction:
         self.last_cache = out = str(self.prompts_file.parent / f"cache-{self.num_caches}")
         prepared = prepare(ExtractJob(str(self.target.folder), (str(self.prompts_file),), out, self.config))
         cache = open_cache(out, prepared.manifest, prepared.target)
-        drafting = self.drafting(cache) if with_drafts else None
+        self.drafting = self.drafting or self.make_drafting(cache)
+        factory = partial(Kept, self.engine)
         started = time.perf_counter()
-        if drafting is None:
-            extract(lambda: Kept(self.engine), cache, prepared.plan, self.config)
+        if with_drafts:
+            with drafting_beside(out, self.drafting, lambda: False):
+                extract(factory, cache, prepared.plan, self.config)
+            self.drafting.run(Cache.open(out))
         else:
-            with drafting_beside(out, drafting, lambda: False):
-                extract(lambda: Kept(self.engine), cache, prepared.plan, self.config)
-            drafting.run(Cache.open(out))
+            extract(factory, cache, prepared.plan, self.config)
         return time.perf_counter() - started
 
     def draft_alone(self) -> float:
@@ -230,11 +255,10 @@ class Extraction:
 
         from vpd.data.cache.store import Cache
 
-        shutil.rmtree(Path(self.last_cache) / "drafts")
+        shutil.rmtree(Path(self.last_cache) / "drafts", ignore_errors=True)
         cache = Cache.open(self.last_cache)
-        drafting = self.drafting(cache)
         started = time.perf_counter()
-        drafting.run(cache)
+        self.drafting.run(cache)
         return time.perf_counter() - started
 
     def num_anchors(self) -> int:
@@ -246,7 +270,7 @@ class Extraction:
         drafts = open_first_drafts(cache, self.drafter(cache), draft_config())
         return sum(int((drafts.accept_lengths(row) != NOT_DRAFTED).sum()) for row in cache.rows)
 
-    def drafting(self, cache: Any) -> Any:
+    def make_drafting(self, cache: Any) -> Any:
         from vpd.stages.extract.first_draft import FirstDrafting
 
         return FirstDrafting(self.drafter(cache), draft_config())
@@ -270,15 +294,19 @@ class Extraction:
 
 
 class Kept:
-    """An engine that outlives an extraction."""
+    """An engine that outlives an extraction, and gives its answers their set lengths."""
 
     def __init__(self, engine: Any):
-        self.engine, self.facts = engine, engine.facts
-        self.submit, self.poll = engine.submit, engine.poll
+        self.engine, self.facts, self.poll = engine, engine.facts, engine.poll
+        self.num_submitted = 0
 
     @property
     def num_in_flight(self) -> int:
         return self.engine.num_in_flight
+
+    def submit(self, request: Any) -> None:
+        self.engine.submit(replace(request, max_new_tokens=answer_tokens(self.num_submitted)))
+        self.num_submitted += 1
 
     def close(self) -> None:
         pass
