@@ -29,7 +29,7 @@ from ..stages.train.checkpoints import find_drafter, list_checkpoints
 from ..stages.train.run import make_trainer
 from ..stages.train.samples import is_held_out
 from .config import VpdConfig, config_yaml
-from .extraction import ExtractJob, drafting_beside, prepare, work_on
+from .extraction import ExtractJob, drafting_beside, has_room_beside, prepare, work_on
 from .inspect import accept_length_histogram
 from .progress import ProgressReport
 from .ray_workers import RayResources, extract_on_ray
@@ -70,7 +70,8 @@ def extract(
         def must_stop() -> bool:
             return signals.received is not None
 
-        with drafting_beside(out, drafting, must_stop) if drafting is not None else nullcontext():
+        beside = drafting if has_room_beside(elsewhere=ray is not None) else None
+        with drafting_beside(out, beside, must_stop) if beside is not None else nullcontext():
             if ray is not None:
                 report = extract_on_ray(job, prepared, ray, must_stop)
             else:

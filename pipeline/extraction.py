@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+import torch
+
 from ..data.cache.manifest import MANIFEST_NAME, CacheManifest
 from ..data.cache.storage import open_storage
 from ..data.cache.store import Cache
@@ -66,6 +68,14 @@ def prepare(job: ExtractJob) -> Prepared:
     manifest = plan_manifest(target, layer_ids, chat, prompts, settings)
     plan = plan_extraction(job.out, manifest, prompts, chat, target, settings)
     return Prepared(job, target, layer_ids, manifest, plan)
+
+
+def has_room_beside(elsewhere: bool) -> bool:
+    """Whether drafting leaves the engine its processors, as the engine is elsewhere or on a GPU.
+
+    On the same cores the two slow each other by more than drafting takes afterwards.
+    """
+    return elsewhere or torch.accelerator.is_available()
 
 
 @contextmanager

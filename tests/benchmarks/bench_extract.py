@@ -15,7 +15,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -33,7 +33,7 @@ ASKED_AGAIN = " Answer in a few words."
 SECONDS_OF_REST = 1.5
 """Between turns: for a second after its work vLLM's processes spin, waiting for more."""
 LAYERS, BLOCK_SIZE, STRIDE = [1, 14, 27], 8, 4
-MAX_LEN, PART_MIB = 512, 4
+MAX_LEN, PART_MIB = 512, 16
 ENGINE_ARGS: dict[str, Any] = {
     "enforce_eager": True,
     "kv_cache_memory_bytes": 1 << 30,
@@ -230,7 +230,7 @@ class Extraction:
     def run(self, with_drafts: bool) -> float:
         """The whole way into a new cache, first drafts included; the clock starts where a first request could."""
         from vpd.data.cache.store import Cache
-        from vpd.pipeline.extraction import ExtractJob, drafting_beside, prepare
+        from vpd.pipeline.extraction import ExtractJob, drafting_beside, has_room_beside, prepare
         from vpd.stages.extract.plan import open_cache
         from vpd.stages.extract.run import extract
 
@@ -241,12 +241,11 @@ class Extraction:
         self.drafting = self.drafting or self.make_drafting(cache)
         factory = partial(Kept, self.engine)
         started = time.perf_counter()
-        if with_drafts:
-            with drafting_beside(out, self.drafting, lambda: False):
-                extract(factory, cache, prepared.plan, self.config)
-            self.drafting.run(Cache.open(out))
-        else:
+        is_beside = with_drafts and has_room_beside(elsewhere=False)
+        with drafting_beside(out, self.drafting, lambda: False) if is_beside else nullcontext():
             extract(factory, cache, prepared.plan, self.config)
+        if with_drafts:
+            self.drafting.run(Cache.open(out))
         return time.perf_counter() - started
 
     def draft_alone(self) -> float:

@@ -112,7 +112,9 @@ def test_what_another_process_drafts_meanwhile_is_not_drafted_again(
     assert len(committed) == 3 + 1  # both had begun one
 
 
+@pytest.mark.parametrize("has_room", [True, False])
 def test_drafting_while_extracting_gives_the_same_drafts(
+    has_room: bool,
     drafted_cache: Path,
     first_run: Path,
     tiny_llama: Path,
@@ -122,6 +124,7 @@ def test_drafting_while_extracting_gives_the_same_drafts(
 ):
     out, beside = tmp_path / "cache", []
     monkeypatch.setattr("vpd.pipeline.extraction.SECONDS_BETWEEN_DRAFTINGS", 0.01)
+    monkeypatch.setattr("vpd.pipeline.commands.has_room_beside", lambda elsewhere: has_room)
     run = FirstDrafting.run
 
     def noted(drafting: FirstDrafting, cache: Cache, *args: Any, **settings: Any) -> FirstDrafts:
@@ -132,7 +135,7 @@ def test_drafting_while_extracting_gives_the_same_drafts(
 
     monkeypatch.setattr(FirstDrafting, "run", noted)
     vpd("extract", tiny_llama, tiny_prompts, "--out", out, "--first-drafter", first_run, **EXTRACT)
-    assert beside
+    assert bool(beside) == has_room
     after, during = Cache.open(drafted_cache), Cache.open(out)
     rows = {row.seq_id: row for row in after.rows}
     for row in during.rows:
