@@ -47,4 +47,6 @@ def fill_blocks(
 def _most_likely(states_PH: Tensor, head_VH: Tensor, num_alternatives: int) -> tuple[Tensor, Tensor]:
     logits_PV = (states_PH @ head_VH.T).float()
     top_PA, tokens_PA = logits_PV.topk(num_alternatives, dim=-1)
-    return tokens_PA, (top_PA - logits_PV.logsumexp(dim=-1, keepdim=True)).exp()
+    largest_P1 = top_PA[:, :1]
+    sums_P1 = logits_PV.sub_(largest_P1).exp_().sum(dim=-1, keepdim=True)  # the logits' own memory: they are many
+    return tokens_PA, (top_PA - largest_P1).exp() / sums_P1
