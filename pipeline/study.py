@@ -78,6 +78,16 @@ ARMS = (
         "mixture 0.4 past, 0.4 boundary, 0.2 geometric",
         prefix("mixture", mixture={"past-boundary": 0.4, "boundary": 0.4, "geometric": 0.2}),
     ),
+    Arm(
+        "mixture 0.7 posterior, 0.3 geometric, warm",
+        prefix("mixture", mixture={"posterior": 0.7, "geometric": 0.3}),
+        warm=True,
+    ),
+    Arm(
+        "mixture 0.5 posterior, 0.5 past, warm",
+        prefix("mixture", mixture={"posterior": 0.5, "past-boundary": 0.5}),
+        warm=True,
+    ),
     Arm("past-boundary, chain", PAST | {"train.anchor.sampler": "chain"}),
     Arm("past-boundary, failure", PAST | {"train.anchor.sampler": "failure"}),
     Arm("past-boundary, batch", PAST | {"train.normalise": "batch"}),
