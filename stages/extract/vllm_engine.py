@@ -149,7 +149,7 @@ class VllmEngine:
         captured = None
         if request.capture:
             choices = [i for i, is_supervised in enumerate(request.supervised[1:]) if is_supervised]
-            captured = capture_params(request.key, choices, len(request.prompt_ids) - 1, self._choose_every())
+            captured = capture_params(request.key, choices, len(request.prompt_ids) - 1, self._choose_every(request))
         params = SamplingParams(
             temperature=self._sampling.temperature,
             top_p=self._sampling.top_p,
@@ -166,10 +166,12 @@ class VllmEngine:
                 request.key, {"prompt_token_ids": request.prompt_ids}, params, lora_request=self._lora_request
             )
 
-    def _choose_every(self) -> int:
+    def _choose_every(self, request: EngineRequest) -> int:
         """Which choices of the next answer are wanted: of generated tokens that are greedy ones just a sample."""
         if not self._sampling.greedy:
             return 1
+        if request.max_new_tokens == 1:
+            return 0  # a prefill, which has no answer
         self._num_greedy += 1
         return CHECK_EVERY if self._num_greedy % CHECKED_REQUESTS == 1 else 0
 
