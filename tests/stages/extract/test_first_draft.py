@@ -113,7 +113,7 @@ def test_what_another_process_drafts_meanwhile_is_not_drafted_again(
 
 
 @pytest.mark.parametrize("has_room", [True, False])
-def test_drafting_while_extracting_gives_the_same_drafts(
+def test_drafting_beside_or_after_extraction_gives_the_same_drafts(
     has_room: bool,
     drafted_cache: Path,
     first_run: Path,
