@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from .compiling import set_up_compiler
+
 BLOCKS_PER_GROUP = 16
 TILE = 128
 """Rows and columns of a tile of flex attention's block mask."""
@@ -37,6 +39,11 @@ class Layout(NamedTuple):
     ends_N: Tensor
     num_tokens: int
     block_size: int
+
+    @property
+    def is_small(self) -> bool:
+        """Whether compiling treats it as a case of its own: a size of one, or block positions of a single tile."""
+        return min(len(self.starts_N), self.num_tokens) < 2 or len(self.starts_N) * self.block_size <= TILE
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, LayerContext], Tensor]
@@ -163,6 +170,7 @@ class FlexAttention:
 
 @functools.cache
 def compiled_flex_attention() -> Callable[..., Any]:
+    set_up_compiler()
     return torch.compile(flex_attention, dynamic=True)
 
 
@@ -229,6 +237,7 @@ def packed_heads(
 
 def plan_attention(name: str, layout: Layout, dtype: torch.dtype) -> Attend:
     """What the layers of one forward pass share."""
-    if name == "flex":
-        return FlexAttention(layout)
-    return EagerAttention(layout) if name == "eager" else StructuredAttention(layout, dtype)
+    if name == "structured":
+        return StructuredAttention(layout, dtype)
+    # Flex attention exists in compiled form alone on a GPU, and the dense mask of a small layout costs nothing.
+    return EagerAttention(layout) if name == "eager" or layout.is_small else FlexAttention(layout)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .attention import Attend, LayerContext, make_layout, plan_attention
+from .compiling import set_up_compiler
 from .shape import DrafterShape
 
 INIT_STD = 0.02
@@ -60,6 +61,7 @@ class Drafter(nn.Module):
 
     def compile_layers(self) -> None:
         """Has PyTorch compile what is computed per layer, for any number of tokens and blocks."""
+        set_up_compiler()
         for layer in self.layers:
             layer.compile(fullgraph=True, dynamic=True)
 
@@ -102,7 +104,10 @@ class Drafter(nn.Module):
         states = blocks_NGH
         for i, (layer, layer_context) in enumerate(zip(self.layers, context.layers, strict=True)):
             wanted = wanted_P if i == len(self.layers) - 1 else None
-            states = layer(states, rope, layer_context, attend, wanted)
+            is_small = layout.is_small or (wanted is not None and len(wanted) < 2)
+            # What is compiled serves all sizes but the smallest, which would be compiled apart.
+            compute = layer.forward if is_small else layer
+            states = compute(states, rope, layer_context, attend, wanted)
         return self.norm(states)
 
 

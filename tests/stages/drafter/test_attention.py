@@ -2,6 +2,7 @@
 
 # N blocks, G block size, Q = N * G block positions, T context tokens, K = T + Q keys, H hidden width
 import random
+from dataclasses import replace
 from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
@@ -11,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_drafter import plain_drafter, random_drafter, relative_error
 from torch import Tensor
-from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
+from tracing import trace_compiled_modules
 from vpd.stages.drafter import attention as attention_module
 from vpd.stages.drafter.attention import BLOCKS_PER_GROUP, Layout, group_blocks, make_block_mask, make_layout
 from vpd.stages.drafter.model import Drafter
@@ -229,22 +230,38 @@ def test_the_cost_of_structured_attention_is_that_of_the_context_before_the_bloc
     assert count_scores([3000, 640, 9], [[], anchors, [9]]) == expected + G * (9 + G)
 
 
-@quiet_flex
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's own
-@pytest.mark.filterwarnings("ignore:.*Function.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize(("attention", "backend"), [("eager", "aot_eager"), ("flex", "eager")])
-def test_compiled_layers_serve_all_layouts(attention: str, backend: str):
+quiet_dynamo = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*Function.*should not be instantiated:DeprecationWarning"),
+]
+
+
+@pytest.mark.parametrize("attention", [pytest.param(name, marks=quiet_dynamo) for name in ("eager", "flex")])
+def test_compiled_layers_serve_all_layouts(attention: str, monkeypatch: pytest.MonkeyPatch):
     packed = [([90, 110], [30, 10]), ([50, 300, 8], [9, 50, 0]), ([250], [47]), ([20, 30], [51, 30])]
+    packed += [([300], [1]), ([40], [2]), ([1], [40]), ([1], [1]), ([130], [18]), ([300], [19])]
     layouts = [random_packing(*counts, block_size=7) for counts in packed]
-    drafter, with_gradients = random_drafter(SHAPE).double(), attention == "eager"
+    drafter = random_drafter(SHAPE).double()
+    drafter.attention = "eager"
+    expected = [run(drafter, layout, with_gradients=True) for layout in layouts]
     drafter.attention = attention
-    expected = [run(drafter, layout, with_gradients) for layout in layouts]
-    torch.compiler.reset()
-    counters.clear()
-    for layer in drafter.layers:
-        layer.compile(fullgraph=True, dynamic=True, backend=backend)
-    with torch._dynamo.config.patch(specialize_float=True):  # not only in a second, slow attempt
-        found = [run(drafter, layout, with_gradients) for layout in layouts]
+    graphs = trace_compiled_modules(monkeypatch)
+    drafter.compile_layers()
+    found = [run(drafter, layout, with_gradients=True) for layout in layouts]
     for tensors in zip(chain(*found), chain(*expected), strict=True):
         assert relative_error(*tensors) < TOLERANCE
-    assert 1 <= counters["stats"]["unique_graphs"] <= 2
+    assert len(graphs) == 2  # the first layer's, then that of the others
+
+
+@pytest.mark.filterwarnings("ignore:.*Function.*should not be instantiated:DeprecationWarning")
+def test_drafters_of_many_shapes_are_compiled_in_one_process(monkeypatch: pytest.MonkeyPatch):
+    layout = random_packing([90, 110], [30, 10], block_size=7)
+    graphs = trace_compiled_modules(monkeypatch)
+    for intermediate_size in range(4, 13):
+        drafter = random_drafter(replace(SHAPE, num_layers=1, intermediate_size=intermediate_size)).double()
+        drafter.attention = "eager"
+        (expected,) = run(drafter, layout, with_gradients=False)
+        drafter.compile_layers()
+        (found,) = run(drafter, layout, with_gradients=False)
+        assert relative_error(found, expected) < TOLERANCE
+    assert len(graphs) == 9  # PyTorch's own limit is 8

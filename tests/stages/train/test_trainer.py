@@ -12,11 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import DRAFTER, TRAIN, snapshot
-from torch import Tensor, nn
-from torch._dynamo.backends.debugging import aot_eager
+from torch import Tensor
+from tracing import trace_compiled_modules
 from vpd.data.cache.store import Cache
 from vpd.data.errors import ConfigError, VpdError
 from vpd.stages.config import DrafterSection, TrainConfig
+from vpd.stages.drafter import model as model_module
+from vpd.stages.drafter.attention import Layout, make_layout
 from vpd.stages.train import loop as loop_module
 from vpd.stages.train import trainer as trainer_module
 from vpd.stages.train.checkpoints import checkpoint_path, list_checkpoints, load_state
@@ -32,9 +34,9 @@ TOLERANCE = 1e-5
 """Sums in another order, in float32, over a few steps that build on each other."""
 
 
-def make(cache: Path, run: Path, **changes: Any) -> Trainer:
+def make(cache: Path, run: Path, num_layers: int = 1, **changes: Any) -> Trainer:
     config = TrainConfig.model_validate({**SETTINGS, **changes})
-    return make_trainer(Cache.open(cache), run, DrafterSection(**DRAFTER), config)
+    return make_trainer(Cache.open(cache), run, DrafterSection(**{**DRAFTER, "num_layers": num_layers}), config)
 
 
 def train(trainer: Trainer, on_step: Callable[[], object] = lambda: None) -> list[Line]:
@@ -266,46 +268,48 @@ def test_the_pace_is_that_of_the_steps_without_checkpoints(monkeypatch: pytest.M
 # Ways to compute the same
 
 
+PASSES: Line = {"num_layers": 3, "batch_tokens": 450, "tokens_per_pass": 500, "max_steps": 6}
+"""Some passes are of a single sequence with few blocks, others of several with more block positions than a tile has."""
+
+
 @pytest.fixture(scope="module")
 def eager(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """Losses of a run with the reference of attention."""
-    trainer = make(tiny_cache, tmp_path_factory.mktemp("eager"), attention="eager", tokens_per_pass=160, max_steps=6)
-    return losses(train(trainer))
+    return losses(train(make(tiny_cache, tmp_path_factory.mktemp("eager"), attention="eager", **PASSES)))
 
 
 def test_structured_attention_trains_like_eager(eager: list[float], tiny_cache: Path, tmp_path: Path):
-    trainer = make(tiny_cache, tmp_path, attention="structured", tokens_per_pass=160, max_steps=6)
-    assert losses(train(trainer)) == pytest.approx(eager, rel=TOLERANCE)
+    lines = train(make(tiny_cache, tmp_path, attention="structured", **PASSES))
+    assert losses(lines) == pytest.approx(eager, rel=TOLERANCE)
     assert len(set(eager)) == 6
 
 
 # PyTorch looks at the gradients of what it traces.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.filterwarnings("ignore:.*Function.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("attention", ["eager", "flex"])
 def test_compiled_layers_train_like_others(
-    eager: list[float], tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    attention: str, eager: list[float], tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """PyTorch traces the layers, forwards and backwards, without making code for this processor, which takes long."""
-    graphs = []
-
-    def backend(graph: Any, inputs: list[Tensor]) -> Any:
-        graphs.append(graph)
-        return aot_eager(graph, inputs)
-
-    original = nn.Module.compile
-
-    def compile_without_code(module: nn.Module, **arguments: Any) -> None:
-        original(module, **arguments, backend=backend)
-
-    monkeypatch.setattr(nn.Module, "compile", compile_without_code)
-    torch._dynamo.reset()
-    trainer = make(tiny_cache, tmp_path, attention="eager", compile=True, tokens_per_pass=160, max_steps=6)
-    num_graphs: list[int] = []
-    lines = train(trainer, lambda: num_graphs.append(len(graphs)))
+    graphs, layouts = trace_compiled_modules(monkeypatch), note_layouts(monkeypatch)
+    lines = train(make(tiny_cache, tmp_path, attention=attention, compile=True, **PASSES))
     assert losses(lines) == pytest.approx(eager, rel=TOLERANCE)
-    assert len({line["num_labels"] for line in lines}) > 1
-    # Passes of other sizes need no other code.
-    assert num_graphs[0] == num_graphs[-1] > 0
+    assert {layout.is_small for layout in layouts} == {True, False}
+    assert len({(len(layout.starts_N), layout.num_tokens) for layout in layouts if not layout.is_small}) > 5
+    # The first layer needs no gradient of its inputs, and the last computes the wanted positions alone.
+    assert len(graphs) == 3
+
+
+def note_layouts(monkeypatch: pytest.MonkeyPatch) -> list[Layout]:
+    """The layouts of all forward passes to come."""
+    layouts: list[Layout] = []
+
+    def note(*arguments: Any) -> Layout:
+        layouts.append(make_layout(*arguments))
+        return layouts[-1]
+
+    monkeypatch.setattr(model_module, "make_layout", note)
+    return layouts
 
 
 on_a_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, auto is flex")
