@@ -16,13 +16,14 @@ SECONDS_BETWEEN_LINES = 10.0
 class ProgressReport:
     """Counts finished units of a task, and units of work (tokens, anchors) for the rate."""
 
-    def __init__(self, task: str, total: int, work: str = "", quiet: bool = False):
+    def __init__(self, task: str, total: int, work: str = "", note: str = "", quiet: bool = False):
         """
         Args:
+            note: shown until the first unit is finished.
             quiet: show nothing, as all but one of several processes should.
         """
         self._quiet = quiet
-        self._task, self._total, self._work, self._note = task, total, work, ""
+        self._task, self._total, self._work, self._note = task, total, work, note
         self._done = self._amount = 0
         self._started = time.monotonic()
         self._began = self._started
@@ -37,7 +38,7 @@ class ProgressReport:
             console=self._console,
             disable=quiet or not self._console.is_terminal,
         )
-        self._bar_task = self._bar.add_task(task, total=total, note="")
+        self._bar_task = self._bar.add_task(task, total=total, note=note)
         self._over = threading.Event()
         self._lines = threading.Thread(target=self._print_lines, name="vpd-progress", daemon=True)
 

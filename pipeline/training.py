@@ -45,8 +45,9 @@ def run_trainers(trainers: Sequence[Trainer], folders: Sequence[RunFolder], conf
         if trainer.config.trackers:
             trainer.accelerator.init_trackers(folder.folder.name, plain_values(folder.settings()))
     folder_of = {id(trainer): folder for trainer, folder in zip(trainers, folders, strict=True)}
+    note = "compiling" if any(trainer.config.compile for trainer in trainers) else ""
     with (
-        ProgressReport("train", lead.num_steps - lead.step, "labels", quiet=not is_main) as progress,
+        ProgressReport("train", lead.num_steps - lead.step, "labels", note, quiet=not is_main) as progress,
         StopSignals("after this step") as signals,
     ):
 

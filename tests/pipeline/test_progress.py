@@ -38,6 +38,14 @@ def test_rate_and_time_left_count_from_the_beginning_of_work(clock: Clock):
     assert report.line() == "extract: 101/101  202 tokens/s  0:01:50"
 
 
+def test_a_note_says_what_the_first_unit_waits_for(clock: Clock):
+    report = ProgressReport("train", 3, "labels", "compiling")
+    assert report.line() == "train: 0/3  compiling  0:00:00"
+    clock.now += 10
+    report.advance(50)
+    assert report.line() == "train: 1/3  5 labels/s  0:00:10, 0:00:20 left"
+
+
 def test_lines_are_printed_to_standard_error(capsys: pytest.CaptureFixture[str]):
     with ProgressReport("draft", 1) as report:
         report.advance()
