@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch._functorch.config
 import torch.fx.experimental._config
 
 RECOMPILE_LIMIT = 128
@@ -17,5 +16,3 @@ def set_up_compiler() -> None:
     torch.fx.experimental._config.use_duck_shape = False
     # The norms' epsilon is a constant; PyTorch would find that out in a second attempt.
     torch._dynamo.config.specialize_float = True
-    # The next run takes its code from PyTorch's cache: `GatedLinear` knows nothing but its arguments.
-    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True

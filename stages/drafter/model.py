@@ -156,19 +156,24 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=False)
 
     def forward(self, states: Tensor) -> Tensor:
-        return gated_linear(self.gate_proj(states), self.up_proj(states), self.down_proj.weight)
+        inputs = self.gate_proj(states), self.up_proj(states), self.down_proj.weight
+        # A compiled backward pass computes again only what it needs, so not the linear layer.
+        if torch.compiler.is_compiling():
+            return recompute(gated_linear, *inputs)
+        return cast(Tensor, GatedLinear.apply(*inputs))
+
+
+def gated_linear(gates: Tensor, values: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(F.silu(gates) * values, weight)
 
 
 class GatedLinear(torch.autograd.Function):
-    """silu(gates) * values through a linear layer.
-
-    The backward pass computes the product again: it is cheap, and as large as each of its factors.
-    """
+    """`gated_linear`, whose backward pass computes the product again: it is cheap, and as large as each factor."""
 
     @staticmethod
     def forward(ctx: Any, gates: Tensor, values: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(gates, values, weight)
-        return F.linear(F.silu(gates) * values, weight)
+        return gated_linear(gates, values, weight)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
@@ -179,10 +184,6 @@ class GatedLinear(torch.autograd.Function):
         grad_product = gradient @ weight.to(gradient.dtype)
         grad_gates = torch.ops.aten.silu_backward(grad_product * values, gates)
         return grad_gates, grad_product * activated, grad_weight.to(weight.dtype)
-
-
-def gated_linear(gates: Tensor, values: Tensor, weight: Tensor) -> Tensor:
-    return cast(Tensor, GatedLinear.apply(gates, values, weight))
 
 
 class BlockAttention(nn.Module):

@@ -230,13 +230,9 @@ def test_the_cost_of_structured_attention_is_that_of_the_context_before_the_bloc
     assert count_scores([3000, 640, 9], [[], anchors, [9]]) == expected + G * (9 + G)
 
 
-quiet_dynamo = [
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*Function.*should not be instantiated:DeprecationWarning"),
-]
-
-
-@pytest.mark.parametrize("attention", [pytest.param(name, marks=quiet_dynamo) for name in ("eager", "flex")])
+# PyTorch looks at the gradients of what it traces.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("attention", ["eager", "flex"])
 def test_compiled_layers_serve_all_layouts(attention: str, monkeypatch: pytest.MonkeyPatch):
     packed = [([90, 110], [30, 10]), ([50, 300, 8], [9, 50, 0]), ([250], [47]), ([20, 30], [51, 30])]
     packed += [([300], [1]), ([40], [2]), ([1], [40]), ([1], [1]), ([130], [18]), ([300], [19])]
@@ -253,7 +249,6 @@ def test_compiled_layers_serve_all_layouts(attention: str, monkeypatch: pytest.M
     assert len(graphs) == 2  # the first layer's, then that of the others
 
 
-@pytest.mark.filterwarnings("ignore:.*Function.*should not be instantiated:DeprecationWarning")
 def test_drafters_of_many_shapes_are_compiled_in_one_process(monkeypatch: pytest.MonkeyPatch):
     layout = random_packing([90, 110], [30, 10], block_size=7)
     graphs = trace_compiled_modules(monkeypatch)

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import pytest
 import torch
 from plain_drafter import plain_drafter, random_drafter, relative_error, rms_norm
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RotaryEmbedding
-from vpd.stages.drafter.model import Drafter
+from vpd.stages.drafter.model import Drafter, SwiGLU
 from vpd.stages.drafter.shape import DrafterShape
 
 # The drafter runs in float64 here, apart from its softmax and its rotary angles, which it computes in float32. At
@@ -237,3 +237,30 @@ def test_packed_sequences_are_what_each_is_alone(num_blocks: list[int]):
     assert relative_error(packed_NGH, torch.cat(alone)) < TOLERANCE
     for found, expected in zip(packed_gradients, torch.autograd.grad(total, [*drafter.parameters()]), strict=True):
         assert relative_error(found, expected) < TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # PyTorch's own use
+def test_the_backward_pass_keeps_no_product_of_gates_and_values():
+    """Compiled or not, the factors are kept, and the product, as large as each, is computed again."""
+    shape = make_shape(CASES[2])
+    mlp = SwiGLU(shape)
+    states_PH = torch.randn(50, shape.hidden_size, requires_grad=True)
+    wide = (50, shape.intermediate_size)
+    assert kept_shapes(mlp, states_PH).count(wide) == 2
+    torch.compiler.reset()
+    mlp.compile(fullgraph=True, backend="aot_eager_decomp_partition")
+    assert kept_shapes(mlp, states_PH).count(wide) == 2
+
+
+def kept_shapes(module: nn.Module, inputs: Tensor) -> list[tuple[int, ...]]:
+    """Shapes of the tensors that the backward pass of a module needs, each once."""
+    shapes: dict[int, tuple[int, ...]] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        shapes[tensor.untyped_storage().data_ptr()] = tuple(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = module(inputs)
+    del output
+    return [*shapes.values()]

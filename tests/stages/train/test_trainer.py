@@ -286,7 +286,6 @@ def test_structured_attention_trains_like_eager(eager: list[float], tiny_cache: 
 
 # PyTorch looks at the gradients of what it traces.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.filterwarnings("ignore:.*Function.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("attention", ["eager", "flex"])
 def test_compiled_layers_train_like_others(
     attention: str, eager: list[float], tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
