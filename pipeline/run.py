@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import sys
 from datetime import UTC, datetime
@@ -54,8 +55,9 @@ class RunFolder:
 
     def start(self, step: int) -> None:
         """Writes what the run is made of, and drops metrics after `step`, which are about to be computed again."""
-        write_text_durably(self.folder / CONFIG, config_yaml(self._config, SECTIONS))
+        # The config comes last, as a folder that has one is continued.
         write_text_durably(self.folder / PROVENANCE, json.dumps(provenance(self._cache), indent=2) + "\n")
+        write_text_durably(self.folder / CONFIG, config_yaml(self._config, SECTIONS))
         path = self.folder / METRICS
         lines = path.read_text().splitlines() if path.is_file() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
@@ -67,7 +69,7 @@ class RunFolder:
 
     def log(self, metrics: dict[str, Any]) -> None:
         with open(self.folder / METRICS, "a") as file:
-            file.write(json.dumps(metrics) + "\n")
+            file.write(json.dumps({name: finite_or_none(value) for name, value in metrics.items()}) + "\n")
 
     def _recorded_cache(self) -> str:
         path = self.folder / PROVENANCE
@@ -94,6 +96,11 @@ class RunFolder:
                 f"{self.folder} holds a run with other settings, so it can't be continued. {'; '.join(different)}. "
                 "Use the same settings, or another --out."
             )
+
+
+def finite_or_none(value: Any) -> Any:
+    """JSON has no NaN, nor infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def provenance(cache: Cache) -> dict[str, Any]:

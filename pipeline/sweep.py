@@ -161,5 +161,6 @@ def show_runs(results: list[dict[str, Any]]) -> Table:
     for result in results:
         low, high = result["interval"][settings[-1]]
         alphas = [f"{result['alpha'][name]:.3f}" for name in settings]
-        table.add_row(result["run"], f"{result['loss']:.3f}", *alphas, f"{low:.3f}, {high:.3f}")
+        loss = "not finite" if result["loss"] is None else f"{result['loss']:.3f}"
+        table.add_row(result["run"], loss, *alphas, f"{low:.3f}, {high:.3f}")
     return table

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...data.cache.files import fsync_folder, fsync_tree
 from ...data.cache.manifest import CacheManifest
-from ...data.errors import DrafterError
+from ...data.errors import DrafterError, StorageError
 from .model import Drafter
 from .shape import DrafterShape
 
@@ -33,16 +33,26 @@ def save_drafter(
         weights: a drafter's `state_dict`.
         config: what `DrafterShape.to_json` gave.
         extra: further files, name -> object for `torch.save`.
+
+    Raises:
+        StorageError: it can't be written; nothing is left of it.
     """
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    (aside / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     stored = {name: value.detach().to("cpu", torch.bfloat16).contiguous() for name, value in weights.items()}
-    save_file(stored, aside / WEIGHTS, metadata={"format": "pt"})
-    for name, content in (extra or {}).items():
-        torch.save(content, aside / name)
-    fsync_tree(aside)
+    try:
+        (aside / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        save_file(stored, aside / WEIGHTS, metadata={"format": "pt"})
+        for name, content in (extra or {}).items():
+            torch.save(content, aside / name)
+        fsync_tree(aside)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise StorageError(
+            f"the checkpoint {folder} could not be written: {error}. Is the disk full? Older checkpoints are as they "
+            "were; mend that, and the same command goes on from the latest."
+        ) from error
     if folder.exists():
         shutil.rmtree(folder)
     os.rename(aside, folder)

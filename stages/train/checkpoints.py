@@ -23,6 +23,10 @@ def checkpoint_path(run: Path, step: int) -> Path:
     return run / CHECKPOINTS / f"step-{step:07d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def list_checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints, oldest first; one that was being written has another name."""
     found = [path for path in (run / CHECKPOINTS).glob("step-*") if NAME.fullmatch(path.name)]
@@ -34,7 +38,14 @@ def keep_latest(run: Path, keep: int) -> None:
     best = best_checkpoint(run)
     for path in list_checkpoints(run)[:-keep]:
         if path != best:
-            shutil.rmtree(path)
+            # By another name first: half a checkpoint is none.
+            shutil.rmtree(path.rename(path.with_name(f".{path.name}.removed.tmp")))
+
+
+def remove_unfinished(run: Path) -> None:
+    """Removes what processes that were killed have left of checkpoints that they wrote or removed."""
+    for path in (run / CHECKPOINTS).glob(".step-*.tmp"):
+        shutil.rmtree(path)
 
 
 def note_alpha(run: Path, step: int, alpha: float) -> None:

@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
@@ -105,7 +105,7 @@ class Feed:
         # A second team of threads would fight the training thread for the cores.
         torch.set_num_threads(1)
         try:
-            with torch.cuda.stream(torch.cuda.Stream() if self.device.type == "cuda" else None):
+            with own_stream(self.device):
                 for each in self._passes():
                     if self.device.type == "cuda":
                         torch.cuda.current_stream().synchronize()
@@ -159,6 +159,14 @@ class Feed:
             pack([*drawn], features_TD, num_tokens, plan.config, plan.block_size, plan.mask_token_id)
             for plan, drawn in zip(self.plans, zip(*waiting, strict=True), strict=True)
         ]
+
+
+def own_stream(device: torch.device) -> AbstractContextManager[object]:
+    """A GPU's stream beside the one that trains; the calling thread works on that GPU from then on."""
+    if device.type != "cuda":
+        return nullcontext()
+    torch.cuda.set_device(device)  # every thread begins with the first
+    return torch.cuda.stream(torch.cuda.Stream(device))
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:

@@ -50,8 +50,11 @@ class TrainingPass(nn.Module):
 class ParallelDrafter:
     """A drafter in training, on one process, replicated on several (DDP), or sharded over them (FSDP2)."""
 
-    def __init__(self, drafter: Drafter, accelerator: Accelerator, sharding: str):
+    def __init__(self, drafter: Drafter, accelerator: Accelerator, sharding: str, dtype: torch.dtype):
         """
+        Args:
+            dtype: what the forward pass computes in.
+
         Raises:
             ConfigError: accelerate was told to shard too.
         """
@@ -64,17 +67,16 @@ class ParallelDrafter:
         self.module: nn.Module = TrainingPass(drafter)
         self.is_sharded = sharding == "fsdp2" and accelerator.num_processes > 1
         if self.is_sharded:
-            self._shard()
+            self._shard(dtype)
         elif accelerator.num_processes > 1:
             devices = [accelerator.device] if accelerator.device.type == "cuda" else None
             self.module = DistributedDataParallel(self.module, device_ids=devices, gradient_as_bucket_view=True)
 
-    def _shard(self) -> None:
-        bf16 = self.accelerator.mixed_precision == "bf16"
+    def _shard(self, dtype: torch.dtype) -> None:
         fully_shard(
             self.module,
             mesh=init_device_mesh(self.accelerator.device.type, (self.accelerator.num_processes,)),
-            mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy(),
+            mp_policy=MixedPrecisionPolicy(dtype, torch.float32) if dtype != torch.float32 else MixedPrecisionPolicy(),
         )
 
     @property

@@ -6,11 +6,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
 
 from ...data.cache.drafts import FirstDrafts
@@ -31,6 +32,8 @@ from .checkpoints import (
     list_checkpoints,
     load_state,
     note_alpha,
+    remove_unfinished,
+    step_of,
 )
 from .feed import BlockPlan
 from .objective import BlockLabels, HeadRows, VocabularySampler, block_loss
@@ -40,6 +43,10 @@ from .parallel import ParallelDrafter
 from .samples import TrainingBlocks, feature_rms, label_tokens
 
 NAMES_SHOWN = 16
+PATIENCE = timedelta(hours=6)
+"""How long processes wait for each other: the first alone writes checkpoints and replays with them."""
+MOST_SKIPPED = 100
+"""Steps in a row that may be skipped."""
 RENDEZVOUS = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Where torchrun and MPI tell how many processes there are."""
@@ -91,21 +98,21 @@ class Trainer:
         check_rendezvous()
         self.accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),  # several processes without a GPU are else not joined
-            mixed_precision=choose_precision(config.precision),
             log_with=[*config.trackers] or None,
             project_dir=run if config.trackers else None,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
         check_joined(self.accelerator.num_processes)
         device = self.accelerator.device
         self.device = torch.device("cpu") if device.type == "cpu" else device  # cpu:0 is not a device everywhere
-        dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
-        self.pieces = pieces or TargetPieces.load(cache.target_folder, device=self.device, dtype=dtype)
+        self.dtype = choose_precision(config.precision)
+        self.pieces = pieces or TargetPieces.load(cache.target_folder, device=self.device, dtype=self.dtype)
         self.feature_rms_D = feature_rms(cache, rows).to(self.device)
         drafter = make_drafter(shape, config, self.feature_rms_D.cpu()).to(self.device).train()
         drafter.attention = choose_attention(config, self.device)
         if config.compile:
             drafter.compile_layers()
-        self.drafter = ParallelDrafter(drafter, self.accelerator, config.sharding)
+        self.drafter = ParallelDrafter(drafter, self.accelerator, config.sharding, self.dtype)
         self.order = DataOrder.of(rows, config.max_len, config.batch_tokens, config.seed)
         self.num_steps = config.max_steps or max(1, round(config.epochs * self.order.steps_per_epoch))
         self.optimizers = make_optimizers(self.drafter.module, config)
@@ -116,15 +123,22 @@ class Trainer:
             self.vocabulary = VocabularySampler(
                 self.pieces.head_VH, label_tokens(cache, rows), config.num_sampled_tokens
             )
-        self.step = self.num_skipped = 0
+        self.step = self.num_skipped = self._skipped_in_a_row = 0
 
     @property
     def plan(self) -> BlockPlan:
         return BlockPlan(self.config, self.drafts, self.shape.block_size, self.shape.mask_token_id)
 
     def resume(self) -> None:
-        """Goes on from the run's latest checkpoint, if there is one, made by any number of processes."""
+        """Goes on from the run's latest checkpoint, if there is one, made by any number of processes.
+
+        Raises:
+            ConfigError: processes have found different checkpoints.
+        """
+        if self.accelerator.is_main_process:
+            remove_unfinished(self.run)
         checkpoints = list_checkpoints(self.run)
+        self._check_alike(len(checkpoints) and step_of(checkpoints[-1]))
         if not checkpoints:
             return
         state = load_state(checkpoints[-1])
@@ -136,6 +150,15 @@ class Trainer:
         if self.average is not None:
             self.average.weights = self.drafter.like_parameters(state["average"])
         self.step, self.num_skipped = state["step"], state["num_skipped"]
+
+    def _check_alike(self, step: int) -> None:
+        own = torch.tensor([step], device=self.device)
+        steps = cast(Tensor, self.accelerator.gather(own)).tolist() if self.accelerator.num_processes > 1 else [step]
+        if len({*steps}) > 1:
+            raise ConfigError(
+                f"the processes found checkpoints of different steps in {self.run}: {', '.join(map(str, steps))}, by "
+                "rank. Give an --out that all machines share, or copy the checkpoints to each."
+            )
 
     def begin_step(self) -> None:
         for optimizer in self.optimizers:
@@ -168,13 +191,17 @@ class Trainer:
             if self.config.non_finite == "stop":
                 raise self._not_finite(result)
             self.num_skipped += 1
+        taken = result is not None and result.is_finite
+        self._skipped_in_a_row = 0 if taken or result is None else self._skipped_in_a_row + 1
+        if result is not None and self._skipped_in_a_row == MOST_SKIPPED:
+            raise self._not_finite(result)
         for optimizer in self.optimizers:
-            if result is None or not result.is_finite:
+            if not taken:
                 optimizer.zero_grad()  # without gradients a step changes nothing
             optimizer.step()
         for schedule in self.schedules:
             schedule.step()
-        if self.average is not None:
+        if self.average is not None and taken:
             self.average.update(self.drafter.module, self.step)
         return result
 
@@ -216,7 +243,8 @@ class Trainer:
         return found
 
     def _states(self, blocks: TrainingBlocks) -> Tensor:
-        with self.accelerator.autocast():
+        # Not accelerate's, which knows one type for a process, where the runs of a sweep may differ.
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             return self.drafter.module(
                 blocks.features_TD.float() / self.feature_rms_D,
                 blocks.num_tokens,
@@ -244,8 +272,12 @@ class Trainer:
         others = f" and {len(indices) - len(names)} others" if len(indices) > len(names) else ""
         return VpdError(
             f"step {self.step}: the loss or its gradient is not finite (loss {result.loss}, gradient norm "
-            f"{result.grad_norm}); no step was taken. Sequences: {', '.join(names)}{others}. Check these, lower "
-            "train.lr, or set train.non_finite to skip."
+            f"{result.grad_norm}); no step was taken. Sequences: {', '.join(names)}{others}. "
+            + (
+                "Check these, lower train.lr, or set train.non_finite to skip."
+                if self.config.non_finite == "stop"
+                else f"So were {MOST_SKIPPED} steps in a row. Lower train.lr, with another --out."
+            )
         )
 
 
@@ -300,10 +332,11 @@ def check_joined(num_processes: int) -> None:
             )
 
 
-def choose_precision(name: str) -> str:
+def choose_precision(name: str) -> torch.dtype:
+    """What the forward pass computes in."""
     if name == "auto":
-        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
-    return {"float32": "no", "bf16": "bf16"}[name]
+        name = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+    return {"float32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
 def choose_attention(config: TrainConfig, device: torch.device) -> str:

@@ -70,6 +70,13 @@ def test_runs_that_share_a_pass_are_those_that_do_not(together: tuple[Path, list
     check_runs(together[0], separate)
 
 
+def test_runs_may_compute_in_other_types(drafted_cache: Path, tmp_path: Path):
+    results = run_sweep(drafted_cache, tmp_path / "sweep", vary=["train.precision=[float32,bf16]"])
+    losses = {result["run"]: result["loss"] for result in results}
+    assert losses["precision=float32"] != losses["precision=bf16"]
+    assert losses["precision=float32"] == pytest.approx(losses["precision=bf16"], rel=0.05)
+
+
 @pytest.mark.parametrize("number", [1, 3])
 def test_the_number_of_runs_together_changes_nothing(number: int, drafted_cache: Path, separate: Path, tmp_path: Path):
     run_sweep(drafted_cache, tmp_path / "sweep", "--together", number)

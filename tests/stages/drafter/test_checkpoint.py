@@ -2,6 +2,7 @@
 
 # H hidden width
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import SHAPE
+from tiny import SHAPE, snapshot
 from transformers import Qwen3Config
 from vpd.data.cache.manifest import CacheManifest
-from vpd.data.errors import DrafterError
+from vpd.data.errors import DrafterError, StorageError
 from vpd.stages.drafter.checkpoint import check_fits, drafter_fingerprint, load_drafter, save_drafter
 from vpd.stages.drafter.model import Drafter
 from vpd.stages.drafter.shape import DrafterShape
@@ -148,6 +149,25 @@ def edit_weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]
     weights = load_file(folder / "model.safetensors")
     edit(weights)
     save_file(weights, folder / "model.safetensors")
+
+
+def largest_file(num_bytes: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@pytest.mark.parametrize("num_bytes", [10, 4000, 60_000], ids=["no-config", "no-weights", "no-state"])
+def test_of_a_checkpoint_that_cannot_be_written_nothing_is_left(num_bytes: int, saved: Path):
+    """As on a full disk: the system refuses what goes beyond a limit."""
+    before, drafter = snapshot(saved), load_drafter(saved)
+    state = {"weights": torch.zeros(100_000)}
+    largest_file(num_bytes)
+    try:
+        with pytest.raises(StorageError, match=r"the checkpoint .* could not be written: .* disk full\?"):
+            save_drafter(drafter.state_dict(), saved, json.loads((saved / "config.json").read_text()), {"state": state})
+    finally:
+        largest_file(resource.RLIM_INFINITY)
+    assert snapshot(saved) == before
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny import DRAFTER, TRAIN, run_vpd, vpd
@@ -10,6 +11,7 @@ from vpd.data.cache.drafts import FirstDrafts
 from vpd.data.cache.store import Cache
 from vpd.stages.config import EvalConfig
 from vpd.stages.evaluate.replay import Replay
+from vpd.stages.train import checkpoints as checkpoints_module
 from vpd.stages.train.checkpoints import (
     best_checkpoint,
     checkpoint_path,
@@ -17,6 +19,7 @@ from vpd.stages.train.checkpoints import (
     keep_latest,
     list_checkpoints,
     note_alpha,
+    remove_unfinished,
 )
 from vpd.stages.train.samples import split_rows
 
@@ -40,6 +43,24 @@ def test_the_best_stays_beside_the_latest(tmp_path: Path, first_run: Path):
     note_alpha(tmp_path, 5, 2.0)
     keep_latest(tmp_path, 1)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-0000005"]
+
+
+def test_half_a_checkpoint_is_none(tmp_path: Path, first_run: Path, monkeypatch: pytest.MonkeyPatch):
+    """A process may be killed while it removes one; the next removes what is left."""
+    add_checkpoints(tmp_path, first_run, range(1, 4))
+
+    def half(path: Path) -> None:
+        (path / "config.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints_module, "shutil", SimpleNamespace(rmtree=half))
+        with pytest.raises(KeyboardInterrupt):
+            keep_latest(tmp_path, 1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-0000002", "step-0000003"]
+    checkpoint_path(tmp_path, 4).with_name(".step-0000004.123.tmp").mkdir()
+    remove_unfinished(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-0000002", "step-0000003"]
 
 
 def test_without_the_best_the_latest_counts(tmp_path: Path, first_run: Path):

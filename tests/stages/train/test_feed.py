@@ -3,6 +3,7 @@
 # T context tokens, D context features
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
@@ -21,7 +22,7 @@ from vpd.data.cache.store import Cache
 from vpd.data.errors import CacheCorruptError
 from vpd.stages.config import ReadConfig, TrainConfig
 from vpd.stages.train import feed
-from vpd.stages.train.feed import BlockPlan, Feed, Pass, tensors_of
+from vpd.stages.train.feed import BlockPlan, Feed, Pass, own_stream, tensors_of
 from vpd.stages.train.order import DataOrder
 from vpd.stages.train.samples import SequenceBlocks, TrainingBlocks, draw_blocks
 
@@ -391,3 +392,16 @@ def test_no_time_is_waited_for_what_is_ready(data: Data, monkeypatch: pytest.Mon
         for _ in range(feed.PASSES_AHEAD):
             opened.take()
         assert (opened.seconds_waited, clock.now) == (0, 100 * feed.PASSES_AHEAD)
+
+
+def test_the_feed_of_a_gpu_works_on_that_gpu(monkeypatch: pytest.MonkeyPatch):
+    """A thread begins with the first GPU, whichever its process trains on."""
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: ("a stream of", device))
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    third = torch.device("cuda", 2)
+    with own_stream(third) as stream:
+        assert (chosen, stream) == ([third], ("a stream of", third))
+    with own_stream(torch.device("cpu")):
+        assert chosen == [third]

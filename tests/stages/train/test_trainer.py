@@ -143,6 +143,38 @@ def test_a_skipped_step_changes_no_weight(
     assert same_weights(state["weights"], after[3])
 
 
+def test_a_skipped_step_does_not_move_the_average(tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    trainer = make(tiny_cache, tmp_path, non_finite="skip", ema=0.5, warmup=0.0)
+    spoil(monkeypatch, trainer, 3, "loss")
+    averages: list[dict[str, Tensor]] = []
+
+    def note() -> None:
+        assert trainer.average is not None
+        averages.append({name: value.clone() for name, value in trainer.average.weights.items()})
+
+    train(trainer, note)
+    assert [same_weights(one, other) for one, other in pairwise(averages)] == [False, True, False]
+
+
+def test_a_run_that_only_skips_ends(tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(trainer_module, "MOST_SKIPPED", 3)
+    trainer = make(tiny_cache, tmp_path, non_finite="skip", lr=1e30, clip=1e30, warmup=0.0, max_steps=20)
+    with pytest.raises(VpdError, match=r"^step 4: .* So were 3 steps in a row\. Lower train\.lr"):
+        train(trainer)
+
+
+def test_processes_with_other_checkpoints_are_refused(
+    tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Two machines whose --out is not one folder: only the first has a checkpoint."""
+    trainer = make(tiny_cache, tmp_path, save_every=2, max_steps=2)
+    train(trainer)
+    others = SimpleNamespace(num_processes=2, is_main_process=True, gather=lambda own: torch.cat([own, own * 0]))
+    monkeypatch.setattr(trainer, "accelerator", others)
+    with pytest.raises(ConfigError, match=r"checkpoints of different steps in .*: 2, 0, by rank"):
+        trainer.resume()
+
+
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_run_that_shall_stop_names_the_sequences_and_keeps_what_it_had(
     what: str, tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
