@@ -37,6 +37,10 @@ class StorageError(VpdError, OSError):
     """The place of a cache does not answer, refuses, or is full."""
 
 
+class NonFiniteError(VpdError):
+    """A loss or its gradient is not finite."""
+
+
 class ExtractionError(VpdError):
     """The engine handed back something else than what was asked of it."""
 

@@ -25,7 +25,7 @@ from ..stages.config import (
 from ..stages.extract.estimate import CODECS
 from . import cache_commands, commands
 from .config import VpdConfig, from_drafter_json, load_config, parse_assignment
-from .launch import is_launched, launch
+from .launch import STOPPED, is_launched, launch
 from .options import collect_overrides, config_options
 from .ray_workers import RayResources
 from .sweep import plan_runs, run_workers
@@ -215,12 +215,12 @@ def sweep(
     shared = dict(map(parse_assignment, assignments))
     runs = plan_runs(out, vary, lambda settings: load_config(source, shared | settings))
     if num_workers > 1 and worker_index is None:
-        if code := run_workers(num_workers, sys.argv[1:]):
-            sys.exit(code)
+        code = run_workers(num_workers, sys.argv[1:])
     else:
-        commands.sweep(cache, runs[worker_index or 0 :: num_workers], together, as_json)
-    if worker_index is None:
+        code = commands.sweep(cache, runs[worker_index or 0 :: num_workers], together, as_json)
+    if worker_index is None and code not in STOPPED:
         commands.show_sweep(runs, as_json)
+    sys.exit(code)
 
 
 @main.command("eval")

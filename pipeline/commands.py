@@ -146,20 +146,25 @@ def train(place: str, out: Path, config: VpdConfig, as_json: bool) -> None:
         emit(result, as_json, f"trained: {checkpoint}")
 
 
-def sweep(place: str, runs: Sequence[SweepRun], together: int, as_json: bool) -> None:
+def sweep(place: str, runs: Sequence[SweepRun], together: int, as_json: bool) -> int:
+    """Returns an exit code: 1 if a run has failed."""
     cache = open_cache_for_reading(place, runs[0].config)
-    train_all(cache, runs, together, as_json)
-    with ProgressReport("eval", len(runs)) as progress:
-        for run in runs:
+    failures = train_all(cache, runs, together, as_json)
+    finished = [run for run in runs if run.name not in failures]
+    with ProgressReport("eval", len(finished)) as progress:
+        for run in finished:
             evaluate_run(cache, run)
             progress.advance(note=run.name)
+    for name, error in failures.items():
+        click.echo(f"vpd: error: {name}: {error}", err=True)
+    return int(bool(failures))
 
 
 def show_sweep(runs: Sequence[SweepRun], as_json: bool) -> None:
     results = collect(runs)
     if as_json:
         click.echo(json.dumps({"runs": results}))
-    else:
+    elif results:
         Console(highlight=False).print(show_runs(results))
 
 

@@ -12,6 +12,8 @@ from types import FrameType
 
 SECONDS_BETWEEN_LOOKS = 0.1
 SECONDS_TO_STOP = 60.0
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+"""Exit codes of a process that a signal has stopped."""
 
 
 def is_launched() -> bool:
@@ -31,47 +33,53 @@ def launch(num_processes: int, arguments: list[str]) -> int:
         "LOCAL_WORLD_SIZE": str(num_processes),
     }
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
-    return run_all([(arguments, shared | rank) for rank in ranks])
+    return run_all([(arguments, shared | rank) for rank in ranks], as_one=True)
 
 
-def run_all(commands: list[tuple[list[str], dict[str, str]]]) -> int:
+def run_all(commands: list[tuple[list[str], dict[str, str]]], as_one: bool) -> int:
     """Runs `vpd` once for each of these arguments and additions to the environment, which share the cores.
 
-    Returns the exit code of the first to fail, else 0. Where one fails, the others are asked to stop.
+    Args:
+        as_one: where one fails, the others are asked to stop.
+
+    Returns:
+        The exit code of one that failed, else of one that was stopped, else 0.
     """
     threads = max(1, (os.cpu_count() or 1) // len(commands))
     inherited = {"OMP_NUM_THREADS": str(threads)} | os.environ
     processes = [
-        subprocess.Popen([sys.executable, "-m", "vpd.pipeline.cli", *arguments], env=inherited | added)
+        # In groups of their own, so that a terminal's interrupt reaches them as any other does: once, from here.
+        subprocess.Popen([sys.executable, "-m", "vpd.pipeline.cli", *arguments], env=inherited | added, process_group=0)
         for arguments, added in commands
     ]
 
     def forward(number: int, frame: FrameType | None) -> None:
         for process in processes:
-            process.send_signal(number)
+            process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
-    # A terminal's interrupt reaches the processes by itself.
-    before = signal.signal(signal.SIGTERM, forward), signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
-        return wait_for(processes)
+        return wait_for(processes, as_one)
     finally:
-        signal.signal(signal.SIGTERM, before[0])
-        signal.signal(signal.SIGINT, before[1])
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def wait_for(processes: list[subprocess.Popen[bytes]]) -> int:
+def wait_for(processes: list[subprocess.Popen[bytes]], as_one: bool) -> int:
     while True:
         codes = [process.poll() for process in processes]
-        failed = [code for code in codes if code]
-        if failed or all(code == 0 for code in codes):
+        # Those that were stopped come to an end one after another.
+        failed = [code for code in codes if code and code not in STOPPED]
+        if None not in codes or (failed and as_one):
             break
         time.sleep(SECONDS_BETWEEN_LOOKS)
     for process in processes:
         if process.poll() is None:
             process.terminate()
+    deadline = time.monotonic() + SECONDS_TO_STOP
     for process in processes:
         try:
-            process.wait(SECONDS_TO_STOP)
+            process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
-    return next((code if code > 0 else 128 - code for code in failed), 0)
+    return next((code if code > 0 else 128 - code for code in [*failed, *filter(None, codes)]), 0)

@@ -8,6 +8,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,13 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from ..data.cache.drafts import FirstDrafts
 from ..data.cache.files import write_text_durably
+from ..data.cache.index import SequenceIndex
 from ..data.cache.store import Cache
-from ..data.errors import ConfigError
+from ..data.errors import ConfigError, NonFiniteError
 from ..stages.evaluate.replay import Replay
 from ..stages.train.checkpoints import find_drafter
-from ..stages.train.run import first_drafter_fingerprint, make_trainer
+from ..stages.train.run import make_trainer, plan_replay
 from ..stages.train.samples import split_rows
 from ..stages.train.trainer import Trainer
 from .config import VpdConfig
@@ -95,23 +96,27 @@ def run_workers(num_workers: int, arguments: list[str]) -> int:
         [
             ([*arguments, "--worker-index", str(i)], {"CUDA_VISIBLE_DEVICES": devices[i % len(devices)]})
             for i in range(num_workers)
-        ]
+        ],
+        as_one=False,
     )
 
 
-def train_all(cache: Cache, runs: Sequence[SweepRun], together: int, as_json: bool) -> None:
-    """Trains the runs to their last steps, at most `together` of them at once."""
+def train_all(cache: Cache, runs: Sequence[SweepRun], together: int, as_json: bool) -> dict[str, NonFiniteError]:
+    """Trains the runs to their last steps, at most `together` of them at once; returns those that failed, and why."""
     for run in runs:
         check_trackers(run.config.train)
+        plan_replay(cache, held_out_rows(cache, run), run.config.train, run.config.eval)
     alike: defaultdict[tuple[Any, ...], list[SweepRun]] = defaultdict(list)
     for run in runs:
         alike[tuple(getattr(run.config.train, name) for name in SHARED)].append(run)
+    failures: dict[str, NonFiniteError] = {}
     for group in alike.values():
         for start in range(0, len(group), together):
-            train_group(cache, group[start : start + together], as_json)
+            failures |= train_group(cache, group[start : start + together], as_json)
+    return failures
 
 
-def train_group(cache: Cache, runs: Sequence[SweepRun], as_json: bool) -> None:
+def train_group(cache: Cache, runs: Sequence[SweepRun], as_json: bool) -> dict[str, NonFiniteError]:
     """Trains runs that read the same sequences; those at the same step go on together."""
     at_step: defaultdict[tuple[int, int], list[tuple[Trainer, RunFolder]]] = defaultdict(list)
     pieces = None
@@ -124,27 +129,33 @@ def train_group(cache: Cache, runs: Sequence[SweepRun], as_json: bool) -> None:
         at_step[trainer.step, trainer.num_steps].append((trainer, folder))
     for found in at_step.values():
         trainers, folders = zip(*found, strict=True)
-        run_trainers(trainers, folders, runs[0].config, as_json)
+        with suppress(NonFiniteError):  # of the last that was left; all are looked at below
+            run_trainers(trainers, folders, runs[0].config, as_json)
+    trained = [trainer for found in at_step.values() for trainer, _ in found]
+    return {trainer.run.name: trainer.failure for trainer in trained if trainer.failure is not None}
+
+
+def held_out_rows(cache: Cache, run: SweepRun) -> SequenceIndex:
+    return split_rows(cache, run.config.train.holdout)[1]
 
 
 def evaluate_run(cache: Cache, run: SweepRun) -> None:
     """Writes the run's acceptance lengths on its held-out sequences beside its checkpoints."""
-    config = run.config
-    held_out = split_rows(cache, config.train.holdout)[1]
+    config, held_out = run.config, held_out_rows(cache, run)
     checkpoint = find_drafter(run.folder)
-    if config.train.objective == "vp":
-        drafts = FirstDrafts.open(cache, first_drafter_fingerprint(config.train))
-        report = Replay(cache, drafts, checkpoint, config.eval, config.read).run(held_out)
-    else:
-        report = Replay(cache, checkpoint, None, config.eval, config.read).run(held_out)
+    drafts = plan_replay(cache, held_out, config.train, config.eval)
+    drafters = (checkpoint, None) if drafts is None else (drafts, checkpoint)
+    report = Replay(cache, *drafters, config.eval, config.read).run(held_out)
     found = {"run": run.name, "checkpoint": str(checkpoint), **report.to_json()}
     write_text_durably(run.folder / EVALUATION, json.dumps(found, indent=2) + "\n")
 
 
 def collect(runs: Sequence[SweepRun]) -> list[dict[str, Any]]:
-    """Name, last loss and acceptance lengths of each run, the best first."""
+    """Name, last loss and acceptance lengths of each run that was evaluated, the best first."""
     results = []
     for run in runs:
+        if not (run.folder / EVALUATION).is_file():
+            continue
         evaluation = json.loads((run.folder / EVALUATION).read_text())
         last = json.loads((run.folder / METRICS).read_text().splitlines()[-1])
         results.append({"run": run.name, "loss": last["loss"], **evaluation})

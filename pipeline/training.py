@@ -46,27 +46,25 @@ def run_trainers(trainers: Sequence[Trainer], folders: Sequence[RunFolder], conf
             trainer.accelerator.init_trackers(folder.folder.name, plain_values(folder.settings()))
     folder_of = {id(trainer): folder for trainer, folder in zip(trainers, folders, strict=True)}
     note = "compiling" if any(trainer.config.compile for trainer in trainers) else ""
-    with (
-        ProgressReport("train", lead.num_steps - lead.step, "labels", note, quiet=not is_main) as progress,
-        StopSignals("after this step") as signals,
-    ):
+    with StopSignals("after this step") as signals:
+        with ProgressReport("train", lead.num_steps - lead.step, "labels", note, quiet=not is_main) as progress:
 
-        def on_step(trainer: Trainer, metrics: dict[str, Any]) -> None:
-            step = metrics["step"]
-            if step % trainer.config.log_every == 0 or step == trainer.num_steps or "alpha" in metrics:
-                if is_main:
-                    folder_of[id(trainer)].log(metrics)
-                trainer.accelerator.log(plain_values(metrics), step=step)
-            if trainer is lead:
-                progress.advance(metrics["num_labels"], describe_step(metrics))
+            def on_step(trainer: Trainer, metrics: dict[str, Any]) -> None:
+                step = metrics["step"]
+                if step % trainer.config.log_every == 0 or step == trainer.num_steps or "alpha" in metrics:
+                    if is_main:
+                        folder_of[id(trainer)].log(metrics)
+                    trainer.accelerator.log(plain_values(metrics), step=step)
+                if trainer is next(each for each in trainers if each.failure is None):
+                    progress.advance(metrics["num_labels"], describe_step(metrics))
 
-        finished = run_together(trainers, on_step, lambda: signals.received is not None)
-    for trainer in trainers:
-        trainer.accelerator.end_training()
-    if not finished:
-        if is_main:
+            finished = run_together(trainers, on_step, lambda: signals.received is not None)
+        for trainer in trainers:
+            trainer.accelerator.end_training()
+        if not finished and is_main:
             done = f"step {lead.step} of {lead.num_steps}"
             click.echo(f"vpd: stopped after {done}, which is saved; the same command continues.", err=True)
+    if not finished:
         sys.exit(128 + (signals.received or signal.SIGTERM))
 
 

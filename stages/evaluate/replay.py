@@ -9,6 +9,7 @@ first draft, and are not completed.
 # N anchors, R branches to complete, J drafted positions, A alternatives, B branches an anchor, S tokens of a sequence
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -32,7 +33,7 @@ from ..drafter.target_pieces import TargetPieces
 from .branches import Branches, launch, paper, runner_up, show_branches
 from .redraft import OpenBranches, complete_branches, draft_anew, rank_next
 from .report import AnchorFacts, ReplayReport, Way
-from .responses import find_responses, is_greedy, recorded_after
+from .responses import recorded_after, replayable_responses
 
 TOKENS_PER_BATCH = 4096
 BLOCKS_PER_PASS = 512
@@ -58,6 +59,28 @@ class Batch:
     def sequence_N(self) -> Tensor:
         counts = torch.tensor(self.num_anchors, device=self.anchors_N.device)
         return torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+
+
+def require_replayable(cache: Cache, rows: Sequence[SequenceRow]) -> None:
+    """Checks that there is something to replay, without any drafter.
+
+    Raises:
+        CacheNotFoundError: none of these sequences can be replayed.
+    """
+    skipped: Counter[str] = Counter()
+    for row in rows:
+        usable, reason = replayable_responses(cache.read_tokens(row))
+        if usable:
+            return
+        skipped[reason] += 1
+    raise nothing_to_replay(cache, len(rows), skipped)
+
+
+def nothing_to_replay(cache: Cache, num_rows: int, skipped: Counter[str]) -> CacheNotFoundError:
+    return CacheNotFoundError(
+        f"expected held-out greedy responses in {cache.place}, found none among {num_rows} held-out sequences "
+        f"({dict(skipped)}). Hold out more, or extract with --mode generate and temperature 0."
+    )
 
 
 class Replay:
@@ -119,11 +142,7 @@ class Replay:
             for batch in self.batches(sequences, on_sequence):
                 self.replay(batch)
         if not self.report.num_responses:
-            raise CacheNotFoundError(
-                f"expected held-out greedy responses in {self.cache.place}, found none among {len(rows)} held-out "
-                f"sequences ({dict(self.report.skipped)}). Hold out more, or extract with --mode generate and "
-                "temperature 0."
-            )
+            raise nothing_to_replay(self.cache, len(rows), self.report.skipped)
         return self.report
 
     def batches(self, sequences: Iterator[CachedSequence], on_sequence: Callable[[], None]) -> Iterator[Batch]:
@@ -142,12 +161,9 @@ class Replay:
 
     def responses_of(self, sequence: CachedSequence) -> Batch | None:
         """A batch of one sequence; None, counted by reason, if it has no response that can be replayed."""
-        responses = find_responses(sequence.loss_mask_S)
-        greedy = [span for span in responses if is_greedy(sequence, span)]
-        usable = [(start, end) for start, end in greedy if end - start > 1]
+        usable, reason = replayable_responses(sequence)
         if not usable:
-            reason = "no response" if not responses else "not the target's greedy output"
-            self.report.skipped[reason if not greedy else "a response of one token"] += 1
+            self.report.skipped[reason] += 1
             return None
         anchors_N = torch.cat([torch.arange(start, end - 1) for start, end in usable])
         recorded_NJ = torch.cat([recorded_after(sequence.token_ids_S, span, self.num_positions) for span in usable])

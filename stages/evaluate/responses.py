@@ -32,6 +32,16 @@ def is_greedy(sequence: CachedTokens, span: tuple[int, int]) -> bool:
     return torch.equal(sequence.token_ids_S[start:end], sequence.target_argmax_T[start - 1 : end - 1])
 
 
+def replayable_responses(sequence: CachedTokens) -> tuple[list[tuple[int, int]], str]:
+    """The greedy responses of two tokens and more, or why there is none."""
+    responses = find_responses(sequence.loss_mask_S)
+    greedy = [span for span in responses if is_greedy(sequence, span)]
+    usable = [(start, end) for start, end in greedy if end - start > 1]
+    if greedy:
+        return usable, "a response of one token"
+    return [], "not the target's greedy output" if responses else "no response"
+
+
 def recorded_after(token_ids_S: Tensor, span: tuple[int, int], num_positions: int) -> Tensor:
     """The tokens after each anchor of a response, all its tokens but the last: [end-start-1, J], `BEYOND` past it."""
     start, end = span

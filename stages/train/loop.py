@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ...data.errors import NonFiniteError
 from .feed import Feed, Pass
 from .trainer import StepResult, Trainer
 
@@ -21,9 +22,14 @@ def run_together(
 ) -> bool:
     """Runs trainers that read the same sequences to their last step; returns whether they came there.
 
+    A trainer that fails has its error as `failure`, and the others go on.
+
     Args:
         on_step: gets the metrics of each trainer's step that had something to learn from.
         should_stop: asked after every step; if it is true in any process, all save and stop.
+
+    Raises:
+        NonFiniteError: the last trainer that was left has failed.
     """
     lead = trainers[0]
     accelerator = lead.accelerator
@@ -49,13 +55,15 @@ def run_together(
             if (step + 1) % lead.config.log_every == 0:
                 pace = Pace(feed)
             for trainer, result, line in zip(trainers, results, found, strict=True):
+                if trainer.failure is not None:
+                    continue
                 if trainer.step % trainer.config.save_every == 0 or trainer.step == trainer.num_steps or stop:
                     line |= trainer.save()
                     pace.restart()
                 if result is not None:
                     on_step(trainer, line)
             if stop:
-                return lead.step == lead.num_steps
+                return step + 1 == lead.num_steps
     return True
 
 
@@ -63,7 +71,8 @@ def run_step(trainers: Sequence[Trainer], feed: Feed) -> list[StepResult | None]
     """One optimizer step of each trainer over the next passes."""
     lead = trainers[0]
     for trainer in trainers:
-        trainer.begin_step()
+        if trainer.failure is None:
+            trainer.begin_step()
     done = own_done = False
     while not done:
         found = Pass([], last=True) if own_done else feed.take()
@@ -72,8 +81,22 @@ def run_step(trainers: Sequence[Trainer], feed: Feed) -> list[StepResult | None]
         waiting = _sum(lead.accelerator, int(not own_done)) if lead.drafter.is_sharded else int(not own_done)
         done = waiting == 0
         for i, trainer in enumerate(trainers):
-            trainer.add_pass(found.blocks[i] if found.blocks else None, done)
-    return [trainer.finish_step() for trainer in trainers]
+            if trainer.failure is None:
+                trainer.add_pass(found.blocks[i] if found.blocks else None, done)
+    return [finish_step(trainer, trainers) for trainer in trainers]
+
+
+def finish_step(trainer: Trainer, trainers: Sequence[Trainer]) -> StepResult | None:
+    """What `Trainer.finish_step` gives; None of a trainer that has failed, now or before."""
+    if trainer.failure is not None:
+        return None
+    try:
+        return trainer.finish_step()
+    except NonFiniteError as error:
+        trainer.failure = error.with_traceback(None)  # which would hold on to all of the step
+        if all(other.failure is not None for other in trainers):
+            raise
+        return None
 
 
 class Pace:

@@ -15,7 +15,7 @@ from ..config import DrafterSection, EvalConfig, ReadConfig, TrainConfig
 from ..drafter.checkpoint import check_fits, drafter_fingerprint
 from ..drafter.shape import DrafterShape, rope_parameters
 from ..drafter.target_pieces import TargetPieces, choose_mask_token, load_target_config, load_tokenizer
-from ..evaluate.replay import Replay
+from ..evaluate.replay import Replay, require_replayable
 from .checkpoints import find_drafter
 from .samples import boundary_readers, require_anchor, split_rows
 from .trainer import Trainer
@@ -87,12 +87,21 @@ def plan_first_drafts(cache: Cache, shape: DrafterShape, config: TrainConfig) ->
             f"the first drafts {drafts.fingerprint} have block size {drafts.block_size}, drafter.block_size is "
             f"{shape.block_size}. Set drafter.block_size to {drafts.block_size}."
         )
+    require_complete(drafts)
+    return drafts
+
+
+def require_complete(drafts: FirstDrafts) -> None:
+    """
+    Raises:
+        CacheNotFoundError: a part of the cache has no first drafts.
+    """
     if missing := drafts.missing_parts():
+        cache = drafts.cache
         raise CacheNotFoundError(
             f"the first drafts {drafts.fingerprint} lack {len(missing)} of {len(cache.parts)} parts of "
             f"{cache.place}. Complete them: vpd draft {cache.place} --first-drafter DIR."
         )
-    return drafts
 
 
 def make_trainer(
@@ -129,10 +138,10 @@ def plan_evaluation(
     """From a checkpoint to its acceptance length on held-out rows; a VP-Drafter's is beside the cached first drafts.
 
     Raises:
-        CacheNotFoundError: the cache lacks first drafts.
+        CacheNotFoundError: the cache lacks first drafts, or there is nothing to replay.
     """
     settings = evaluation.model_copy(update={"limit": config.eval_limit, "max_k": evaluation.k})
-    drafts = FirstDrafts.open(cache, first_drafter_fingerprint(config)) if config.objective == "vp" else None
+    drafts = plan_replay(cache, rows, config, settings)
 
     def evaluate(checkpoint: Path) -> float:
         if drafts is None:
@@ -140,6 +149,22 @@ def plan_evaluation(
         return Replay(cache, drafts, checkpoint, settings, read).run(rows).alpha["d2sd"]
 
     return evaluate
+
+
+def plan_replay(
+    cache: Cache, held_out: SequenceIndex, config: TrainConfig, evaluation: EvalConfig
+) -> FirstDrafts | None:
+    """The first drafts that a run's drafter is replayed beside; None if it is a first drafter itself.
+
+    Raises:
+        CacheNotFoundError: the cache lacks first drafts, or there is nothing to replay.
+    """
+    require_replayable(cache, held_out[: evaluation.limit])
+    if config.objective != "vp":
+        return None
+    drafts = FirstDrafts.open(cache, first_drafter_fingerprint(config))
+    require_complete(drafts)
+    return drafts
 
 
 def first_drafter_fingerprint(config: TrainConfig) -> str | None:

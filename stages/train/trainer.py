@@ -17,7 +17,7 @@ from torch import Tensor
 from ...data.cache.drafts import FirstDrafts
 from ...data.cache.index import SequenceIndex
 from ...data.cache.store import Cache
-from ...data.errors import ConfigError, VpdError
+from ...data.errors import ConfigError, NonFiniteError, VpdError
 from ..config import ReadConfig, TrainConfig
 from ..drafter.checkpoint import load_drafter, save_drafter
 from ..drafter.model import Drafter
@@ -124,6 +124,8 @@ class Trainer:
                 self.pieces.head_VH, label_tokens(cache, rows), config.num_sampled_tokens
             )
         self.step = self.num_skipped = self._skipped_in_a_row = 0
+        self.failure: NonFiniteError | None = None
+        """Why it stopped while others that it runs together with went on."""
 
     @property
     def plan(self) -> BlockPlan:
@@ -266,11 +268,11 @@ class Trainer:
             return HeadRows(self.pieces.head_VH, None, None)
         return self.vocabulary.draw(counter_generator(self.config.seed, "vocabulary", self.step))
 
-    def _not_finite(self, result: StepResult) -> VpdError:
+    def _not_finite(self, result: StepResult) -> NonFiniteError:
         indices = self.order.indices(self.step - 1)
         names = [self.rows[index].seq_id for index in indices[:NAMES_SHOWN]]
         others = f" and {len(indices) - len(names)} others" if len(indices) > len(names) else ""
-        return VpdError(
+        return NonFiniteError(
             f"step {self.step}: the loss or its gradient is not finite (loss {result.loss}, gradient norm "
             f"{result.grad_norm}); no step was taken. Sequences: {', '.join(names)}{others}. "
             + (

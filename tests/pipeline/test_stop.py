@@ -62,15 +62,20 @@ def check_continues_in_two(arguments: list[object], run: Path, forks: Forks, und
     check_equal_runs(run, undisturbed / "two")
 
 
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143)],
+    ids=["SIGTERM", "SIGINT", "SIGHUP"],
+)
 def test_a_signal_to_the_launcher_ends_all_processes_after_the_same_step(
-    drafted_cache: Path, forks: Forks, undisturbed: Path, tmp_path: Path
+    number: signal.Signals, code: int, drafted_cache: Path, forks: Forks, undisturbed: Path, tmp_path: Path
 ):
     arguments = train(drafted_cache, tmp_path / "run", **SETTINGS)
     launcher = forks.start([*arguments, "--num-processes", 2])
     wait_for_lines(tmp_path / "run" / "metrics.jsonl", 2, launcher)
-    launcher.send(signal.SIGTERM)
+    launcher.send(number)
     outcome = launcher.wait()
-    assert outcome.code == 143
+    assert outcome.code == code
     check_stopped(outcome, tmp_path / "run")
     check_continues_in_two(arguments, tmp_path / "run", forks, undisturbed)
 

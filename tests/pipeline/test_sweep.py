@@ -70,6 +70,42 @@ def test_runs_that_share_a_pass_are_those_that_do_not(together: tuple[Path, list
     check_runs(together[0], separate)
 
 
+def test_a_run_that_fails_does_not_stop_the_others(drafted_cache: Path, tmp_path: Path, forks: Forks):
+    """Not in its pass, not in passes to come, not in other processes."""
+    hot = {"train.clip": 1e30, "train.warmup": 0.0}
+    together, workers = (
+        forks.start(
+            sweep(drafted_cache, tmp_path / name, *more, "--json", vary=["train.lr=[0.003,1e30,0.002]"], **hot)
+        ).wait()
+        for name, more in {"together": ["--together", 3], "workers": ["--together", 1, "--num-workers", 2]}.items()
+    )
+    assert "vpd: error: lr=1e30: step 2: the loss or its gradient is not finite" in together.err
+    for outcome in (together, workers):
+        assert outcome.code == 1
+        assert {run["run"] for run in json.loads(outcome.out)["runs"]} == {"lr=0.003", "lr=0.002"}
+    for name in ("together", "workers"):
+        assert [checkpoint_steps(tmp_path / name / run)[-1] for run in ("lr=0.003", "lr=0.002")] == [5, 5]
+        assert checkpoint_steps(tmp_path / name / "lr=1e30") == []
+    check_equal_runs(tmp_path / "together" / "lr=0.002", tmp_path / "workers" / "lr=0.002")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        pytest.param({"train.holdout": 0.0}, "expected held-out greedy responses", id="nothing-held-out"),
+        pytest.param({"train.prefix.sampler": "geometric"}, "expected the first drafts", id="no-first-drafts"),
+    ],
+)
+def test_what_evaluation_will_need_is_looked_for_before_training(
+    changes: Settings, message: str, tiny_cache: Path, drafted_cache: Path, tmp_path: Path
+):
+    cache = drafted_cache if "train.holdout" in changes else tiny_cache
+    outcome = run_vpd(*sweep(cache, tmp_path / "sweep", vary=["train.tau=[2,4]"], **changes))
+    assert outcome.code == 1
+    assert message in outcome.err
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_runs_may_compute_in_other_types(drafted_cache: Path, tmp_path: Path):
     results = run_sweep(drafted_cache, tmp_path / "sweep", vary=["train.precision=[float32,bf16]"])
     losses = {result["run"]: result["loss"] for result in results}

@@ -99,3 +99,11 @@ def test_a_vp_drafter_is_not_judged_without_first_drafts(tiny_cache: Path, tmp_p
     assert outcome.code == 1
     assert "vpd draft" in outcome.message
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_held_out_sequences_are_looked_for_before_training(tiny_cache: Path, tmp_path: Path):
+    settings = {**DRAFTER, **TRAIN, **EVALUATED, "objective": "dflash", "holdout": 0.0}
+    outcome = run_vpd("train", tiny_cache, "--out", tmp_path / "run", **settings)
+    assert outcome.code == 1
+    assert "expected held-out greedy responses" in outcome.err
+    assert not (tmp_path / "run").exists()
