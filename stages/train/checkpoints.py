@@ -48,11 +48,16 @@ def remove_unfinished(run: Path) -> None:
         shutil.rmtree(path)
 
 
-def note_alpha(run: Path, step: int, alpha: float) -> None:
-    """Makes a checkpoint the best one, if its acceptance length is."""
+def note_alpha(run: Path, step: int, alpha: float, measure: dict[str, Any]) -> None:
+    """Makes a checkpoint the best one, if its acceptance length is.
+
+    Args:
+        measure: JSON values that say how it was measured; what was measured in another way is no match for it.
+    """
     path = run / BEST
-    if best_checkpoint(run) is None or alpha > json.loads(path.read_text())["alpha"]:
-        write_text_durably(path, json.dumps({"step": step, "alpha": alpha}) + "\n")
+    best = json.loads(path.read_text()) if best_checkpoint(run) is not None else None
+    if best is None or best.get("measure") != measure or alpha > best["alpha"]:
+        write_text_durably(path, json.dumps({"step": step, "alpha": alpha, "measure": measure}) + "\n")
 
 
 def best_checkpoint(run: Path) -> Path | None:

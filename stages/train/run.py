@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from ..drafter.target_pieces import TargetPieces, choose_mask_token, load_target
 from ..evaluate.replay import Replay, require_replayable
 from .checkpoints import find_drafter
 from .samples import boundary_readers, require_anchor, split_rows
-from .trainer import Trainer
+from .trainer import Evaluation, Trainer
 
 DEFAULT_MAX_POSITIONS = 32768
 
@@ -124,18 +123,18 @@ def make_trainer(
     training, held_out = split_rows(cache, config.holdout)
     drafts = plan_first_drafts(cache, shape, config)
     require_anchor(cache, training, config.max_len)
-    evaluate = None
+    judge = None
     if config.eval_limit:
-        evaluate = plan_evaluation(cache, held_out, config, read, evaluation or EvalConfig())
-    trainer = Trainer(cache, training, drafts, shape, config, run, read, evaluate, pieces)
+        judge = plan_evaluation(cache, held_out, config, read, evaluation or EvalConfig())
+    trainer = Trainer(cache, training, drafts, shape, config, run, read, judge, pieces)
     trainer.resume()
     return trainer
 
 
 def plan_evaluation(
     cache: Cache, rows: SequenceIndex, config: TrainConfig, read: ReadConfig, evaluation: EvalConfig
-) -> Callable[[Path], float]:
-    """From a checkpoint to its acceptance length on held-out rows; a VP-Drafter's is beside the cached first drafts.
+) -> Evaluation:
+    """By the acceptance length on held-out rows; a VP-Drafter's is beside the cached first drafts.
 
     Raises:
         CacheNotFoundError: the cache lacks first drafts, or there is nothing to replay.
@@ -143,12 +142,13 @@ def plan_evaluation(
     settings = evaluation.model_copy(update={"limit": config.eval_limit, "max_k": evaluation.k})
     drafts = plan_replay(cache, rows, config, settings)
 
-    def evaluate(checkpoint: Path) -> float:
+    def alpha_of(checkpoint: Path) -> float:
         if drafts is None:
             return Replay(cache, checkpoint, None, settings, read).run(rows).alpha["first"]
         return Replay(cache, drafts, checkpoint, settings, read).run(rows).alpha["d2sd"]
 
-    return evaluate
+    measure = settings.model_dump(mode="json", exclude={"device"})
+    return Evaluation(alpha_of, measure | {"first_drafts": None if drafts is None else drafts.fingerprint})
 
 
 def plan_replay(

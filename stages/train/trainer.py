@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -72,6 +72,15 @@ class StepResult:
         return round(sum(self.predicted_J))
 
 
+class Evaluation(NamedTuple):
+    """How a run's checkpoints are judged."""
+
+    alpha_of: Callable[[Path], float]
+    """The acceptance length of a checkpoint on held-out sequences."""
+    measure: dict[str, Any]
+    """What it depends on beside the checkpoint."""
+
+
 class Trainer:
     """Everything that a run holds: drafter, optimizers, schedules, data order."""
 
@@ -84,15 +93,15 @@ class Trainer:
         config: TrainConfig,
         run: Path,
         read: ReadConfig,
-        evaluate: Callable[[Path], float] | None = None,
+        evaluation: Evaluation | None = None,
         pieces: TargetPieces | None = None,
     ):
         """
         Args:
-            evaluate: the acceptance length of a checkpoint on held-out sequences; None: it is not asked for.
+            evaluation: None: acceptance lengths are not asked for.
             pieces: the target's, where another trainer has loaded them.
         """
-        self.evaluate = evaluate
+        self.evaluation = evaluation
         self.cache, self.rows, self.drafts, self.shape = cache, rows, drafts, shape
         self.config, self.run, self.read = config, run, read
         check_rendezvous()
@@ -238,9 +247,9 @@ class Trainer:
         public = {**weights, "fc.weight": weights["fc.weight"] / self.feature_rms_D.cpu()}
         save_drafter(public, path, config, {STATE: state})
         found = {}
-        if self.evaluate is not None:
-            found["alpha"] = self.evaluate(path)
-            note_alpha(self.run, self.step, found["alpha"])
+        if self.evaluation is not None:
+            found["alpha"] = self.evaluation.alpha_of(path)
+            note_alpha(self.run, self.step, found["alpha"], self.evaluation.measure)
         keep_latest(self.run, self.config.keep)
         return found
 

@@ -36,13 +36,20 @@ def test_the_best_stays_beside_the_latest(tmp_path: Path, first_run: Path):
     assert best_checkpoint(tmp_path) is None
     assert find_drafter(tmp_path).name == "step-0000005"
     for step, alpha in enumerate([1.2, 1.9, 1.9, 1.4, 1.8], start=1):
-        note_alpha(tmp_path, step, alpha)
+        note_alpha(tmp_path, step, alpha, {"k": 4})
     assert find_drafter(tmp_path).name == "step-0000002"
     keep_latest(tmp_path, 2)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-0000002", "step-0000004", "step-0000005"]
-    note_alpha(tmp_path, 5, 2.0)
+    note_alpha(tmp_path, 5, 2.0, {"k": 4})
     keep_latest(tmp_path, 1)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-0000005"]
+
+
+def test_alphas_of_another_measure_are_not_compared(tmp_path: Path, first_run: Path):
+    add_checkpoints(tmp_path, first_run, range(1, 4))
+    for step, alpha, k in [(1, 1.9, 8), (2, 1.1, 0), (3, 1.05, 0)]:
+        note_alpha(tmp_path, step, alpha, {"k": k})
+    assert find_drafter(tmp_path).name == "step-0000002"
 
 
 def test_half_a_checkpoint_is_none(tmp_path: Path, first_run: Path, monkeypatch: pytest.MonkeyPatch):
@@ -65,10 +72,10 @@ def test_half_a_checkpoint_is_none(tmp_path: Path, first_run: Path, monkeypatch:
 
 def test_without_the_best_the_latest_counts(tmp_path: Path, first_run: Path):
     add_checkpoints(tmp_path, first_run, range(1, 4))
-    note_alpha(tmp_path, 1, 1.5)
+    note_alpha(tmp_path, 1, 1.5, {"k": 4})
     shutil.rmtree(checkpoint_path(tmp_path, 1))
     assert find_drafter(tmp_path).name == "step-0000003"
-    note_alpha(tmp_path, 2, 1.1)  # of those that are left, it is the best
+    note_alpha(tmp_path, 2, 1.1, {"k": 4})  # of those that are left, it is the best
     assert find_drafter(tmp_path).name == "step-0000002"
 
 
@@ -80,7 +87,7 @@ def test_a_run_keeps_its_checkpoint_of_best_alpha(objective: str, drafted_cache:
     alphas = {line["step"]: line["alpha"] for line in lines if "alpha" in line}
     assert sorted(alphas) == [2, 4, 6]
     best = json.loads((tmp_path / "run/best.json").read_text())
-    assert best == {"step": max(alphas, key=lambda step: alphas[step]), "alpha": max(alphas.values())}
+    assert (best["step"], best["alpha"]) == max(alphas.items(), key=lambda item: item[1])
     assert {path.name for path in list_checkpoints(tmp_path / "run")} == {
         f"step-{step:07d}" for step in {best["step"], 6}
     }
