@@ -78,7 +78,7 @@ def kill_an_engine(folder: Path, killed: list[int]) -> None:
 
 @pytest.mark.engine
 def test_a_worker_whose_engine_is_killed_is_replaced(cluster: Any, tiny_llama: Path, tmp_path: Path):
-    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"why {i}?"} for i in range(40)])
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"why {i}?"} for i in range(240)])
     killed: list[int] = []
     killer = threading.Thread(target=kill_an_engine, args=(tmp_path / "cache", killed))
     killer.start()
@@ -89,8 +89,8 @@ def test_a_worker_whose_engine_is_killed_is_replaced(cluster: Any, tiny_llama: P
     killer.join()
     assert killed, outcome.err
     assert outcome.code == 0, outcome.err
-    assert outcome.result["num_sequences"] == 40
-    assert 0 < outcome.result["num_written"] < 40, "what the second engine wrote"
+    assert outcome.result["num_sequences"] == 240
+    assert 0 < outcome.result["num_written"] < 240, "what the second engine wrote"
 
 
 def test_a_signal_ends_all_workers(
