@@ -48,21 +48,31 @@ def run_all(commands: list[tuple[list[str], dict[str, str]]], as_one: bool) -> i
     threads = max(1, (os.cpu_count() or 1) // len(commands))
     inherited = {"OMP_NUM_THREADS": str(threads)} | os.environ
     processes = [
-        # In groups of their own, so that a terminal's interrupt reaches them as any other does: once, from here.
-        subprocess.Popen([sys.executable, "-m", "vpd.pipeline.cli", *arguments], env=inherited | added, process_group=0)
+        subprocess.Popen([sys.executable, "-m", "vpd.pipeline.cli", *arguments], env=inherited | added)
         for arguments, added in commands
     ]
 
     def forward(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and is_in_foreground():
+            return
         for process in processes:
-            process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+            process.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         return wait_for(processes, as_one)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def is_in_foreground() -> bool:
+    """Whether a terminal's interrupt reaches this process's children by itself."""
+    try:
+        with open("/dev/tty") as terminal:
+            return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
+    except OSError:
+        return False
 
 
 def wait_for(processes: list[subprocess.Popen[bytes]], as_one: bool) -> int:

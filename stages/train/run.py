@@ -134,7 +134,7 @@ def make_trainer(
 def plan_evaluation(
     cache: Cache, rows: SequenceIndex, config: TrainConfig, read: ReadConfig, evaluation: EvalConfig
 ) -> Evaluation:
-    """By the acceptance length on held-out rows; a VP-Drafter's is beside the cached first drafts.
+    """Judges by the acceptance length on held-out rows; a VP-Drafter's is beside the cached first drafts.
 
     Raises:
         CacheNotFoundError: the cache lacks first drafts, or there is nothing to replay.
@@ -147,7 +147,7 @@ def plan_evaluation(
             return Replay(cache, checkpoint, None, settings, read).run(rows).alpha["first"]
         return Replay(cache, drafts, checkpoint, settings, read).run(rows).alpha["d2sd"]
 
-    measure = settings.model_dump(mode="json", exclude={"device"})
+    measure = settings.model_dump(mode="json", exclude={"device", "live_prompts"})
     return Evaluation(alpha_of, measure | {"first_drafts": None if drafts is None else drafts.fingerprint})
 
 

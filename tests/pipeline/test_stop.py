@@ -2,6 +2,8 @@
 
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +66,8 @@ def check_continues_in_two(arguments: list[object], run: Path, forks: Forks, und
 
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143)],
-    ids=["SIGTERM", "SIGINT", "SIGHUP"],
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130)],
+    ids=["SIGTERM", "SIGINT"],
 )
 def test_a_signal_to_the_launcher_ends_all_processes_after_the_same_step(
     number: signal.Signals, code: int, drafted_cache: Path, forks: Forks, undisturbed: Path, tmp_path: Path
@@ -139,3 +141,13 @@ def test_a_second_interrupt_is_at_once():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_terminal_interrupts_the_processes_in_its_foreground():
+    """There the launcher passes nothing on: a second interrupt would stop them at once."""
+    code = "import sys; from vpd.pipeline.launch import is_in_foreground; sys.exit(10 + is_in_foreground())"
+    command = [sys.executable, "-c", code]
+    in_terminal = f"import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn({command})))"
+    for arguments, expected in ((command, 10), ([sys.executable, "-c", in_terminal], 11)):
+        found = subprocess.run(arguments, stdin=subprocess.DEVNULL, start_new_session=True, check=False)
+        assert found.returncode == expected
