@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import secrets
 import sys
 from datetime import UTC, datetime
 from importlib import metadata
@@ -29,6 +30,7 @@ FREE_SETTINGS = frozenset(
         "keep",
         "log_every",
         "non_finite",
+        "project",
         "save_every",
         "sharding",
         "tokens_per_pass",
@@ -50,13 +52,17 @@ class RunFolder:
         require_folder(folder)
         self.folder = folder
         self._config, self._cache = config, cache
+        self.run_id = secrets.token_hex(4)
         if (folder / CONFIG).is_file():
-            self._check_same_run(config, cache)
+            recorded = self._recorded()
+            self._check_same_run(config, cache, recorded)
+            self.run_id = recorded.get("run_id", self.run_id)
 
     def start(self, step: int) -> None:
         """Writes what the run is made of, and drops metrics after `step`, which are about to be computed again."""
         # The config comes last, as a folder that has one is continued.
-        write_text_durably(self.folder / PROVENANCE, json.dumps(provenance(self._cache), indent=2) + "\n")
+        made_of = {"run_id": self.run_id, **provenance(self._cache)}
+        write_text_durably(self.folder / PROVENANCE, json.dumps(made_of, indent=2) + "\n")
         write_text_durably(self.folder / CONFIG, config_yaml(self._config, SECTIONS))
         path = self.folder / METRICS
         lines = path.read_text().splitlines() if path.is_file() else []
@@ -71,26 +77,25 @@ class RunFolder:
         with open(self.folder / METRICS, "a") as file:
             file.write(json.dumps({name: finite_or_none(value) for name, value in metrics.items()}) + "\n")
 
-    def _recorded_cache(self) -> str:
+    def _recorded(self) -> dict[str, Any]:
         path = self.folder / PROVENANCE
         try:
-            return str(json.loads(path.read_text())["cache_fingerprint"])
-        except (OSError, ValueError, KeyError) as error:
+            return dict(json.loads(path.read_text()))
+        except (OSError, ValueError) as error:
             raise ConfigError(
                 f"{self.folder} can't be continued: expected a run's provenance in {path} ({error!r}). "
                 "Restore it, or use another --out."
             ) from None
 
-    def _check_same_run(self, config: VpdConfig, cache: Cache) -> None:
-        found = load_config(self.folder / CONFIG, {})
+    def _check_same_run(self, config: VpdConfig, cache: Cache, recorded: dict[str, Any]) -> None:
+        own = load_config(self.folder / CONFIG, {})
         different = [
             f"{key}: the run has {theirs}, now {ours}"
-            for key, theirs, ours in _pairs(found, config)
+            for key, theirs, ours in _pairs(own, config)
             if theirs != ours and key not in FREE_SETTINGS
         ]
-        recorded = self._recorded_cache()
-        if recorded != cache.fingerprint:
-            different.append(f"cache: the run was started from {recorded}, it is now {cache.fingerprint}")
+        if (found := recorded.get("cache_fingerprint")) != cache.fingerprint:
+            different.append(f"cache: the run was started from {found}, it is now {cache.fingerprint}")
         if different:
             raise ConfigError(
                 f"{self.folder} holds a run with other settings, so it can't be continued. {'; '.join(different)}. "

@@ -6,6 +6,8 @@ import importlib.util
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
+from contextvars import copy_context
 from typing import Any
 
 import click
@@ -39,28 +41,23 @@ def run_trainers(trainers: Sequence[Trainer], folders: Sequence[RunFolder], conf
     is_main = lead.accelerator.is_main_process
     if is_main and not as_json:
         click.echo(config_yaml(config, SECTIONS), err=True)
-    for trainer, folder in zip(trainers, folders, strict=True):
-        if is_main:
-            folder.start(trainer.step)
-        if trainer.config.trackers:
-            trainer.accelerator.init_trackers(folder.folder.name, plain_values(folder.settings()))
-    folder_of = {id(trainer): folder for trainer, folder in zip(trainers, folders, strict=True)}
+    logs = {id(trainer): RunLog(trainer, folder) for trainer, folder in zip(trainers, folders, strict=True)}
     note = "compiling" if any(trainer.config.compile for trainer in trainers) else ""
     with StopSignals("after this step") as signals:
         with ProgressReport("train", lead.num_steps - lead.step, "labels", note, quiet=not is_main) as progress:
 
             def on_step(trainer: Trainer, metrics: dict[str, Any]) -> None:
-                step = metrics["step"]
-                if step % trainer.config.log_every == 0 or step == trainer.num_steps or "alpha" in metrics:
-                    if is_main:
-                        folder_of[id(trainer)].log(metrics)
-                    trainer.accelerator.log(plain_values(metrics), step=step)
+                log = logs[id(trainer)]
+                log.add_step(metrics)
                 if trainer is next(each for each in trainers if each.failure is None):
-                    progress.advance(metrics["num_labels"], describe_step(metrics))
+                    progress.advance(metrics["num_labels"], describe_step(metrics, log.alpha))
 
-            finished = run_together(trainers, on_step, lambda: signals.received is not None)
-        for trainer in trainers:
-            trainer.accelerator.end_training()
+            def on_alpha(trainer: Trainer, alpha: float) -> None:
+                logs[id(trainer)].add_alpha(alpha)
+
+            finished = run_together(trainers, on_step, on_alpha, lambda: signals.received is not None)
+        for log in logs.values():
+            log.end()
         if not finished and is_main:
             done = f"step {lead.step} of {lead.num_steps}"
             click.echo(f"vpd: stopped after {done}, which is saved; the same command continues.", err=True)
@@ -68,12 +65,66 @@ def run_trainers(trainers: Sequence[Trainer], folders: Sequence[RunFolder], conf
         sys.exit(128 + (signals.received or signal.SIGTERM))
 
 
-def describe_step(metrics: dict[str, Any]) -> str:
+class RunLog:
+    """Where a run's figures go: its folder, and trackers; from the first process alone."""
+
+    def __init__(self, trainer: Trainer, folder: RunFolder):
+        self.trainer, self.folder = trainer, folder
+        self.alpha: float | None = None
+        """Of the latest checkpoint that was judged."""
+        if trainer.accelerator.is_main_process:
+            folder.start(trainer.step)
+            self._start_trackers()
+
+    def add_step(self, metrics: dict[str, Any]) -> None:
+        step = metrics["step"]
+        if step % self.trainer.config.log_every == 0 or step == self.trainer.num_steps:
+            self._add(step, {name: value for name, value in metrics.items() if name != "step"})
+
+    def add_alpha(self, alpha: float) -> None:
+        self.alpha = alpha
+        self._add(self.trainer.step, {"alpha": alpha})
+
+    def end(self) -> None:
+        """Closes the trackers, and leaves the group of processes."""
+        with redirect_stdout(sys.stderr):
+            self.trainer.accelerator.end_training()
+
+    def _add(self, step: int, figures: dict[str, Any]) -> None:
+        if self.trainer.accelerator.is_main_process:
+            self.folder.log({"step": step, **figures})
+            self.trainer.accelerator.log(plain_values(figures), step=step)
+
+    def _start_trackers(self) -> None:
+        """The run has one of its own in each tracker, and goes on with it when it is continued.
+
+        Raises:
+            ConfigError: a tracker does not start: nobody is logged in, or its server is out of reach.
+        """
+        accelerator, config, run_id = self.trainer.accelerator, self.trainer.config, self.folder.run_id
+        settings = plain_values(self.folder.settings())
+        own = {"name": f"{self.folder.folder.name}-{run_id}", "config": settings, "resume": "allow"}
+        options = {"trackio": own, "wandb": own | {"id": run_id, "reinit": "create_new"}}
+        try:
+            with redirect_stdout(sys.stderr):
+                # In another context, as trackio ends the run of its own where it starts the next.
+                copy_context().run(accelerator.init_trackers, config.project, None, options)
+        except Exception as error:  # of whatever kind the tracker has
+            raise ConfigError(
+                f"train.trackers: {', '.join(config.trackers)}: did not start ({error}). Leave it out, and start it "
+                "later: the same command with trackers continues the run."
+            ) from error
+        for tracker in accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.store_init_configuration(settings)
+
+
+def describe_step(metrics: dict[str, Any], alpha: float | None) -> str:
     note = (
         f"step {metrics['step']}  loss {metrics['loss']:.3f}  first token right {metrics['accept_rate'][0]:.0%}  "
         f"{metrics['tokens_per_second']:.0f} tokens/s  data wait {metrics['data_wait']:.0%}"
     )
-    return note + (f"  alpha {metrics['alpha']:.3f}" if "alpha" in metrics else "")
+    return note if alpha is None else f"{note}  alpha {alpha:.3f}"
 
 
 def plain_values(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

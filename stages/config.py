@@ -322,6 +322,8 @@ class TrainConfig(Section):
     """Number of latest checkpoints kept, beside the one of best alpha; >= 1."""
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = []
     """Where metrics go beside the run's metrics.jsonl."""
+    project: str = "vpd"
+    """What trackers keep the run under."""
     eval_limit: NonNegative = 0
     """Held-out sequences replayed at every checkpoint, as the eval section says, to find the best; >= 0, 0 = none."""
     init: str | None = None

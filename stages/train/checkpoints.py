@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,7 +14,7 @@ from ...data.cache.files import write_text_durably
 from ...data.errors import DrafterError
 from ..drafter.checkpoint import CONFIG, WEIGHTS
 
-CHECKPOINTS, STATE, BEST = "checkpoints", "training_state.pt", "best.json"
+CHECKPOINTS, STATE, ALPHA = "checkpoints", "training_state.pt", "alpha.json"
 STATE_VERSION = 2
 NAME = re.compile(r"step-(\d+)")
 
@@ -48,25 +48,29 @@ def remove_unfinished(run: Path) -> None:
         shutil.rmtree(path)
 
 
-def note_alpha(run: Path, step: int, alpha: float, measure: dict[str, Any]) -> None:
-    """Makes a checkpoint the best one, if its acceptance length is.
+class Judgement(NamedTuple):
+    """What a checkpoint's replay has given."""
 
-    Args:
-        measure: JSON values that say how it was measured; what was measured in another way is no match for it.
-    """
-    path = run / BEST
-    best = json.loads(path.read_text()) if best_checkpoint(run) is not None else None
-    if best is None or best.get("measure") != measure or alpha > best["alpha"]:
-        write_text_durably(path, json.dumps({"step": step, "alpha": alpha, "measure": measure}) + "\n")
+    alpha: float
+    measure: dict[str, Any]
+    """JSON values that say how it was measured; what was measured in another way is no match for it."""
+
+
+def note_judgement(checkpoint: Path, judgement: Judgement) -> None:
+    write_text_durably(checkpoint / ALPHA, json.dumps(judgement._asdict()) + "\n")
+
+
+def read_judgement(checkpoint: Path) -> Judgement | None:
+    """None if it was not evaluated."""
+    path = checkpoint / ALPHA
+    return Judgement(**json.loads(path.read_text())) if path.is_file() else None
 
 
 def best_checkpoint(run: Path) -> Path | None:
-    """The checkpoint of best acceptance length; None if none was evaluated."""
-    path = run / BEST
-    if not path.is_file():
-        return None
-    found = checkpoint_path(run, json.loads(path.read_text())["step"])
-    return found if found.is_dir() else None
+    """The first checkpoint of best acceptance length, of those judged as the latest was; None if none was."""
+    judged = [(path, found) for path in list_checkpoints(run) if (found := read_judgement(path)) is not None]
+    alike = [(path, found.alpha) for path, found in judged if found.measure == judged[-1][1].measure]
+    return max(alike, key=lambda item: item[1])[0] if alike else None
 
 
 def find_drafter(folder: str | Path) -> Path:

@@ -18,14 +18,17 @@ from .trainer import StepResult, Trainer
 def run_together(
     trainers: Sequence[Trainer],
     on_step: Callable[[Trainer, dict[str, Any]], None],
+    on_alpha: Callable[[Trainer, float], None] = lambda trainer, alpha: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Runs trainers that read the same sequences to their last step; returns whether they came there.
+    """Runs trainers that read the same sequences to their last step; returns whether all is done.
 
-    A trainer that fails has its error as `failure`, and the others go on.
+    A trainer that fails has its error as `failure`, and the others go on. A checkpoint that has not been judged when
+    a run ends is judged when it goes on.
 
     Args:
         on_step: gets the metrics of each trainer's step that had something to learn from.
+        on_alpha: gets the acceptance length of each trainer's checkpoint, in the first process.
         should_stop: asked after every step; if it is true in any process, all save and stop.
 
     Raises:
@@ -33,6 +36,7 @@ def run_together(
     """
     lead = trainers[0]
     accelerator = lead.accelerator
+    judge_all(trainers, on_alpha)
     steps = range(lead.step, lead.num_steps)
     plans = [trainer.plan for trainer in trainers]
     with Feed(
@@ -55,16 +59,28 @@ def run_together(
             if (step + 1) % lead.config.log_every == 0:
                 pace = Pace(feed)
             for trainer, result, line in zip(trainers, results, found, strict=True):
-                if trainer.failure is not None:
-                    continue
-                if trainer.step % trainer.config.save_every == 0 or trainer.step == trainer.num_steps or stop:
-                    line |= trainer.save()
-                    pace.restart()
                 if result is not None:
                     on_step(trainer, line)
+            saved = [trainer for trainer in trainers if trainer.failure is None and (stop or is_save_due(trainer))]
+            for trainer in saved:
+                trainer.save()
             if stop:
-                return step + 1 == lead.num_steps
+                return step + 1 == lead.num_steps and all(trainer.evaluation is None for trainer in saved)
+            judge_all(saved, on_alpha)
+            if saved:
+                pace.restart()
     return True
+
+
+def is_save_due(trainer: Trainer) -> bool:
+    return trainer.step % trainer.config.save_every == 0 or trainer.step == trainer.num_steps
+
+
+def judge_all(trainers: Sequence[Trainer], on_alpha: Callable[[Trainer, float], None]) -> None:
+    for trainer in trainers:
+        alpha = trainer.judge()
+        if alpha is not None:
+            on_alpha(trainer, alpha)
 
 
 def run_step(trainers: Sequence[Trainer], feed: Feed) -> list[StepResult | None]:

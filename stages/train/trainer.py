@@ -26,12 +26,14 @@ from ..drafter.target_pieces import TargetPieces
 from .checkpoints import (
     STATE,
     STATE_VERSION,
+    Judgement,
     checkpoint_path,
     find_drafter,
     keep_latest,
     list_checkpoints,
     load_state,
-    note_alpha,
+    note_judgement,
+    read_judgement,
     remove_unfinished,
     step_of,
 )
@@ -216,12 +218,11 @@ class Trainer:
             self.average.update(self.drafter.module, self.step)
         return result
 
-    def save(self) -> dict[str, float]:
-        """Writes a checkpoint, with all processes at work; returns its acceptance length, if that is asked for."""
+    def save(self) -> None:
+        """Writes a checkpoint, with all processes at work."""
         weights = self.drafter.weights()
         optimizer = self.drafter.optimizer_state(self.optimizers)
         average = None if self.average is None else self.drafter.whole(self.average.weights)
-        found: dict[str, float] = {}
         if self.accelerator.is_main_process:
             state = {
                 "version": STATE_VERSION,
@@ -233,11 +234,27 @@ class Trainer:
                 "optimizer": optimizer,
                 "schedules": [schedule.state_dict() for schedule in self.schedules],
             }
-            found = self._write(weights if average is None else average, state)
+            self._write(weights if average is None else average, state)
         self.accelerator.wait_for_everyone()
-        return found
 
-    def _write(self, weights: dict[str, Tensor], state: dict[str, Any]) -> dict[str, float]:
+    def judge(self) -> float | None:
+        """The latest checkpoint's acceptance length, found by one process while the others wait.
+
+        None if it is not asked for, or has been found before.
+        """
+        alpha = None
+        latest = list_checkpoints(self.run)[-1:] if self.accelerator.is_main_process else []
+        if self.evaluation is not None and latest:
+            alpha_of, measure = self.evaluation
+            found = read_judgement(latest[0])
+            if found is None or found.measure != measure:
+                alpha = alpha_of(latest[0])
+                note_judgement(latest[0], Judgement(alpha, measure))
+                keep_latest(self.run, self.config.keep)
+        self.accelerator.wait_for_everyone()
+        return alpha
+
+    def _write(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
         vp = self.config.objective == "vp"
         config = self.shape.to_json(
             training_mode="vp_drafter" if vp else "dflash",
@@ -246,12 +263,7 @@ class Trainer:
         path = checkpoint_path(self.run, self.step)
         public = {**weights, "fc.weight": weights["fc.weight"] / self.feature_rms_D.cpu()}
         save_drafter(public, path, config, {STATE: state})
-        found = {}
-        if self.evaluation is not None:
-            found["alpha"] = self.evaluation.alpha_of(path)
-            note_alpha(self.run, self.step, found["alpha"], self.evaluation.measure)
         keep_latest(self.run, self.config.keep)
-        return found
 
     def _states(self, blocks: TrainingBlocks) -> Tensor:
         # Not accelerate's, which knows one type for a process, where the runs of a sweep may differ.

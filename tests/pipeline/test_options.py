@@ -41,6 +41,7 @@ TRAIN_VALUES = {
     "sharding": "fsdp2",
     "non_finite": "skip",
     "trackers": "tensorboard,wandb",
+    "project": "mine",
 }
 SWITCHES = {"compile"}
 """Settings whose flag takes no value."""

@@ -13,12 +13,14 @@ from vpd.stages.config import EvalConfig
 from vpd.stages.evaluate.replay import Replay
 from vpd.stages.train import checkpoints as checkpoints_module
 from vpd.stages.train.checkpoints import (
+    Judgement,
     best_checkpoint,
     checkpoint_path,
     find_drafter,
     keep_latest,
     list_checkpoints,
-    note_alpha,
+    note_judgement,
+    read_judgement,
     remove_unfinished,
 )
 from vpd.stages.train.samples import split_rows
@@ -31,16 +33,20 @@ def add_checkpoints(run: Path, first_run: Path, steps: range) -> None:
         shutil.copytree(find_drafter(first_run), checkpoint_path(run, step))
 
 
+def note_alpha(run: Path, step: int, alpha: float, k: int = 4) -> None:
+    note_judgement(checkpoint_path(run, step), Judgement(alpha, {"k": k}))
+
+
 def test_the_best_stays_beside_the_latest(tmp_path: Path, first_run: Path):
     add_checkpoints(tmp_path, first_run, range(1, 6))
     assert best_checkpoint(tmp_path) is None
     assert find_drafter(tmp_path).name == "step-0000005"
     for step, alpha in enumerate([1.2, 1.9, 1.9, 1.4, 1.8], start=1):
-        note_alpha(tmp_path, step, alpha, {"k": 4})
+        note_alpha(tmp_path, step, alpha)
     assert find_drafter(tmp_path).name == "step-0000002"
     keep_latest(tmp_path, 2)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-0000002", "step-0000004", "step-0000005"]
-    note_alpha(tmp_path, 5, 2.0, {"k": 4})
+    note_alpha(tmp_path, 5, 2.0)
     keep_latest(tmp_path, 1)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-0000005"]
 
@@ -48,7 +54,7 @@ def test_the_best_stays_beside_the_latest(tmp_path: Path, first_run: Path):
 def test_alphas_of_another_measure_are_not_compared(tmp_path: Path, first_run: Path):
     add_checkpoints(tmp_path, first_run, range(1, 4))
     for step, alpha, k in [(1, 1.9, 8), (2, 1.1, 0), (3, 1.05, 0)]:
-        note_alpha(tmp_path, step, alpha, {"k": k})
+        note_alpha(tmp_path, step, alpha, k)
     assert find_drafter(tmp_path).name == "step-0000002"
 
 
@@ -72,10 +78,10 @@ def test_half_a_checkpoint_is_none(tmp_path: Path, first_run: Path, monkeypatch:
 
 def test_without_the_best_the_latest_counts(tmp_path: Path, first_run: Path):
     add_checkpoints(tmp_path, first_run, range(1, 4))
-    note_alpha(tmp_path, 1, 1.5, {"k": 4})
+    note_alpha(tmp_path, 1, 1.5)
     shutil.rmtree(checkpoint_path(tmp_path, 1))
     assert find_drafter(tmp_path).name == "step-0000003"
-    note_alpha(tmp_path, 2, 1.1, {"k": 4})  # of those that are left, it is the best
+    note_alpha(tmp_path, 2, 1.1)  # of those that are left, it is the best
     assert find_drafter(tmp_path).name == "step-0000002"
 
 
@@ -86,18 +92,19 @@ def test_a_run_keeps_its_checkpoint_of_best_alpha(objective: str, drafted_cache:
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     alphas = {line["step"]: line["alpha"] for line in lines if "alpha" in line}
     assert sorted(alphas) == [2, 4, 6]
-    best = json.loads((tmp_path / "run/best.json").read_text())
-    assert (best["step"], best["alpha"]) == max(alphas.items(), key=lambda item: item[1])
-    assert {path.name for path in list_checkpoints(tmp_path / "run")} == {
-        f"step-{step:07d}" for step in {best["step"], 6}
-    }
+    best_step, best_alpha = max(alphas.items(), key=lambda item: item[1])
+    found = find_drafter(tmp_path / "run")
+    assert found == checkpoint_path(tmp_path / "run", best_step)
+    judgement = read_judgement(found)
+    assert judgement is not None
+    assert judgement.alpha == best_alpha
+    assert {path.name for path in list_checkpoints(tmp_path / "run")} == {f"step-{step:07d}" for step in {best_step, 6}}
     # What was noted is what a replay of that checkpoint says.
     cache = Cache.open(drafted_cache)
     rows = split_rows(cache, TRAIN["holdout"])[1]
-    found = find_drafter(tmp_path / "run")
     first, second = (FirstDrafts.open(cache), found) if objective == "vp" else (found, None)
     alpha = Replay(cache, first, second, EvalConfig(limit=3)).run(rows).alpha
-    assert alpha["d2sd" if objective == "vp" else "first"] == best["alpha"]
+    assert alpha["d2sd" if objective == "vp" else "first"] == best_alpha
 
 
 def test_a_vp_drafter_is_not_judged_without_first_drafts(tiny_cache: Path, tmp_path: Path):

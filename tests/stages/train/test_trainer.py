@@ -183,12 +183,19 @@ def test_a_run_that_shall_stop_names_the_sequences_and_keeps_what_it_had(
     run = tmp_path / "run"
     trainer = make(tiny_cache, run, save_every=1)
     before: list[tuple[dict[str, str], dict[str, Tensor]]] = []
+    save = trainer.save
+
+    def noted() -> None:
+        save()
+        before.append((snapshot(run), weights(trainer)))
+
     with monkeypatch.context() as patch:
         spoil(patch, trainer, 3, what)
+        patch.setattr(trainer, "save", noted)
         with pytest.raises(
             VpdError, match=r"^step 3: the loss or its gradient is not finite.*no step was taken"
         ) as info:
-            train(trainer, lambda: before.append((snapshot(run), weights(trainer))))
+            train(trainer)
     names = [trainer.rows[index].seq_id for index in trainer.order.indices(2)]
     message = str(info.value)
     assert f"Sequences: {', '.join(names)}. Check these" in message
