@@ -115,7 +115,7 @@ def main() -> None:
 @main.command()
 @click.argument("target")
 @click.option("--out", required=True, metavar="PLACE", help=f"The cache, new or to be continued: {PLACE_HELP}.")
-@click.option("--first-drafter", type=PATH, help="A DFlash drafter: its drafts and boundaries go into the cache too.")
+@click.option("--first-drafter", help="A DFlash drafter: its drafts and boundaries go into the cache too.")
 @prompts_argument
 @engine_arg_option
 @click.option("--ray", type=click.IntRange(1), metavar="N", help="Work with N workers on a Ray cluster.")
@@ -129,7 +129,7 @@ def extract(
     prompts: tuple[str, ...],
     engine_args: tuple[str, ...],
     out: str,
-    first_drafter: Path | None,
+    first_drafter: str | None,
     ray: int | None,
     ray_gpus: float,
     ray_cpus: float,
@@ -146,13 +146,13 @@ def extract(
 
 @main.command()
 @click.argument("cache")
-@click.option("--first-drafter", required=True, type=PATH, help="A DFlash drafter: a checkpoint or a run.")
+@click.option("--first-drafter", required=True, help="A DFlash drafter: a checkpoint, a run, or a hub id.")
 @common_options
 @config_options(DraftConfig, "draft")
 @config_options(ReadConfig, "read", only=ALWAYS_VERIFIED)
 @reporting_errors
 def draft(
-    cache: str, first_drafter: Path, source: str | None, assignments: tuple[str, ...], as_json: bool, **flags: Any
+    cache: str, first_drafter: str, source: str | None, assignments: tuple[str, ...], as_json: bool, **flags: Any
 ) -> None:
     """First drafts and rejection boundaries over CACHE, without the target."""
     commands.draft(cache, first_drafter, resolve(source, assignments, flags), as_json)
@@ -225,8 +225,8 @@ def sweep(
 
 @main.command("eval")
 @click.argument("cache")
-@click.option("--first-drafter", required=True, type=PATH, help="The first drafter: a checkpoint or a run.")
-@click.option("--drafter", type=PATH, help="The VP-Drafter: a checkpoint or a run.")
+@click.option("--first-drafter", required=True, help="The first drafter: a checkpoint, a run, or a hub id.")
+@click.option("--drafter", help="The VP-Drafter: a checkpoint, a run, or a hub id.")
 @click.option("--target", help="A folder or a hub id: also decode some held-out prompts with it, to check the replay.")
 @click.option("--out", type=PATH, help="Also write the result to this file, as JSON.")
 @common_options
@@ -235,8 +235,8 @@ def sweep(
 @reporting_errors
 def evaluate(
     cache: str,
-    first_drafter: Path,
-    drafter: Path | None,
+    first_drafter: str,
+    drafter: str | None,
     target: str | None,
     out: Path | None,
     source: str | None,

@@ -50,7 +50,7 @@ def extract(
     target_name: str,
     prompt_files: tuple[str, ...],
     out: str,
-    first_drafter: Path | None,
+    first_drafter: str | Path | None,
     config: VpdConfig,
     as_json: bool,
     ray: RayResources | None = None,
@@ -123,7 +123,7 @@ def draft_over(cache: Cache, drafting: FirstDrafting) -> FirstDrafts:
         return drafting.run(cache, progress.advance)
 
 
-def draft(place: str, first_drafter: Path, config: VpdConfig, as_json: bool) -> None:
+def draft(place: str, first_drafter: str | Path, config: VpdConfig, as_json: bool) -> None:
     cache = open_cache_for_reading(place, config)
     drafts = draft_over(cache, FirstDrafting(find_drafter(first_drafter), config.draft, config.read))
     histogram = accept_length_histogram(cache, drafts)
@@ -170,8 +170,8 @@ def show_sweep(runs: Sequence[SweepRun], as_json: bool) -> None:
 
 def evaluate(
     place: str,
-    first_drafter: Path,
-    drafter: Path | None,
+    first_drafter: str | Path,
+    drafter: str | Path | None,
     target_name: str | None,
     out: Path | None,
     config: VpdConfig,

@@ -251,7 +251,7 @@ class TrainConfig(Section):
     anchor: AnchorConfig = AnchorConfig()
     """Anchors of the training blocks."""
     first_drafter: str | None = None
-    """Folder of the first drafter, or fingerprint of its drafts in the cache; none = the only one there."""
+    """Folder or hub id of the first drafter, or fingerprint of its drafts in the cache; none = the only one there."""
     num_anchors: Count = 512
     """Blocks drawn per sequence and visit; >= 1."""
     tau: PositiveFloat = 7.0
@@ -327,7 +327,7 @@ class TrainConfig(Section):
     eval_limit: NonNegative = 0
     """Held-out sequences replayed at every checkpoint, as the eval section says, to find the best; >= 0, 0 = none."""
     init: str | None = None
-    """Folder of a drafter checkpoint to start from; none = random weights."""
+    """A drafter to start from: a checkpoint's or run's folder, or a hub id; none = random weights."""
 
 
 class EvalConfig(Section):

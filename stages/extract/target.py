@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
@@ -23,6 +21,7 @@ from ...data.cache.storage import LocalStorage, Storage
 from ...data.cache.target_files import store_target_files, target_folder
 from ...data.errors import CacheCorruptError, TargetError
 from ..drafter.target_pieces import PIECES
+from ..hub import find_model
 from .adapter import Adapter, load_adapter
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -99,9 +98,7 @@ def load_target(name: str, adapter: str | None = None) -> Target:
     Raises:
         TargetError: there is no such target, or its folder lacks the config, the tokenizer or the weights.
     """
-    folder = Path(name)
-    if not folder.is_dir():
-        folder = _download(name)
+    folder = find_model(name, (*SMALL_FILES, "*.safetensors"), "target", TargetError)
     if not (folder / "config.json").is_file():
         raise TargetError(f"expected a model in {folder}, found no config.json. Give a transformers model folder.")
     if not list(folder.glob("*.safetensors")):
@@ -115,17 +112,6 @@ def load_target(name: str, adapter: str | None = None) -> Target:
     except (OSError, ValueError, KeyError) as error:
         raise TargetError(f"the target's config or tokenizer in {folder} can't be loaded: {error}") from error
     return Target(name, folder, config, tokenizer, None if adapter is None else load_adapter(adapter))
-
-
-def _download(name: str) -> Path:
-    try:
-        return Path(snapshot_download(name, allow_patterns=[*SMALL_FILES, "*.safetensors"]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise TargetError(
-            f"expected a target: {name} is neither a local folder nor a model that the hub gave ({reason}). "
-            "Check the path, or the id and the network."
-        ) from error
 
 
 def context_layers(num_target_layers: int, num_draft_layers: int) -> tuple[int, ...]:

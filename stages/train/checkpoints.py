@@ -13,6 +13,7 @@ import torch
 from ...data.cache.files import write_text_durably
 from ...data.errors import DrafterError
 from ..drafter.checkpoint import CONFIG, WEIGHTS
+from ..hub import find_model
 
 CHECKPOINTS, STATE, ALPHA = "checkpoints", "training_state.pt", "alpha.json"
 STATE_VERSION = 2
@@ -73,13 +74,13 @@ def best_checkpoint(run: Path) -> Path | None:
     return max(alike, key=lambda item: item[1])[0] if alike else None
 
 
-def find_drafter(folder: str | Path) -> Path:
-    """The drafter's folder that a user means: a checkpoint, or a run, of which it is the best checkpoint or the latest.
+def find_drafter(name: str | Path) -> Path:
+    """The drafter's folder that a user means: a checkpoint's, a run's best checkpoint or its latest, or one of the hub.
 
     Raises:
-        DrafterError: there is neither.
+        DrafterError: there is none of these.
     """
-    folder = Path(folder)
+    folder = find_model(str(name), (CONFIG, WEIGHTS), "drafter", DrafterError)
     if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
         return folder
     checkpoints = list_checkpoints(folder)

@@ -168,6 +168,8 @@ def plan_replay(
 
 
 def first_drafter_fingerprint(config: TrainConfig) -> str | None:
-    """Fingerprint of the first drafter that the config names by its folder or fingerprint."""
+    """Fingerprint of the first drafter that the config names by its folder, hub id or fingerprint."""
     named = config.first_drafter
-    return drafter_fingerprint(find_drafter(named)) if named is not None and Path(named).is_dir() else named
+    if named is None or not ("/" in named or Path(named).is_dir()):
+        return named
+    return drafter_fingerprint(find_drafter(named))

@@ -157,7 +157,7 @@ WRONG = [
     Wrong(
         "no-first-drafter",
         lambda place: ["draft", place.cache, "--first-drafter", place.folder / "nowhere"],
-        ["expected a drafter in", "nowhere", "found neither", "vpd train"],
+        ["expected a drafter", "nowhere", "neither a local folder", "Check the path"],
     ),
     Wrong(
         "drafter-without-weights",

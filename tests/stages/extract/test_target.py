@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from tiny import END, HIDDEN, NUM_LAYERS, VOCAB, Damage, save_target, snapshot
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -123,15 +122,6 @@ def test_a_folder_without_a_file_names_what_is_missing(gone: str, words: list[st
     with pytest.raises(TargetError) as caught:
         load_target(str(folder))
     for word in (*words, str(folder)):
-        assert word in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["/no/such/folder", "./no-such-folder", "no-such-owner/no-such-model"])
-def test_a_target_that_is_nowhere_is_refused(name: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(TargetError) as caught:
-        load_target(name)
-    for word in ("expected a target", name, "neither a local folder", "Check the path"):
         assert word in str(caught.value)
 
 

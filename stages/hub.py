@@ -1,0 +1,36 @@
+"""Models by name: a local folder, or an id on the hub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+from ..data.errors import VpdError
+
+ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+
+
+def find_model(name: str, files: Sequence[str], kind: str, error: type[VpdError]) -> Path:
+    """The folder of that name, or else the hub's model of that id: downloaded, or from the hub's local cache.
+
+    Args:
+        files: patterns of the files that a download takes.
+        kind: what it is to be, for messages.
+        error: what is raised where there is neither.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    reason = "no id of a model"
+    if ID.fullmatch(name):
+        try:
+            return Path(snapshot_download(name, allow_patterns=[*files]))
+        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as failure:
+            reason = str(failure).splitlines()[0]
+    raise error(
+        f"expected a {kind}: {name} is neither a local folder nor a model that the hub gave ({reason}). "
+        "Check the path, or the id and the network."
+    )

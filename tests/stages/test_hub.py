@@ -1,0 +1,73 @@
+"""Targets and drafters that are named by an id on the hub, from its local cache."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+from tiny import DRAFTER, TRAIN, run_vpd, vpd
+from vpd.data.errors import DrafterError, TargetError, VpdError
+from vpd.stages.extract.target import load_target
+from vpd.stages.train.checkpoints import find_drafter
+
+COMMIT = "0123456789" * 4
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the hub, which is itself out of reach."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def add_model(hub: Path, model_id: str, folder: Path) -> Path:
+    """What a download leaves."""
+    model = hub / f"models--{model_id.replace('/', '--')}"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs/main").write_text(COMMIT)
+    return shutil.copytree(folder, model / "snapshots" / COMMIT)
+
+
+def test_a_target_of_the_hub_is_found(hub: Path, tiny_llama: Path):
+    found = load_target(str(tiny_llama))
+    add_model(hub, "owner/tiny-llama", tiny_llama)
+    target = load_target("owner/tiny-llama")
+    assert (target.name, target.fingerprint()) == ("owner/tiny-llama", found.fingerprint())
+
+
+def test_a_drafter_of_the_hub_is_used_as_a_local_one(hub: Path, first_run: Path, drafted_cache: Path, tmp_path: Path):
+    snapshot = add_model(hub, "owner/tiny-DFlash-b4", find_drafter(first_run))
+    assert find_drafter("owner/tiny-DFlash-b4") == snapshot
+    evaluated = [
+        vpd("eval", drafted_cache, "--first-drafter", name, holdout=1) for name in (first_run, "owner/tiny-DFlash-b4")
+    ]
+    assert evaluated[0]["alpha"] == evaluated[1]["alpha"]
+    settings = {**DRAFTER, **TRAIN, "max_steps": 2}
+    for name, first in (("local", find_drafter(first_run)), ("hub", "owner/tiny-DFlash-b4")):
+        vpd("train", drafted_cache, "--out", tmp_path / name, "--init", first, "--first-drafter", first, **settings)
+    local, found = (find_drafter(tmp_path / name) / "model.safetensors" for name in ("local", "hub"))
+    assert local.read_bytes() == found.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "name", ["/no/such/folder", "./no-such-folder", "no/such/folder", "no-such-owner/no-such-model"]
+)
+@pytest.mark.parametrize(
+    ("find", "kind", "error"), [(load_target, "target", TargetError), (find_drafter, "drafter", DrafterError)]
+)
+def test_what_is_nowhere_is_refused(
+    find: Callable[[str], object], kind: str, error: type[VpdError], name: str, hub: Path
+):
+    with pytest.raises(error) as caught:
+        find(name)
+    for word in (f"expected a {kind}", name, "neither a local folder", "Check the path"):
+        assert word in str(caught.value)
+
+
+def test_a_first_drafter_that_is_not_on_the_hub_is_named(hub: Path, drafted_cache: Path, tmp_path: Path):
+    settings = {**DRAFTER, **TRAIN}
+    outcome = run_vpd("train", drafted_cache, "--out", tmp_path, "--first-drafter", "owner/other", **settings)
+    assert outcome.code == 1
+    assert "expected a drafter: owner/other is neither" in outcome.message
