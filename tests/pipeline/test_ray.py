@@ -93,11 +93,11 @@ def test_a_worker_whose_engine_is_killed_is_replaced(cluster: Any, tiny_llama: P
     assert 0 < outcome.result["num_written"] < 240, "what the second engine wrote"
 
 
-def test_a_signal_ends_all_workers(
-    cluster: Any, tiny_llama: Path, many_prompts: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_signal_ends_all_workers(cluster: Any, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    num_records = 5 * NUM_RECORDS  # more than the workers make before they are told
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"why {i}?"} for i in range(num_records)])
     out = tmp_path / "cache"
-    args = [*arguments(tiny_llama, many_prompts, out), "--ray", 2, "--ray-gpus", 0]
+    args = [*arguments(tiny_llama, prompts, out), "--ray", 2, "--ray-gpus", 0]
 
     def stopped(job: Any, prepared: Any, resources: Any, must_stop: Any) -> Any:
         """As if a signal came with the first finished unit."""
@@ -108,10 +108,9 @@ def test_a_signal_ends_all_workers(
         patch.setattr("vpd.pipeline.ray_workers.SECONDS_BETWEEN_LOOKS", 0.05)
         outcome = run_vpd(*args)
     assert outcome.code == 0, outcome.err
-    assert 0 < outcome.result["num_left"] < NUM_RECORDS
-    assert outcome.result["num_sequences"] == NUM_RECORDS - outcome.result["num_left"]
-    assert run_vpd(*args).result["num_sequences"] == NUM_RECORDS
-    check_same(out, alone)
+    assert 0 < outcome.result["num_left"] < num_records
+    assert outcome.result["num_sequences"] == num_records - outcome.result["num_left"]
+    assert run_vpd(*args).result["num_sequences"] == num_records
 
 
 def test_what_a_worker_finds_wrong_is_told(cluster: Any, tiny_llama: Path, many_prompts: Path, tmp_path: Path):
