@@ -212,6 +212,11 @@ def sweep(
     as_json: bool,
 ) -> None:
     """Train a drafter from CACHE for every combination of settings; tell the acceptance length of each."""
+    if is_launched():
+        raise ConfigError(
+            "vpd sweep: a launcher has started this as one of several processes, but a sweep's runs have one each. "
+            "Start it once with --num-workers, or once on each machine with --worker-index."
+        )
     shared = dict(map(parse_assignment, assignments))
     runs = plan_runs(out, vary, lambda settings: load_config(source, shared | settings))
     if num_workers > 1 and worker_index is None:

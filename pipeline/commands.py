@@ -140,9 +140,9 @@ def train(place: str, out: Path, config: VpdConfig, as_json: bool) -> None:
     folder = RunFolder(out, config, cache)
     trainer = make_trainer(cache, out, config.drafter, config.train, config.read, config.eval)
     run_trainers([trainer], [folder], config, as_json)
-    checkpoint = list_checkpoints(out)[-1]
-    result = {"run": str(out), "step": trainer.step, "checkpoint": str(checkpoint)}
     if trainer.accelerator.is_main_process:
+        checkpoint = list_checkpoints(out)[-1]
+        result = {"run": str(out), "step": trainer.step, "checkpoint": str(checkpoint)}
         emit(result, as_json, f"trained: {checkpoint}")
 
 
@@ -155,8 +155,6 @@ def sweep(place: str, runs: Sequence[SweepRun], together: int, as_json: bool) ->
         for run in finished:
             evaluate_run(cache, run)
             progress.advance(note=run.name)
-    for name, error in failures.items():
-        click.echo(f"vpd: error: {name}: {error}", err=True)
     return int(bool(failures))
 
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from rich.table import Table
 
@@ -117,7 +119,7 @@ def train_all(cache: Cache, runs: Sequence[SweepRun], together: int, as_json: bo
 
 
 def train_group(cache: Cache, runs: Sequence[SweepRun], as_json: bool) -> dict[str, NonFiniteError]:
-    """Trains runs that read the same sequences; those at the same step go on together."""
+    """Trains runs that read the same sequences; those at the same step go on together. Failures are told at once."""
     at_step: defaultdict[tuple[int, int], list[tuple[Trainer, RunFolder]]] = defaultdict(list)
     pieces = None
     for run in runs:
@@ -127,12 +129,20 @@ def train_group(cache: Cache, runs: Sequence[SweepRun], as_json: bool) -> dict[s
         )
         pieces = trainer.pieces
         at_step[trainer.step, trainer.num_steps].append((trainer, folder))
+    failures: dict[str, NonFiniteError] = {}
     for found in at_step.values():
         trainers, folders = zip(*found, strict=True)
-        with suppress(NonFiniteError):  # of the last that was left; all are looked at below
-            run_trainers(trainers, folders, runs[0].config, as_json)
-    trained = [trainer for found in at_step.values() for trainer, _ in found]
-    return {trainer.run.name: trainer.failure for trainer in trained if trainer.failure is not None}
+        try:
+            with suppress(NonFiniteError):  # of the last that was left; all are looked at below
+                if late := run_trainers(trainers, folders, runs[0].config, as_json):
+                    click.echo("vpd: stopped after a run's last step; the same command continues.", err=True)
+                    sys.exit(128 + late)
+        finally:
+            failed = {each.run.name: each.failure for each in trainers if each.failure is not None}
+            for name, error in failed.items():
+                click.echo(f"vpd: error: {name}: {error}", err=True)
+        failures |= failed
+    return failures
 
 
 def held_out_rows(cache: Cache, run: SweepRun) -> SequenceIndex:
@@ -157,8 +167,9 @@ def collect(runs: Sequence[SweepRun]) -> list[dict[str, Any]]:
         if not (run.folder / EVALUATION).is_file():
             continue
         evaluation = json.loads((run.folder / EVALUATION).read_text())
-        last = json.loads((run.folder / METRICS).read_text().splitlines()[-1])
-        results.append({"run": run.name, "loss": last["loss"], **evaluation})
+        lines = map(json.loads, (run.folder / METRICS).read_text().splitlines())
+        *_, loss = (line["loss"] for line in lines if "loss" in line)
+        results.append({"run": run.name, "loss": loss, **evaluation})
     return sorted(results, key=lambda result: -[*result["alpha"].values()][-1])
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib.util
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
 from contextvars import copy_context
 from typing import Any
 
 import click
 
-from ..data.errors import ConfigError
+from ..data.errors import ConfigError, NonFiniteError
 from ..stages.config import TrainConfig
 from ..stages.train.loop import run_together
 from ..stages.train.trainer import Trainer
@@ -35,8 +35,14 @@ def check_trackers(config: TrainConfig) -> None:
         )
 
 
-def run_trainers(trainers: Sequence[Trainer], folders: Sequence[RunFolder], config: VpdConfig, as_json: bool) -> None:
-    """Runs trainers to their last step, each with its folder; exits as a signal would if one stops them."""
+def run_trainers(
+    trainers: Sequence[Trainer], folders: Sequence[RunFolder], config: VpdConfig, as_json: bool
+) -> int | None:
+    """Runs trainers to their last step, each with its folder; exits as a signal would if one stops them.
+
+    Returns:
+        A signal that came when there was nothing left to stop.
+    """
     lead = trainers[0]
     is_main = lead.accelerator.is_main_process
     if is_main and not as_json:
@@ -55,14 +61,19 @@ def run_trainers(trainers: Sequence[Trainer], folders: Sequence[RunFolder], conf
             def on_alpha(trainer: Trainer, alpha: float) -> None:
                 logs[id(trainer)].add_alpha(alpha)
 
-            finished = run_together(trainers, on_step, on_alpha, lambda: signals.received is not None)
-        for log in logs.values():
-            log.end()
+            try:
+                finished = run_together(trainers, on_step, on_alpha, lambda: signals.received is not None)
+            except NonFiniteError:  # in all processes alike, so none waits for others
+                end_all(logs.values())
+                raise
+        end_all(logs.values())
         if not finished and is_main:
-            done = f"step {lead.step} of {lead.num_steps}"
+            step = max(trainer.step for trainer in trainers)  # others have failed before
+            done = f"step {step} of {lead.num_steps}"
             click.echo(f"vpd: stopped after {done}, which is saved; the same command continues.", err=True)
     if not finished:
         sys.exit(128 + (signals.received or signal.SIGTERM))
+    return signals.received
 
 
 class RunLog:
@@ -117,6 +128,11 @@ class RunLog:
         for tracker in accelerator.trackers:
             if tracker.name == "tensorboard":
                 tracker.store_init_configuration(settings)
+
+
+def end_all(logs: Iterable[RunLog]) -> None:
+    for log in logs:
+        log.end()
 
 
 def describe_step(metrics: dict[str, Any], alpha: float | None) -> str:

@@ -1,19 +1,21 @@
 """A sweep's runs are the runs that `vpd train` makes one by one, however many share a pass over the cache."""
 
 import json
+import signal
 from collections import Counter
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from compare import check_equal_runs, checkpoint_steps, steps_logged
+from compare import check_equal_runs, checkpoint_steps, metrics, steps_logged
 from forks import Forks
 from place import check_message
 from tiny import DRAFTER, TRAIN, Outcome, run_vpd, snapshot, vpd
 from vpd.data.cache.reader import CachedSequence, read_ahead
 from vpd.pipeline import training
 from vpd.pipeline.sweep import combinations, run_name
+from vpd.pipeline.training import RunLog
 from vpd.stages.train import feed
 from vpd.stages.train.trainer import StepResult, Trainer
 
@@ -68,6 +70,19 @@ def together(drafted_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> t
 
 def test_runs_that_share_a_pass_are_those_that_do_not(together: tuple[Path, list[Settings]], separate: Path):
     check_runs(together[0], separate)
+
+
+def test_runs_that_are_judged_while_they_train_are_those_of_vpd_train(drafted_cache: Path, tmp_path: Path):
+    changes = {"train.eval_limit": 2, "train.max_steps": 2}
+    results = run_sweep(drafted_cache, tmp_path / "sweep", vary=["train.lr=[0.003,0.002]"], **changes)
+    settings = SETTINGS | changes
+    for result in results:
+        lr = result["run"].removeprefix("lr=")
+        vpd("train", drafted_cache, "--out", tmp_path / lr, *assignments(settings | {"train.lr": lr}))
+        lines = metrics(tmp_path / lr)
+        assert [line["step"] for line in lines if "alpha" in line] == [2]
+        assert result["loss"] == [line["loss"] for line in lines if "loss" in line][-1]
+        check_equal_runs(tmp_path / "sweep" / result["run"], tmp_path / lr)
 
 
 def test_a_run_that_fails_does_not_stop_the_others(drafted_cache: Path, tmp_path: Path, forks: Forks):
@@ -281,7 +296,74 @@ def test_a_finished_sweep_is_left_as_it_is(
     assert {Path(path).name for path, content in after.items() if before[path] != content} <= {"provenance.json"}
 
 
+def test_a_signal_that_a_run_has_no_use_for_ends_the_sweep(
+    drafted_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """In the last step of one run, before the next begins."""
+    arguments = sweep(drafted_cache, tmp_path, "--together", 1, "--json", vary=["train.lr=[0.003,0.002]"])
+    with monkeypatch.context() as patch:
+        signal_at(patch, 5)
+        outcome = run_vpd(*arguments)
+    assert (outcome.code, outcome.out) == (143, "")
+    assert "the same command continues" in outcome.err
+    assert checkpoint_steps(tmp_path / "lr=0.003")[-1] == 5
+    assert not (tmp_path / "lr=0.002" / "metrics.jsonl").exists()
+    assert len(run_vpd(*arguments).result["runs"]) == 2
+
+
+def test_a_stopped_sweep_tells_what_has_failed(drafted_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    ended = note_ends(monkeypatch)
+    signal_at(monkeypatch, 4)
+    hot = {"train.clip": 1e30, "train.warmup": 0.0}
+    outcome = run_vpd(*sweep(drafted_cache, tmp_path, vary=["train.lr=[1e30,0.002]"], **hot))
+    assert outcome.code == 143
+    assert "stopped after step 4 of 5" in outcome.err
+    assert "vpd: error: lr=1e30: step 2: the loss or its gradient is not finite" in outcome.err
+    assert ended == ["lr=1e30", "lr=0.002"]
+
+
+def test_trackers_of_runs_that_all_fail_are_ended(drafted_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    ended = note_ends(monkeypatch)
+    hot = {"train.clip": 1e30, "train.warmup": 0.0}
+    assert run_vpd(*sweep(drafted_cache, tmp_path, vary=["train.lr=[1e30,1e29]"], **hot)).code == 1
+    assert ended == ["lr=1e30", "lr=1e29"]
+
+
+def note_ends(patch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the runs whose trackers are ended."""
+    ended: list[str] = []
+    original = RunLog.end
+
+    def noted(log: RunLog) -> None:
+        ended.append(log.trainer.run.name)
+        original(log)
+
+    patch.setattr(RunLog, "end", noted)
+    return ended
+
+
+def signal_at(patch: pytest.MonkeyPatch, step: int) -> None:
+    """A termination in that step of any run."""
+    original = Trainer.finish_step
+
+    def signalled(trainer: Trainer) -> StepResult | None:
+        if trainer.step + 1 == step:
+            signal.raise_signal(signal.SIGTERM)
+        return original(trainer)
+
+    patch.setattr(Trainer, "finish_step", signalled)
+
+
 # What can't be varied
+
+
+def test_a_launcher_of_several_processes_is_refused(
+    drafted_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_refused(
+        run_vpd(*sweep(drafted_cache, tmp_path / "sweep")), ["vpd sweep", "--num-workers"], tmp_path / "sweep"
+    )
 
 
 class Wrong(NamedTuple):
