@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...data.cache.drafts import NOT_DRAFTED, NUM_ALTERNATIVES, FirstDrafts
+from ...data.cache.drafts import NUM_ALTERNATIVES, FirstDrafts
 from ...data.cache.index import SequenceRow
 from ...data.cache.reader import CachedSequence, Request, read_ahead
 from ...data.cache.store import Cache
@@ -76,6 +76,18 @@ def require_replayable(cache: Cache, rows: Sequence[SequenceRow]) -> None:
     raise nothing_to_replay(cache, len(rows), skipped)
 
 
+def require_all_anchors(drafts: FirstDrafts) -> None:
+    """
+    Raises:
+        DrafterError: the first drafts leave out anchors.
+    """
+    if drafts.facts["stride"] != 1:
+        raise DrafterError(
+            f"the first drafts {drafts.fingerprint} leave out anchors (stride {drafts.facts['stride']}), and replay "
+            f"needs them all. Remove {drafts.place}, and make them again: vpd draft --stride 1."
+        )
+
+
 def nothing_to_replay(cache: Cache, num_rows: int, skipped: Counter[str]) -> CacheNotFoundError:
     return CacheNotFoundError(
         f"expected held-out greedy responses in {cache.place}, found none among {num_rows} held-out sequences "
@@ -96,7 +108,7 @@ class Replay:
     ):
         """
         Raises:
-            DrafterError: a drafter does not fit the cache.
+            DrafterError: a drafter does not fit the cache, or recorded drafts leave out anchors.
         """
         self.cache, self.config, self.read = cache, config, read or ReadConfig()
         self.device = choose_device(config.device)
@@ -106,6 +118,7 @@ class Replay:
         self.first: Drafter | None = None
         self.drafts: FirstDrafts | None = None
         if isinstance(first, FirstDrafts):
+            require_all_anchors(first)
             self.drafts, block_size = first, first.block_size
         else:
             self.first = self._load(first)
@@ -180,17 +193,8 @@ class Replay:
         )
 
     def recorded_drafts(self, row: SequenceRow, anchors_N: Tensor) -> tuple[Tensor, Tensor]:
-        """
-        Raises:
-            DrafterError: an anchor was not drafted.
-        """
         assert self.drafts is not None
         drafted = self.drafts.read(row)
-        if bool((drafted.accept_len_T[anchors_N] == NOT_DRAFTED).any()):
-            raise DrafterError(
-                f"the first drafts {self.drafts.fingerprint} leave out anchors (stride {self.drafts.facts['stride']}), "
-                "and replay needs them all. Draft with --stride 1."
-            )
         return drafted.tokens_TGA[anchors_N].long().to(self.device), drafted.probs_TGA[anchors_N].float().to(
             self.device
         )

@@ -14,7 +14,7 @@ from ..config import DrafterSection, EvalConfig, ReadConfig, TrainConfig
 from ..drafter.checkpoint import check_fits, drafter_fingerprint
 from ..drafter.shape import DrafterShape, rope_parameters
 from ..drafter.target_pieces import TargetPieces, choose_mask_token, load_target_config, load_tokenizer
-from ..evaluate.replay import Replay, require_replayable
+from ..evaluate.replay import Replay, require_all_anchors, require_replayable
 from .checkpoints import find_drafter
 from .samples import boundary_readers, require_anchor, split_rows
 from .trainer import Evaluation, Trainer
@@ -158,12 +158,14 @@ def plan_replay(
 
     Raises:
         CacheNotFoundError: the cache lacks first drafts, or there is nothing to replay.
+        DrafterError: the first drafts leave out anchors.
     """
     require_replayable(cache, held_out[: evaluation.limit])
     if config.objective != "vp":
         return None
     drafts = FirstDrafts.open(cache, first_drafter_fingerprint(config))
     require_complete(drafts)
+    require_all_anchors(drafts)
     return drafts
 
 

@@ -1,11 +1,12 @@
 """A checkpoint's replay, in a run that is stopped, killed or continued."""
 
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 from compare import check_equal_runs, checkpoint_steps, metrics, steps_logged, train
-from tiny import run_vpd
+from tiny import run_vpd, vpd
 from vpd.stages.evaluate.replay import Replay
 from vpd.stages.train.trainer import StepResult, Trainer
 
@@ -39,6 +40,23 @@ def test_a_checkpoint_is_judged_again_only_by_another_measure(
     after = metrics(tmp_path)
     assert after[: len(before)] == before
     assert [line.keys() for line in after[len(before) :]] == [{"step", "alpha"}] * replays
+
+
+@pytest.mark.parametrize("command", ["train", "sweep"])
+def test_drafts_that_leave_out_anchors_are_refused_before_training(
+    command: str, tiny_cache: Path, first_run: Path, tmp_path: Path
+):
+    cache = shutil.copytree(tiny_cache, tmp_path / "cache")
+    vpd("draft", cache, "--first-drafter", first_run, stride=2)
+    out = tmp_path / "run"
+    arguments = train(cache, out, **EVALUATED)
+    if command == "sweep":
+        arguments = ["sweep", cache, "--out", out, "--vary", "train.tau=[7]", "--set", "train.holdout=0.3"]
+    outcome = run_vpd(*arguments)
+    assert outcome.code == 1
+    assert "leave out anchors (stride 2)" in outcome.message
+    assert "Remove" in outcome.message
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("step", [1, 2, 6])

@@ -256,7 +256,7 @@ def test_drafts_that_leave_out_anchors_are_refused(world: World, tmp_path: Path)
     shutil.copytree(world.folder / "cache", tmp_path / "cache", ignore=shutil.ignore_patterns("drafts"))
     cache = Cache.open(tmp_path / "cache")
     drafts = FirstDrafting(world.folder / "first", DraftConfig(device="cpu", stride=2)).run(cache)
-    with pytest.raises(DrafterError, match=r"leave out anchors \(stride 2\).*Draft with --stride 1"):
+    with pytest.raises(DrafterError, match=r"leave out anchors \(stride 2\).*Remove .*drafts/.*--stride 1"):
         Replay(cache, drafts, None, EvalConfig(device="cpu")).run(cache.rows)
 
 
