@@ -119,7 +119,9 @@ class Trainer:
         self.dtype = choose_precision(config.precision)
         self.pieces = pieces or TargetPieces.load(cache.target_folder, device=self.device, dtype=self.dtype)
         self.feature_rms_D = feature_rms(cache, rows).to(self.device)
-        drafter = make_drafter(shape, config, self.feature_rms_D.cpu()).to(self.device).train()
+        # A run that goes on has weights of its own.
+        initial = config.model_copy(update={"init": None}) if list_checkpoints(run) else config
+        drafter = make_drafter(shape, initial, self.feature_rms_D.cpu()).to(self.device).train()
         drafter.attention = choose_attention(config, self.device)
         if config.compile:
             drafter.compile_layers()
@@ -184,10 +186,11 @@ class Trainer:
         with self.drafter.summing(last):
             if blocks is None:
                 if self.accelerator.num_processes > 1:
-                    self.accelerator.backward(0.0 * self._states(self._idle_blocks()).sum())
+                    (0.0 * self._states(self._idle_blocks()).sum()).backward()
                 return
             parts = block_loss(self._states(blocks), blocks.labels, self._rows, self.config)
-            self.accelerator.backward(parts.loss_sum)
+            # Not by accelerate, which divides by what its own configuration says of accumulation.
+            parts.loss_sum.backward()
         self._totals += torch.cat([part.detach().double().flatten() for part in parts])
 
     def finish_step(self) -> StepResult | None:

@@ -134,6 +134,17 @@ def test_a_trainer_goes_on_from_the_latest_checkpoint(finished: Path, half: Path
     check_same_state(load_state(list_checkpoints(half)[-1]), load_state(list_checkpoints(finished)[-1]))
 
 
+def test_what_a_run_began_with_is_not_needed_again(first_run: Path, tiny_cache: Path, tmp_path: Path):
+    begun = shutil.copytree(find_drafter(first_run), tmp_path / "begun")
+    flags = {**DFLASH, "init": begun}
+    train(tiny_cache, tmp_path / "unbroken", **flags)
+    run = shutil.copytree(tmp_path / "unbroken", tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "step-0000006")
+    shutil.rmtree(begun)
+    train(tiny_cache, run, **flags)
+    check_same_run(tmp_path / "unbroken", run)
+
+
 def test_a_finished_run_is_left_as_it_is(finished: Path, tiny_cache: Path):
     before = snapshot(finished)
     assert train(tiny_cache, finished, **DFLASH)["step"] == 6

@@ -209,6 +209,16 @@ def test_a_run_that_shall_stop_names_the_sequences_and_keeps_what_it_had(
     assert losses(train(make(tiny_cache, run, save_every=1))) == losses(unbroken[2:])
 
 
+def test_accelerate_s_own_settings_do_not_scale_gradients(
+    tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    expected = train(make(tiny_cache, tmp_path / "plain"))
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    found = train(make(tiny_cache, tmp_path / "accumulating"))
+    for name in ("loss", "grad_norm"):
+        assert [line[name] for line in found] == [line[name] for line in expected]
+
+
 def test_of_many_sequences_a_few_are_named(tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(trainer_module, "NAMES_SHOWN", 3)
     trainer = make(tiny_cache, tmp_path, batch_tokens=10**6)
