@@ -35,10 +35,10 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 
 def keep_latest(run: Path, keep: int) -> None:
-    """Removes all checkpoints but the latest, and the best."""
-    best = best_checkpoint(run)
+    """Removes all checkpoints but the latest, and the best of each measure."""
+    best = best_checkpoints(run)
     for path in list_checkpoints(run)[:-keep]:
-        if path != best:
+        if path not in best:
             # By another name first: half a checkpoint is none.
             shutil.rmtree(path.rename(path.with_name(f".{path.name}.removed.tmp")))
 
@@ -67,11 +67,19 @@ def read_judgement(checkpoint: Path) -> Judgement | None:
     return Judgement(**json.loads(path.read_text())) if path.is_file() else None
 
 
+def best_checkpoints(run: Path) -> list[Path]:
+    """The first checkpoint of best acceptance length by each measure; the measure of the latest one judged is last."""
+    judged: dict[str, list[tuple[Path, float]]] = {}
+    for path in list_checkpoints(run):
+        if (found := read_judgement(path)) is not None:
+            measure = json.dumps(found.measure, sort_keys=True)
+            judged[measure] = [*judged.pop(measure, []), (path, found.alpha)]
+    return [max(alike, key=lambda item: item[1])[0] for alike in judged.values()]
+
+
 def best_checkpoint(run: Path) -> Path | None:
-    """The first checkpoint of best acceptance length, of those judged as the latest was; None if none was."""
-    judged = [(path, found) for path in list_checkpoints(run) if (found := read_judgement(path)) is not None]
-    alike = [(path, found.alpha) for path, found in judged if found.measure == judged[-1][1].measure]
-    return max(alike, key=lambda item: item[1])[0] if alike else None
+    """The best of the checkpoints that were judged as the latest was; None if none was judged."""
+    return next(reversed(best_checkpoints(run)), None)
 
 
 def find_drafter(name: str | Path) -> Path:

@@ -58,6 +58,18 @@ def test_alphas_of_another_measure_are_not_compared(tmp_path: Path, first_run: P
     assert find_drafter(tmp_path).name == "step-0000002"
 
 
+def test_the_best_of_another_measure_stays(tmp_path: Path, first_run: Path):
+    """It may have been asked for by mistake."""
+    add_checkpoints(tmp_path, first_run, range(1, 5))
+    for step, alpha, k in [(1, 1.9, 4), (2, 1.1, 4), (3, 1.3, 8), (4, 1.2, 8)]:
+        note_alpha(tmp_path, step, alpha, k)
+    keep_latest(tmp_path, 1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-0000001", "step-0000003", "step-0000004"]
+    assert find_drafter(tmp_path).name == "step-0000003"
+    note_alpha(tmp_path, 4, 1.2, 4)  # by the first measure again
+    assert find_drafter(tmp_path).name == "step-0000001"
+
+
 def test_half_a_checkpoint_is_none(tmp_path: Path, first_run: Path, monkeypatch: pytest.MonkeyPatch):
     """A process may be killed while it removes one; the next removes what is left."""
     add_checkpoints(tmp_path, first_run, range(1, 4))
