@@ -144,7 +144,7 @@ def run_study(
             study.config(),
             True,
         )
-    with ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with worker_pool(num_workers) as pool:
         # What needs no first drafter trains beside it.
         for arm in ARMS:
             if not (arm.warm or boundary_readers(study.config(**arm.settings).train)):
@@ -157,6 +157,19 @@ def run_study(
             commands.draft(study.cache(split), study.first, study.config(), True)
         run_arms(study, pool, console)
     print(write_report(study.out, study.config().eval.k, PAPER_ARM, DEFAULT_ARM))
+
+
+@contextlib.contextmanager
+def worker_pool(num_workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that are ended where the caller fails or is stopped: what they have saved is where they go on."""
+    with ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
 
 
 def first_config(study: Study) -> Any:

@@ -1,6 +1,8 @@
 """The study: how prompts are split, and what its report says of results made by hand."""
 
 import json
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import pytest
 from tiny import run_vpd, write_jsonl
 from vpd.data.errors import VpdError
 from vpd.pipeline.config import load_config
-from vpd.pipeline.study import ARMS, DEFAULT_ARM, PAPER_ARM, VARIANTS, plan_splits
+from vpd.pipeline.study import ARMS, DEFAULT_ARM, PAPER_ARM, VARIANTS, plan_splits, worker_pool
 from vpd.pipeline.study_report import POLICIES, write_report
 
 QUESTIONS = [{"turns": [f"how much is {i} and {i}?"]} for i in range(200)]
@@ -48,6 +50,19 @@ def test_prompts_that_cannot_be_used_are_named_before_anything_is_made(
     assert outcome.code == 1
     assert all(word in outcome.message for word in words)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_waits_for_a_worker_is_not_begun_once_the_study_is_stopped(tmp_path: Path):
+    def run() -> None:
+        with worker_pool(1) as pool:
+            pool.submit(time.sleep, 100)
+            for name in "abc":
+                pool.submit((tmp_path / name).touch)
+            sys.exit(143)
+
+    with pytest.raises(SystemExit):
+        run()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("recipe", ["study", "study-gpu"])
