@@ -122,6 +122,10 @@ class FirstDrafts:
         accept_len = self._open(row).resident[ACCEPT_LEN]
         return torch.from_numpy(accept_len[row.first_row : row.first_row + row.num_tokens])
 
+    def close_parts(self) -> None:
+        """Lets go of the files of all parts; what is read of them later opens them again."""
+        self._open_parts.clear()
+
     def _read_range(self, row: SequenceRow, spec: ArraySpec) -> Tensor:
         part = self._open(row)
         chunks = part.chunks_of(spec, row.first_row, row.num_tokens)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import fcntl
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 
 LOCK = "writer.lock"
 SECONDS_UNTIL_ABANDONED = 24 * 3600
+SECONDS_TO_LOCK = 300.0
+"""How long a new folder may lack its lock: its writer is about to take it."""
 
 
 class FolderLock:
@@ -16,9 +19,9 @@ class FolderLock:
 
     def __init__(self, folder: Path):
         self._file = open(folder / LOCK, "w")  # noqa: SIM115 - open for the writer's life
+        fcntl.flock(self._file, fcntl.LOCK_EX)
         self._file.write(socket.gethostname())
         self._file.flush()
-        fcntl.flock(self._file, fcntl.LOCK_EX)
 
     def release(self) -> None:
         self._file.close()
@@ -30,15 +33,24 @@ def is_alive(folder: Path) -> bool:
     A lock tells on the host that took it. What another host left counts as alive until nothing in it has changed
     for a day, as not every shared file system carries locks between hosts.
     """
+    host = ""
     try:
         with open(folder / LOCK) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             host = lock.read()
-    except FileNotFoundError:
-        return False
     except BlockingIOError:
         return True
-    if host in ("", socket.gethostname()):
+    except FileNotFoundError:
+        pass
+    if host == socket.gethostname():
         return False
-    latest = max(path.stat().st_mtime for path in folder.rglob("*"))
-    return time.time() - latest < SECONDS_UNTIL_ABANDONED
+    return time.time() - last_change(folder) < (SECONDS_UNTIL_ABANDONED if host else SECONDS_TO_LOCK)
+
+
+def last_change(folder: Path) -> float:
+    """When anything in a folder has changed last, in seconds; 0 if it has gone meanwhile."""
+    latest = 0.0
+    for path in (folder, *folder.rglob("*")):
+        with suppress(FileNotFoundError):
+            latest = max(latest, path.stat().st_mtime)
+    return latest

@@ -20,6 +20,8 @@ from .target_files import download
 PLACES = (f"*/{PARTS}/*", f"*/*/*/{PARTS}/*")
 """Where parts of states and of first drafts are, below the folder for all caches."""
 TRIES = 4
+SLICES = 64
+"""Room is made, and the folder measured, for one in so many of its bytes at a time: it may hold 100,000 files."""
 Used = TypeVar("Used")
 
 
@@ -34,7 +36,8 @@ class MirroredStorage:
     def __init__(self, remote: Storage, folder: Path, max_bytes: int):
         """
         Args:
-            max_bytes: size of the folder beyond which parts are removed; what is being fetched may exceed it.
+            max_bytes: size of the folder beyond which parts are removed; what is being fetched may exceed it, and
+                each process by one in `SLICES`.
         """
         self.place = remote.place
         self._remote, self._folder, self._max_bytes = remote, folder, max_bytes
@@ -43,6 +46,9 @@ class MirroredStorage:
         self._in_use: Counter[Path] = Counter()
         """Parts that a thread of this process is about to read."""
         self._lock = threading.Lock()
+        self._room = 0
+        """Bytes that may still be fetched before the folder is measured again: other processes fill it too."""
+        self._making_room = threading.Lock()
 
     def locate(self, name: str) -> str:
         if not is_part_file(name):
@@ -96,16 +102,27 @@ class MirroredStorage:
 
     def _make_room(self, num_bytes: int) -> None:
         """Removes the parts not used for longest, but none in use, until there is room for this many bytes."""
-        with self._lock:
+        with self._making_room:
+            self._room -= num_bytes
+            if self._room >= 0:
+                return
             parts = [part for where in PLACES for part in self._folder.glob(where)]
             measured = [(part, found) for part in parts if (found := _last_use_and_size(part)) is not None]
             total = num_bytes + sum(size for _, (_, size) in measured)
-            for part, (_, size) in sorted(measured, key=lambda entry: entry[1]):
-                if total <= self._max_bytes:
-                    return
+            if total > self._max_bytes:
+                total = self._remove_oldest(measured, total)
+            self._room = min(self._max_bytes - total, self._max_bytes // SLICES)
+
+    def _remove_oldest(self, measured: list[tuple[Path, tuple[int, int]]], total: int) -> int:
+        """Removes parts until a slice is free; returns the number of bytes that are left."""
+        for part, (_, size) in sorted(measured, key=lambda entry: entry[1]):
+            if total <= self._max_bytes - self._max_bytes // SLICES:
+                break
+            with self._lock:
                 if not self._in_use[part]:
                     shutil.rmtree(part, ignore_errors=True)
                     total -= size
+        return total
 
     def _forget(self, name: str) -> None:
         """Removes the local copies of a file, or of all files below a folder."""

@@ -244,7 +244,8 @@ class LocalStorage:
         try:
             os.link(aside, path)
         except FileExistsError:
-            raise
+            if aside.stat().st_nlink == 1:  # else it was made, and a server has answered the repeated request
+                raise
         except OSError:  # a file system without hard links
             if path.exists():
                 raise FileExistsError(f"{path} exists") from None
@@ -275,8 +276,8 @@ class LocalStorage:
         kept = listed()
         dead = [folder for folder in held_by_nobody if folder.name not in kept]
         for folder in dead:
-            with suppress(FileNotFoundError):  # another process removes it too, or its writer has just published it
-                shutil.rmtree(folder)
+            # Not all may go: another process removes it too, or its writer has just published it.
+            shutil.rmtree(folder, ignore_errors=True)
         return len(dead)
 
 

@@ -189,6 +189,11 @@ class Cache:
                     self._open_parts.popitem(last=False)
             return part
 
+    def close_parts(self) -> None:
+        """Lets go of the files of all parts; what is read of them later opens them again."""
+        with self._lock:
+            self._open_parts.clear()
+
     def rows_of_part(self, name: str) -> SequenceIndex:
         """The sequences of a part in the order of its arrays."""
         return self.all_rows.of_part(name)

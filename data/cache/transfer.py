@@ -133,6 +133,7 @@ def merge(
                 on_sequence(0)
             if kept:
                 copy_part(source, name, kept, target, on_sequence)
+                source.close_parts()  # of many caches, few files may be open
                 report.num_copied += len(kept)
     renew_snapshot(target.storage, target.manifest, lag=0)
     report.num_drafts_parts, report.num_drafts_missing = copy_drafts(sources, Cache.open(target.storage))
@@ -196,14 +197,17 @@ def _copy_drafts_part(
     writer: PartWriter, rows: SequenceIndex, where: dict[SequenceKey, tuple[FirstDrafts, int]]
 ) -> None:
     num_anchors = 0
+    keys = _keys(rows)
     with writer:
-        for key in _keys(rows):
+        for key in keys:
             drafts, i = where[key]
             found = drafts.read(drafts.cache.rows[i])
             arrays = {ACCEPT_LEN: found.accept_len_T, TOKENS: found.tokens_TGA, PROBS: found.probs_TGA}
             writer.append({name: values.numpy() for name, values in arrays.items()})
             num_anchors += int((found.accept_len_T != NOT_DRAFTED).sum())
         writer.commit({"num_anchors": num_anchors})
+    for key in keys:
+        where[key][0].close_parts()
 
 
 def _how_drafted(drafts: FirstDrafts) -> dict[str, Any]:

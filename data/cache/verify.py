@@ -117,18 +117,23 @@ def verify(
     report.problems += [Problem(said(error), note=file) for file, error in damaged_notes(storage)]
     names = committed_parts(storage)
     report.problems += verify_committed(storage, names, snapshot)
+
+    def check(name: str) -> tuple[list[Problem], int, int]:
+        state = read_part(storage, manifest, name, snapshot.of_part(name))
+        return state.problems, len(state.rows), state.num_bytes  # not the part, which is open and in memory
+
     with ThreadPoolExecutor(num_threads) as pool:
-        states = [pool.submit(read_part, storage, manifest, name, snapshot.of_part(name)) for name in names]
-        for future in as_completed(states):
-            state = future.result()
-            report.problems += state.problems
+        for future in as_completed([pool.submit(check, name) for name in names]):
+            problems, num_sequences, num_bytes = future.result()
+            report.problems += problems
             report.num_parts += 1
-            report.num_sequences += len(state.rows)
-            report.num_bytes += state.num_bytes
-            on_part(state.num_bytes)
+            report.num_sequences += num_sequences
+            report.num_bytes += num_bytes
+            on_part(num_bytes)
         for fingerprint in list_drafts(storage):
             report.problems += verify_drafts(storage, manifest, fingerprint, names, pool, on_part)
-    unlisted = [name for name in storage.list_folder(PARTS) if name.removesuffix(".zarr") not in names]
+    committed = set(names)
+    unlisted = [name for name in storage.list_folder(PARTS) if name.removesuffix(".zarr") not in committed]
     if unlisted:
         report.notes.append(f"not committed, by a writer at work or a dead one: {', '.join(unlisted)}")
     report.problems.sort(key=lambda problem: (problem.part or "", problem.drafts or "", problem.what))
@@ -160,8 +165,9 @@ def verify_snapshot(storage: Storage) -> tuple[SequenceIndex, list[Problem]]:
 
 def verify_committed(storage: Storage, names: list[str], snapshot: SequenceIndex) -> Iterator[Problem]:
     """Parts that the snapshot lists and that have no commit record any more."""
+    committed = set(names)
     for name in snapshot.parts:
-        if name not in names:
+        if name not in committed:
             lost = tuple(snapshot.of_part(name).strings("seq_id"))
             yield Problem(f"{storage.place}: the commit record of {name} is missing", name, lost)
     if (latest := find_snapshot(storage)) is not None and len(names) < int(latest.split("-")[1]):
@@ -335,15 +341,16 @@ def verify_drafts(
     specs = draft_specs(int(facts["block_size"]), manifest.chunk_tokens)
     names = committed_parts(storage, root)
     problems: list[Problem] = []
+    committed, committed_states = set(names), set(parts)
     for folder in storage.list_folder(f"{root}{PARTS}"):
-        if (name := folder.removesuffix(".zarr")) not in names:
+        if (name := folder.removesuffix(".zarr")) not in committed:
             what = f"{storage.place}/{root}: the first drafts of {name} have no commit record"
             problems.append(Problem(what, drafts=fingerprint, drafts_part=name))
     for name, (found, num_bytes) in zip(
         names, pool.map(lambda name: _verify_drafts_part(storage, root, name, list(specs.values())), names), strict=True
     ):
         problems += [Problem(what, drafts=fingerprint, drafts_part=name) for what in found]
-        if part_of(name) not in parts:
+        if part_of(name) not in committed_states:
             what = f"{storage.place}/{root}: first drafts of {name}, which is no part of the cache"
             problems.append(Problem(what, drafts=fingerprint, drafts_part=name))
         on_part(num_bytes)

@@ -93,6 +93,10 @@ class StatePartWriter:
         self._part.abandon()
 
 
+COMMITS_UNSEEN = 128
+"""A writer looks at what others have committed, which lists all parts, for each of its own in so many that it knows."""
+
+
 class StateWriter:
     """Adds sequences to a cache; starts a new part when one is full."""
 
@@ -107,6 +111,7 @@ class StateWriter:
         self._facts = facts
         self._part: StatePartWriter | None = None
         self._channel_scale_KH: Tensor | None = None
+        self._num_parts = self._num_unseen = 0
 
     def append(
         self,
@@ -159,7 +164,9 @@ class StateWriter:
             return None
         part, self._part = self._part, None
         name = part.commit(self._facts)
-        renew_snapshot(self.cache.storage, self.cache.manifest)
+        self._num_unseen += 1
+        if self._num_unseen * COMMITS_UNSEEN > self._num_parts:
+            self._num_parts, self._num_unseen = renew_snapshot(self.cache.storage, self.cache.manifest), 0
         return name
 
     def finish(self) -> None:
@@ -174,10 +181,15 @@ class StateWriter:
         return self._part
 
 
-def renew_snapshot(storage: Storage, manifest: CacheManifest, lag: int = SNAPSHOT_LAG) -> None:
-    """Renews the snapshot once it lacks too many parts: more than one in `lag` of all, or any at all with 0."""
+def renew_snapshot(storage: Storage, manifest: CacheManifest, lag: int = SNAPSHOT_LAG) -> int:
+    """Renews the snapshot once it lacks too many parts: more than one in `lag` of all, or any at all with 0.
+
+    Returns:
+        The number of parts.
+    """
     listed = [name for name in storage.list_folder(INDEX) if SNAPSHOT.fullmatch(name)]
     num_covered = max((int(name.split("-")[1]) for name in listed), default=0)
     num_parts = len(committed_parts(storage))
     if (num_parts - num_covered) * (lag or num_parts + 1) > num_parts:
         Cache(storage, manifest).write_snapshot()
+    return num_parts

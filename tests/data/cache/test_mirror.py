@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from servers import RangeServer
 from tiny import Damage, fill_cache, make_sequence, same_bits
+from vpd.data.cache import mirror as mirror_module
 from vpd.data.cache.drafts import FirstDrafts, empty_drafts
 from vpd.data.cache.index import SequenceRow
 from vpd.data.cache.mirror import MirroredStorage
@@ -58,6 +59,22 @@ def mirror(tmp_path: Path) -> Path:
 
 def open_mirrored(server: RangeServer, mirror: Path, max_bytes: int = LARGE) -> Cache:
     return Cache.open(MirroredStorage(open_storage(server.place), mirror, max_bytes))
+
+
+def test_the_folder_is_not_measured_for_every_file(
+    original: Path, server: RangeServer, mirror: Path, monkeypatch: pytest.MonkeyPatch
+):
+    measured: list[Path] = []
+    original_measure = mirror_module._last_use_and_size
+
+    def noted(part: Path) -> tuple[int, int] | None:
+        measured.append(part)
+        return original_measure(part)
+
+    monkeypatch.setattr(mirror_module, "_last_use_and_size", noted)
+    check_read(open_mirrored(server, mirror), original)
+    assert len(local_parts(mirror)) == NUM_PARTS
+    assert measured == []  # at the first file there was none
 
 
 def check_read(cache: Cache, original: Path, num_threads: int = 2) -> None:

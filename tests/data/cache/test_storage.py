@@ -7,8 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from vpd.data.cache.locks import LOCK, SECONDS_UNTIL_ABANDONED, FolderLock, is_alive
-from vpd.data.cache.storage import LocalFile
+from vpd.data.cache.locks import LOCK, SECONDS_TO_LOCK, SECONDS_UNTIL_ABANDONED, FolderLock, is_alive
+from vpd.data.cache.storage import LocalFile, LocalStorage
 
 CONTENT = bytes(range(256)) * 40
 
@@ -39,6 +39,23 @@ def test_more_buffers_than_one_call_takes_are_filled_in_order(
     assert memory == CONTENT[3 : len(CONTENT) - num_missing] + bytes(num_missing)
 
 
+def test_a_file_is_created_once_though_a_server_answers_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It has made the link, and finds it there when it is asked again."""
+    link = os.link
+
+    def ask_twice(source: Path, target: Path) -> None:
+        link(source, target)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", ask_twice)
+    storage = LocalStorage(tmp_path)
+    storage.create("lease.json", b"mine")
+    with pytest.raises(FileExistsError):
+        storage.create("lease.json", b"yours")
+    assert [path.name for path in tmp_path.iterdir()] == ["lease.json"]
+    assert storage.read("lease.json") == b"mine"
+
+
 def test_a_closed_file_gives_its_descriptor_back(tmp_path: Path):
     (tmp_path / "file").write_bytes(b"x")
     before = os.listdir("/proc/self/fd")
@@ -47,8 +64,18 @@ def test_a_closed_file_gives_its_descriptor_back(tmp_path: Path):
     assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
-def test_a_folder_is_alive_as_long_as_its_lock_is_held(tmp_path: Path):
+@pytest.mark.parametrize("begun", [False, True])
+def test_the_writer_of_a_new_folder_has_time_to_lock_it(begun: bool, tmp_path: Path):
+    if begun:
+        (tmp_path / LOCK).touch()
+    assert is_alive(tmp_path)
+    then = time.time() - 2 * SECONDS_TO_LOCK
+    for path in (*tmp_path.iterdir(), tmp_path):
+        os.utime(path, (then, then))
     assert not is_alive(tmp_path)
+
+
+def test_a_folder_is_alive_as_long_as_its_lock_is_held(tmp_path: Path):
     lock = FolderLock(tmp_path)
     assert is_alive(tmp_path)
     assert is_alive(tmp_path)  # a look does not take the lock
@@ -69,7 +96,7 @@ def test_a_writer_on_another_host_is_alive_until_nothing_changes_for_a_day(
     (tmp_path / "hidden").mkdir()
     (tmp_path / "hidden/0").write_bytes(b"x")
     long_ago, then = time.time() - 2 * SECONDS_UNTIL_ABANDONED, time.time() - age_s
-    for path in (tmp_path / LOCK, tmp_path / "hidden/0", tmp_path / "hidden"):
+    for path in (tmp_path / LOCK, tmp_path / "hidden/0", tmp_path / "hidden", tmp_path):
         os.utime(path, (long_ago, long_ago))
     assert not is_alive(tmp_path)
     os.utime(tmp_path / (LOCK if changed == "lock" else "hidden/0"), (then, then))

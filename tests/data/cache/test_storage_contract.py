@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from buckets import read_ranges
-from vpd.data.cache import object_storage
+from vpd.data.cache import locks, object_storage
 from vpd.data.cache.mirror import MirroredStorage
 from vpd.data.cache.object_storage import ObjectStorage
 from vpd.data.cache.storage import LocalStorage, Storage
@@ -22,8 +22,9 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
 
 @pytest.fixture
 def a_day_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if a day had passed since anything was written to a bucket."""
+    """As if a day had passed since anything was written."""
     monkeypatch.setattr(object_storage, "SECONDS_UNTIL_ABANDONED", -1)
+    monkeypatch.setattr(locks, "SECONDS_TO_LOCK", -1)
 
 
 NAMES = ["record.json", "parts/p.zarr/hidden/c/0"]

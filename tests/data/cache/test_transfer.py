@@ -1,6 +1,7 @@
 """Caches made from caches: nothing but what was asked for changes, and what was interrupted continues."""
 
 # T tokens, K layers, H hidden width
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -291,6 +292,21 @@ def test_caches_of_other_origin_are_not_merged(changes: dict[str, Any], source: 
     with pytest.raises(FingerprintMismatchError, match="nothing was added"):
         merge([source], tmp_path / "other")
     assert snapshot(tmp_path / "other") == before
+
+
+def test_few_files_are_open_while_caches_are_merged(source: Cache, tmp_path: Path):
+    folders = [tmp_path / name for name in "abcd"]
+    for folder in folders:
+        fill_cache(
+            folder, [make_sequence(f"{folder.name}{i}", 5, NUM_LAYERS, WIDTH) for i in range(20)], 1, hidden_size=WIDTH
+        )
+        store_target_files(Cache.open(folder).storage, source.target_folder)
+    before = len(os.listdir("/proc/self/fd"))
+    counts: list[int] = []
+    caches = [Cache.open(folder) for folder in folders]
+    merge(caches, tmp_path / "merged", lambda _: counts.append(len(os.listdir("/proc/self/fd"))))
+    assert len(counts) == 80
+    assert max(counts) <= before + 20
 
 
 def test_merging_again_adds_what_is_new(source: Cache, tmp_path: Path):

@@ -1,5 +1,6 @@
 """Damage: whatever happens to a file of a cache, `verify` says so, and no reader takes it for data."""
 
+import os
 import random
 import shutil
 from contextlib import closing
@@ -52,6 +53,15 @@ def check_is_noticed(folder: Path, file: str, intact: list[bytes]) -> None:
     else:
         with pytest.raises(VpdError):
             read_everything(folder)
+
+
+def test_few_files_are_open_at_once(tmp_path: Path):
+    fill_cache(tmp_path, [make_sequence(f"s{i}", 5, 2, 8) for i in range(40)], 1)
+    before = len(os.listdir("/proc/self/fd"))
+    counts: list[int] = []
+    report = verify(LocalStorage(tmp_path), on_part=lambda _: counts.append(len(os.listdir("/proc/self/fd"))))
+    assert (report.num_parts, len(counts)) == (40, 40)
+    assert max(counts) <= before + 10
 
 
 @pytest.fixture(scope="module")

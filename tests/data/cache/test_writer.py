@@ -1,6 +1,7 @@
 """Adding to a cache: only what was committed exists, a living writer's part is kept, a dead one's is removed."""
 
 # K layers, H hidden width
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from tiny import chunk_bytes, fill_cache, make_manifest, make_sequence, same_bits, snapshot
 from vpd.data.cache import storage as storage_module
+from vpd.data.cache import writer as writer_module
 from vpd.data.cache.locks import is_alive
 from vpd.data.cache.part import PartWriter, open_part, remove_uncommitted
 from vpd.data.cache.storage import LocalStorage
@@ -104,6 +106,31 @@ def test_a_new_part_starts_when_one_is_full(tmp_path: Path):
     cache = Cache.open(tmp_path)
     found = [sorted(row.seq_id for row in cache.rows_of_part(str(name))) for name in (committed[2], committed[3], last)]
     assert found == [["0", "1", "2"], ["3"], ["4", "5"]]
+
+
+def test_a_writer_of_many_parts_rarely_lists_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    lists: list[str] = []
+    list_folder = LocalStorage.list_folder
+
+    def noted(storage: LocalStorage, name: str) -> list[str]:
+        lists.append(name)
+        return list_folder(storage, name)
+
+    writer = open_writer(tmp_path, 1)
+    for i in range(4):
+        writer.append(**make_sequence(f"a{i}", 10, K, H))
+    monkeypatch.setattr(writer_module, "COMMITS_UNSEEN", 2)
+    monkeypatch.setattr(LocalStorage, "list_folder", noted)
+    looks: list[int] = []
+    for i in range(12):
+        lists.clear()
+        writer.append(**make_sequence(f"b{i}", 10, K, H))
+        looks.append(lists.count("commits") > 0)
+    # Of 4 known parts after 3 of its own, of 7 after 4, of 11 after 6 more.
+    assert looks == [False, False, True, False, False, False, True, *5 * [False]]
+    writer.finish()
+    assert len(Cache.open(tmp_path)) == 16
+    assert [path.name[:12] for path in (tmp_path / "index").glob("all-*")] == ["all-00000016"]
 
 
 def test_the_commit_record_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -214,7 +241,9 @@ def test_a_part_without_commit_record_is_invisible_and_then_removed(crashed: Pat
 def test_after_opening_for_writing_every_file_is_listed(crashed: Path, tmp_path: Path):
     folder = shutil.copytree(crashed, tmp_path / "cache")
     (part,) = Cache.open(folder).parts
-    shutil.copytree(folder / "parts" / f"{part}.zarr", folder / "parts/.writing-part-0123-4567")
+    left = shutil.copytree(folder / "parts" / f"{part}.zarr", folder / "parts/.writing-part-0123-4567")
+    for path in (*left.rglob("*"), left):
+        os.utime(path, (0, 0))  # else its writer may be about to lock it
     cache = Cache.create_or_open(folder, make_manifest())
     listed = {path for record in cache.commits().values() for path in record["files"]}
     listed |= {f"commits/{name}.json" for name in cache.parts} | {"dataset.json"}
