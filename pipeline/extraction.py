@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import click
 import torch
 
 from ..data.cache.manifest import MANIFEST_NAME, CacheManifest
 from ..data.cache.storage import open_storage
 from ..data.cache.store import Cache
-from ..data.errors import VpdError
 from ..stages.config import ExtractConfig
 from ..stages.extract.engine import Engine
 from ..stages.extract.first_draft import FirstDrafting
@@ -82,15 +82,20 @@ def has_room_beside(elsewhere: bool) -> bool:
 def drafting_beside(place: str, drafting: FirstDrafting, must_stop: Callable[[], bool]) -> Iterator[None]:
     """Drafts over what is committed, in a thread of its own, while the block extracts.
 
-    What goes wrong is found again, and told, by the drafting that follows the extraction.
+    After an error it is tried again; the first one is told, and what lasts is raised by the drafting that follows.
     """
     over = threading.Event()
 
     def draft_on() -> None:
-        with suppress(VpdError, OSError):
-            while not over.wait(SECONDS_BETWEEN_DRAFTINGS):
+        was_told = False
+        while not over.wait(SECONDS_BETWEEN_DRAFTINGS):
+            try:
                 if open_storage(place).exists(MANIFEST_NAME):
                     drafting.run(Cache.open(place, allow_empty=True), must_stop=must_stop)
+            except Exception as error:
+                if not was_told:
+                    click.echo(f"vpd: first drafts beside the engine failed, and are tried again: {error!r}", err=True)
+                was_told = True
 
     thread = threading.Thread(target=draft_on, name="vpd-draft", daemon=True)
     thread.start()

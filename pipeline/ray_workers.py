@@ -88,8 +88,12 @@ def extract_on_ray(
 
 
 def run_worker(job: ExtractJob) -> ExtractReport:
-    """What a worker does; runs in a process of Ray."""
-    return work_on(prepare(job))
+    """What a worker does; runs in a process of Ray. What it left out while planning is not part of its report."""
+    prepared = prepare(job)
+    planned = prepared.plan.report.skipped.copy()
+    report = work_on(prepared)
+    report.skipped -= planned
+    return report
 
 
 def count_units(prepared: Prepared) -> int:

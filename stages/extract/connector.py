@@ -28,6 +28,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.v1.engine import FinishReason
+from vllm.v1.request import RequestStatus
+
+from .engine_signals import heed_driver
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -102,11 +106,11 @@ class StateSender:
 
 
 class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
-    """Hands over the captured states of every finished request that carries `CAPTURE`.
+    """Hands over the captured states of every request that carries `CAPTURE`, once it has come to its end.
 
-    Extra config: `address` and `authkey` (hex) of the listener that receives them, and `num_layers`, the K layers to
-    store; the last captured one, for the choices, may be one of these or one more. Only the first tensor-parallel rank
-    sends, as the states are the same on every rank.
+    Extra config: `address` and `authkey` (hex) of the listener that receives them, `driver`, the process id of the one
+    that listens, and `num_layers`, the K layers to store; the last captured one, for the choices, may be one of these
+    or one more. Only the first tensor-parallel rank sends, as the states are the same on every rank.
     """
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig):
@@ -127,6 +131,8 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         self._sender: StateSender | None = None
         self._copies: dict[str, Callable[[], bool]] = {}
         self._copy_stream: torch.cuda.Stream | None = None
+        if role == KVConnectorRole.SCHEDULER:
+            heed_driver(int(self._kv_transfer_config.get_from_extra_config("driver", 0)))
 
     # Scheduler side
 
@@ -143,6 +149,8 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         """Keeps the request's blocks until its states are copied; the last token never entered the model."""
+        if RequestStatus.get_finished_reason(request.status) not in (FinishReason.STOP, FinishReason.LENGTH):
+            return False, None  # given up half-way
         capture = (request.kv_transfer_params or {}).get(CAPTURE)
         if capture is None or self._group_id >= len(block_ids) or not block_ids[self._group_id]:
             return False, None

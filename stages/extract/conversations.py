@@ -3,6 +3,8 @@
 # T tokens that entered the target
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -62,15 +64,19 @@ class SequenceTooLong(PromptError):
     """The prompt alone fills the sequence."""
 
 
+class UnknownToken(PromptError):
+    """A token that the target has no embedding for."""
+
+
 class Conversation(Protocol):
-    """Asks the engine until a record's sequence is finished."""
+    """Asks the engine until a record's sequence is finished. Many wait in memory, so tokens are kept in few bytes."""
 
     record: PromptRecord
 
     def first_request(self) -> EngineRequest: ...
 
-    def expected_len(self, first: EngineRequest, response_tokens: float | None) -> float:
-        """Tokens T of the sequence, given its first request and the length of an answer; None = the longest."""
+    def expected_len(self, response_tokens: float | None) -> float:
+        """Tokens T of the sequence, given the length of an answer; None = the longest."""
         ...
 
     def advance(self, completion: Completion) -> EngineRequest | FinishedSequence: ...
@@ -79,18 +85,27 @@ class Conversation(Protocol):
 class GivenConversation:
     """The response is in the record: one prefill."""
 
-    def __init__(self, record: PromptRecord, chat: ChatFormat, max_len: int, thinking: ThinkingPolicy = KEEP_THINKING):
+    def __init__(
+        self,
+        record: PromptRecord,
+        chat: ChatFormat,
+        max_len: int,
+        vocab_size: int,
+        thinking: ThinkingPolicy = KEEP_THINKING,
+    ):
         """
         Raises:
-            PromptError: the record has no assistant token within the first `max_len` tokens.
+            PromptError: the record has no assistant token within the first `max_len` tokens, or one that is unknown.
         """
         self.record = record
         if record.text is not None:
             tokenized = chat.text(record.text)
         else:
             tokenized = chat.with_tools(record.tools).conversation([thinking.shorten(each) for each in record.messages])
-        self._token_ids = tokenized.token_ids[:max_len]
-        self._loss_mask = thinking.mask(self._token_ids, tokenized.loss_mask[:max_len])
+        token_ids = tokenized.token_ids[:max_len]
+        require_known(token_ids, vocab_size)
+        self._token_ids = array("i", token_ids)
+        self._loss_mask = bytes(thinking.mask(token_ids, tokenized.loss_mask[:max_len]))
         self._is_cut = len(tokenized.token_ids) > max_len
         if not any(self._loss_mask):
             raise PromptError(
@@ -101,22 +116,22 @@ class GivenConversation:
     def first_request(self) -> EngineRequest:
         return EngineRequest(
             key=self.record.seq_id,
-            prompt_ids=self._token_ids,
+            prompt_ids=self._token_ids.tolist(),
             max_new_tokens=1,
             capture=True,
-            supervised=self._loss_mask,
+            supervised=list(self._loss_mask),
         )
 
-    def expected_len(self, first: EngineRequest, response_tokens: float | None) -> float:
-        return len(first.prompt_ids)
+    def expected_len(self, response_tokens: float | None) -> float:
+        return len(self._token_ids)
 
     def advance(self, completion: Completion) -> FinishedSequence:
         assert completion.argmax_T is not None
         assert completion.hidden_TKH is not None
         return FinishedSequence(
             record=self.record,
-            token_ids=self._token_ids,
-            loss_mask=self._loss_mask,
+            token_ids=self._token_ids.tolist(),
+            loss_mask=list(self._loss_mask),
             target_argmax=choices_before([*self._loss_mask[1:], 0], completion.argmax_T.tolist()),
             hidden_TKH=completion.hidden_TKH,
             prompt_len=self._loss_mask.index(1),
@@ -138,31 +153,38 @@ class GeneratedConversation:
         *,
         max_len: int,
         max_new_tokens: int,
+        vocab_size: int,
         greedy: bool,
         thinking: ThinkingPolicy = KEEP_THINKING,
     ):
+        """
+        Raises:
+            PromptError: the record has nothing to answer, the template refuses it, or a token is unknown.
+        """
         self.record, self._thinking = record, thinking
         self._chat, self._tokenizer = chat.with_tools(record.tools), tokenizer
         self._max_len, self._max_new_tokens, self._greedy = max_len, max_new_tokens, greedy
+        self._vocab_size = vocab_size
         self._turns = split_turns(record)
         self._messages: list[Message] = list(self._turns.pop(0)) if self._turns else []
-        self._prompt_loss_mask: list[int] = []
+        self._prompt_loss_mask = b""
         if record.text is None and not self._messages:
             raise PromptError("expected a user message to answer, found none.")
+        self._first_ids = array("i", self._prompt_ids(self._messages))
 
     def first_request(self) -> EngineRequest:
-        return self._request()
+        return self._request(self._first_ids.tolist())
 
-    def expected_len(self, first: EngineRequest, response_tokens: float | None) -> float:
+    def expected_len(self, response_tokens: float | None) -> float:
         answer = self._max_new_tokens if response_tokens is None else min(response_tokens, self._max_new_tokens)
         # From the record, as `advance` uses up the turns. Later prompts hold the answers' texts, which rarely take more
         # tokens than the answers.
         turns = split_turns(self.record)
-        num_given = len(first.prompt_ids)
+        num_given = len(self._first_ids)
         if len(turns) > 1:
             messages = [message for turn in turns for message in (Message("assistant", STAND_IN), *turn)][1:]
             try:
-                num_given = len(self._chat.prompt_ids(messages))
+                num_given = len(self._prompt_ids(messages))
             except PromptError:  # whether real answers fare better, the extraction will tell
                 return self._max_len
         num_answers = max(1, len(turns))
@@ -172,14 +194,16 @@ class GeneratedConversation:
         if self._turns:
             answer = self._tokenizer.decode(completion.output_ids, skip_special_tokens=True)
             self._messages += [Message("assistant", str(answer)), *self._turns.pop(0)]
-            return self._request()
+            return self._request(self._prompt_ids(self._messages))
         return self._finish(completion)
 
-    def _request(self) -> EngineRequest:
-        if self.record.text is not None:
-            prompt_ids = self._chat.text(self.record.text).token_ids
-        else:
-            prompt_ids = self._chat.prompt_ids(self._messages)
+    def _prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        text = self.record.text
+        prompt_ids = self._chat.prompt_ids(messages) if text is None else self._chat.text(text).token_ids
+        require_known(prompt_ids, self._vocab_size)
+        return prompt_ids
+
+    def _request(self, prompt_ids: list[int]) -> EngineRequest:
         room = self._max_len + 1 - len(prompt_ids)
         if room < 2:
             raise SequenceTooLong(
@@ -187,13 +211,13 @@ class GeneratedConversation:
                 f"room for a response in {self._max_len}. Raise extract.max_len, or skip such records with --skip-bad."
             )
         if not self._turns:
-            self._prompt_loss_mask = self._prompt_mask(prompt_ids)
+            self._prompt_loss_mask = bytes(self._prompt_mask(prompt_ids))
         return EngineRequest(
             key=self.record.seq_id,
             prompt_ids=prompt_ids,
             max_new_tokens=min(self._max_new_tokens, room),
             capture=not self._turns,
-            supervised=self._prompt_loss_mask,
+            supervised=list(self._prompt_loss_mask),
         )
 
     def _finish(self, completion: Completion) -> FinishedSequence:
@@ -208,7 +232,7 @@ class GeneratedConversation:
             checked = [pair for pair in zip(argmax[chosen], output_ids, strict=True) if pair[0] != NO_CHOICE]
             argmax[chosen] = output_ids
         *loss_mask, ends_supervised = self._thinking.mask(
-            prompt_ids + output_ids, self._prompt_loss_mask + [1] * len(output_ids)
+            prompt_ids + output_ids, [*self._prompt_loss_mask, *[1] * len(output_ids)]
         )
         return FinishedSequence(
             record=self.record,
@@ -237,6 +261,20 @@ class GeneratedConversation:
                 "when it asks for an answer, so they can't be marked. Give a template that renders them alike."
             )
         return earlier.loss_mask[:end] + [0] * (len(prompt_ids) - end)
+
+
+def require_known(token_ids: Sequence[int], vocab_size: int) -> None:
+    """
+    Raises:
+        UnknownToken: the tokenizer gives a token that the target has no embedding for.
+    """
+    greatest = max(token_ids, default=0)
+    if greatest >= vocab_size:
+        raise UnknownToken(
+            f"the tokenizer gives token {greatest}, but the target's vocabulary has {vocab_size}, which end at "
+            f"{vocab_size - 1}. It was added to without the embedding being resized: use the target's own tokenizer, "
+            "or skip such records with --skip-bad."
+        )
 
 
 def choices_before(supervised: list[int], argmax: list[int]) -> list[int]:

@@ -25,16 +25,19 @@ class EngineRequest:
     """1 for the prompt's supervised tokens, before which the target's choices are wanted; empty: there is none."""
 
 
+ABORTED = "abort"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """A finished request."""
+    """A request that has ended."""
 
     key: str
     prompt_ids: list[int]
     output_ids: list[int]
     """New tokens; the last of them never entered the target."""
     finish_reason: str
-    """`stop` or `length`."""
+    """`stop` or `length`; `ABORTED`: the engine gave the request up, and nothing of it counts."""
     hidden_TKH: Tensor | None
     """bfloat16 states of the T = len(prompt_ids) + len(output_ids) - 1 tokens, on the CPU; None if not captured."""
     argmax_T: Tensor | None

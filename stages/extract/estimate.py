@@ -21,7 +21,7 @@ from ...data.cache.store import Cache, state_specs
 from ...data.errors import ExtractionError, StorageError
 from ..config import ExtractConfig
 from .conversations import Conversation
-from .engine import Engine, EngineRequest
+from .engine import Engine
 from .plan import ExtractPlan
 from .run import extract
 from .sink import ExtractReport
@@ -47,10 +47,10 @@ class Lengths:
 
 
 def expected_lengths(
-    conversations: Sequence[tuple[Conversation, EngineRequest]], response_tokens: float | None, num_sequences: int
+    conversations: Sequence[Conversation], response_tokens: float | None, num_sequences: int
 ) -> Lengths:
     """Expected lengths of the sequences of these conversations, which stand for `num_sequences`."""
-    found = [conversation.expected_len(first, response_tokens) for conversation, first in conversations]
+    found = [conversation.expected_len(response_tokens) for conversation in conversations]
     return Lengths(found, num_sequences)
 
 
@@ -183,5 +183,5 @@ def choose_evenly(plan: ExtractPlan, number: int) -> ExtractPlan:
     number = min(number, len(plan.conversations))
     chosen = np.linspace(0, len(plan.conversations) - 1, number).round().astype(int)
     conversations = [plan.conversations[i] for i in chosen]
-    seq_ids = [conversation.record.seq_id for conversation, _ in conversations]
-    return ExtractPlan(conversations, ExtractReport(), plan.prompt_set, seq_ids, set())
+    seq_ids = [conversation.record.seq_id for conversation in conversations]
+    return ExtractPlan(conversations, ExtractReport(), plan.prompt_set, seq_ids, {})

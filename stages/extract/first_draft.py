@@ -76,8 +76,7 @@ class FirstDrafting:
         drafts = open_first_drafts(cache, self._folder, self._config)
         missing = drafts.missing_parts()
         for part in random.sample(missing, len(missing)):
-            drafts.renew()
-            if part not in drafts.parts and not self._draft_part(cache, drafts, part, on_sequence, must_stop):
+            if not drafts.is_drafted(part) and not self._draft_part(cache, drafts, part, on_sequence, must_stop):
                 break
         return drafts
 

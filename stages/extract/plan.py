@@ -11,18 +11,25 @@ from typing import Any
 from ...data.cache.manifest import MANIFEST_NAME, CacheManifest
 from ...data.cache.storage import open_storage
 from ...data.cache.store import CHUNK_TOKENS, Cache
-from ...data.cache.work import finished_units
 from ...data.chat import ChatFormat
 from ...data.errors import ConfigError, PromptError
 from ...data.prompt_rows import HubPart
 from ...data.prompts import PromptRecord, PromptSet, read_prompts
 from ...data.thinking import ThinkingMarks
 from ..config import ExtractConfig
-from .conversations import Conversation, GeneratedConversation, GivenConversation, SequenceTooLong, ThinkingPolicy
-from .engine import Engine, EngineRequest, Sampling, decisive_args
+from .conversations import (
+    Conversation,
+    GeneratedConversation,
+    GivenConversation,
+    SequenceTooLong,
+    ThinkingPolicy,
+    UnknownToken,
+)
+from .engine import Engine, Sampling, decisive_args
 from .sink import ExtractReport
 from .target import Target, check_layers, context_layers, copy_pieces, target_facts
 from .transformers_engine import TransformersEngine
+from .units import done_records, done_units
 from .vllm_engine import VllmEngine, vllm_version
 
 
@@ -145,14 +152,14 @@ def open_cache(place: str | Path, manifest: CacheManifest, target: Target) -> Ca
 class ExtractPlan:
     """What is left to do for a cache, every record checked."""
 
-    conversations: list[tuple[Conversation, EngineRequest]]
+    conversations: list[Conversation]
     report: ExtractReport
     prompt_set: str
     """Hash of the contents of all prompts; goes into the commit records."""
     seq_ids: list[str]
     """Ids of all records, done or not, in their order."""
-    known_units: set[str]
-    """Work units that are recorded as finished; what they lack was lost since, or went wrong."""
+    known_units: dict[str, dict[str, Any]]
+    """Work units that are recorded as finished, and the records; what they lack was lost since, or went wrong."""
 
 
 def plan_extraction(
@@ -175,12 +182,12 @@ def plan_extraction(
     storage.require_folder()
     present: set[str] = set()
     # Before the cache is opened: what these units hold is then sure to be seen.
-    finished = finished_units(storage)
+    finished = done_records(storage, done_units(storage))
     if storage.exists(MANIFEST_NAME):
         cache = Cache.open(storage, allow_empty=True)
         manifest.check_same_origin(cache.manifest, cache.place)
         present = set(cache.rows.strings("seq_id"))
-    hopeless = {seq_id: reason for skipped in finished.values() for seq_id, reason in skipped.items()}
+    hopeless = {seq_id: reason for done in finished.values() for seq_id, reason in done["skipped"].items()}
     missing = [record for record in prompts.records if record.seq_id not in present]
     report = ExtractReport(num_present=len(prompts.records) - len(missing))
     report.skipped.update(hopeless[record.seq_id] for record in missing if record.seq_id in hopeless)
@@ -191,20 +198,24 @@ def plan_extraction(
         report.skipped["unreadable record"] = prompts.num_skipped
     conversations = list(start_conversations(missing, chat, target, config, report))
     seq_ids = [record.seq_id for record in prompts.records]
-    return ExtractPlan(conversations, report, prompts.fingerprint, seq_ids, set(finished))
+    return ExtractPlan(conversations, report, prompts.fingerprint, seq_ids, finished)
+
+
+REASONS = {SequenceTooLong: "too long", UnknownToken: "token beyond the vocabulary"}
+"""Why a record was skipped; any other error means that it has nothing to train on."""
 
 
 def start_conversations(
     records: list[PromptRecord], chat: ChatFormat, target: Target, config: ExtractConfig, report: ExtractReport
-) -> Iterator[tuple[Conversation, EngineRequest]]:
-    """Each record's conversation and its first request; bad records are errors, or skipped and counted."""
+) -> Iterator[Conversation]:
+    """Each record's conversation; bad records are errors, or skipped and counted."""
     thinking = plan_thinking(target, config)
     unusable = "no assistant token" if config.mode == "given" else "no user message"
     for record in records:
         try:
             conversation: Conversation
             if config.mode == "given":
-                conversation = GivenConversation(record, chat, config.max_len, thinking)
+                conversation = GivenConversation(record, chat, config.max_len, target.vocab_size, thinking)
             else:
                 conversation = GeneratedConversation(
                     record,
@@ -212,11 +223,13 @@ def start_conversations(
                     target.tokenizer,
                     max_len=config.max_len,
                     max_new_tokens=config.max_new_tokens,
+                    vocab_size=target.vocab_size,
                     greedy=plan_sampling(config).greedy,
                     thinking=thinking,
                 )
-            yield conversation, conversation.first_request()
+            conversation.first_request()
+            yield conversation
         except PromptError as error:
             if not config.skip_bad:
                 raise PromptError(f"{record.source}, row {record.row}: {error}") from error
-            report.skipped["too long" if isinstance(error, SequenceTooLong) else unusable] += 1
+            report.skipped[REASONS.get(type(error), unusable)] += 1

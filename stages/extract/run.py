@@ -14,7 +14,7 @@ from ...data.errors import PromptError
 from ..config import ExtractConfig
 from .audit import audit, is_audited
 from .conversations import Conversation, SequenceTooLong
-from .engine import Completion, Engine, EngineRequest
+from .engine import ABORTED, Completion, Engine, EngineRequest
 from .plan import ExtractPlan
 from .sink import ExtractReport, Outcome, Sink
 from .units import WorkBoard, WorkUnit, split_units
@@ -104,8 +104,9 @@ class Worker:
     def __init__(self, board: WorkBoard, config: ExtractConfig, must_stop: Callable[[], bool]):
         self.board, self._config, self._must_stop = board, config, must_stop
         self._unit: WorkUnit | None = None
-        self._backlog: deque[tuple[str, Conversation, EngineRequest]] = deque()
+        self._backlog: deque[tuple[str, Conversation]] = deque()
         self._running: dict[str, tuple[str, Conversation]] = {}
+        self._num_aborted = 0
         self._next_claim = 0.0
         self._started_stopping: float | None = None
         self._failure: PromptError | None = None
@@ -117,8 +118,9 @@ class Worker:
 
     @property
     def num_open(self) -> int:
-        """Conversations of claimed units that have not ended."""
-        return len(self._running) + len(self._backlog) + (len(self._unit.conversations) if self._unit else 0)
+        """Conversations of claimed units that have not ended, or came to nothing."""
+        num_begun = len(self._running) + self._num_aborted
+        return num_begun + len(self._backlog) + (len(self._unit.conversations) if self._unit else 0)
 
     def describe(self, sink: Sink) -> str:
         return f"{len(self._running)} in the engine, {sink.num_waiting} to be written"
@@ -143,6 +145,7 @@ class Worker:
 
     def _run(self, engine: Engine, sink: Sink) -> None:
         while not self._is_out_of_time():
+            self.board.come_round()
             sink.check()
             self._submit(engine, sink)
             if self._running:
@@ -168,7 +171,8 @@ class Worker:
         while not self.is_stopping and len(self._running) + sink.num_waiting < self._config.max_in_flight:
             if not self._backlog and not self._take_unit(sink):
                 return
-            unit_id, conversation, request = self._backlog.popleft()
+            unit_id, conversation = self._backlog.popleft()
+            request = conversation.first_request()
             self._running[request.key] = unit_id, conversation
             engine.submit(request)
 
@@ -180,12 +184,16 @@ class Worker:
         if unit is None:
             return False
         sink.expect(unit)
-        self._backlog += [(unit.unit_id, *each) for each in unit.conversations]
+        self._backlog += [(unit.unit_id, conversation) for conversation in unit.conversations]
         return True
 
     def _advance(self, completion: Completion, engine: Engine, sink: Sink) -> None:
         unit_id, conversation = self._running[completion.key]
         record = conversation.record
+        if completion.finish_reason == ABORTED:  # its unit stays unfinished, so that it is tried again
+            del self._running[completion.key]
+            self._num_aborted += 1
+            return
         if completion.fault:
             del self._running[completion.key]
             sink.put(Outcome(unit_id, record, reason=completion.fault, is_fault=True))

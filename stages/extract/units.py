@@ -11,10 +11,11 @@ import hashlib
 import json
 import os
 import socket
+import sys
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,10 @@ from ...data.cache.records import dump_record, parse_record
 from ...data.cache.storage import Storage
 from ...data.cache.work import DONE, WORK
 from .conversations import Conversation
-from .engine import EngineRequest
 
 LEASE, WORKER = ".lease.json", ".worker.json"
+HANG_SECONDS = 1800.0
+"""A worker whose loop has not come round for so long hangs, its engine most likely."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,19 +37,17 @@ class WorkUnit:
 
     unit_id: str
     """Hash of the ids of the slice's records, done or not; 16 hex digits."""
-    conversations: list[tuple[Conversation, EngineRequest]]
+    conversations: list[Conversation]
 
 
-def split_units(
-    seq_ids: Sequence[str], conversations: Sequence[tuple[Conversation, EngineRequest]], size: int
-) -> list[WorkUnit]:
+def split_units(seq_ids: Sequence[str], conversations: Sequence[Conversation], size: int) -> list[WorkUnit]:
     """The units of a prompt set that have something left to do.
 
     Args:
         seq_ids: of all records, in their order.
         size: records of a unit.
     """
-    missing = {conversation.record.seq_id: (conversation, first) for conversation, first in conversations}
+    missing = {conversation.record.seq_id: conversation for conversation in conversations}
     units: list[WorkUnit] = []
     for start in range(0, len(seq_ids), size):
         ids = seq_ids[start : start + size]
@@ -60,10 +60,13 @@ def split_units(
 class WorkBoard:
     """Claims units for one worker, one after the other, and takes over those of dead ones."""
 
-    def __init__(self, storage: Storage, units: Sequence[WorkUnit], known: set[str], lease_seconds: float):
+    def __init__(
+        self, storage: Storage, units: Sequence[WorkUnit], known: Mapping[str, dict[str, Any]], lease_seconds: float
+    ):
         """
         Args:
-            known: units that were finished before `units` were planned, and lack something since.
+            known: units that were finished before `units` were planned, and lack something since, with their records.
+                One is finished again once its record is another.
             lease_seconds: a worker whose file has not changed for so long is dead.
         """
         self._storage, self._known, self._lease_seconds = storage, known, lease_seconds
@@ -71,6 +74,8 @@ class WorkBoard:
         self._worker = uuid.uuid4().hex[:12]
         self._held: dict[str, str] = {}
         self._seen: dict[str, tuple[bytes, float]] = {}
+        self._last_round: float | None = None
+        self._told_round: float | None = None
         self._over = threading.Event()
         self._beat()
         self._thread = threading.Thread(target=self._beat_on, name="vpd-lease", daemon=True)
@@ -89,14 +94,14 @@ class WorkBoard:
     def claim(self) -> WorkUnit | None:
         """A unit that no living worker holds; None: there is none now, though others may still die."""
         present = self._storage.list_folder(WORK)
-        finished = {name.removesuffix(DONE) for name in present if name.endswith(DONE)} - self._known
+        finished = {name.removesuffix(DONE) for name in present if name.endswith(DONE)}
         leases: dict[str, list[int]] = {}
         for name in present:
             if name.endswith(LEASE):
                 unit_id, _, generation = name.removesuffix(LEASE).partition(".")
                 leases.setdefault(unit_id, []).append(int(generation))
         for unit_id, unit in list(self._left.items()):
-            if unit_id in finished:
+            if unit_id in finished and not self._is_as_known(unit_id):
                 del self._left[unit_id]
                 continue
             generation = max(leases.get(unit_id, [-1]))
@@ -105,13 +110,18 @@ class WorkBoard:
                 return unit
         return None
 
+    def come_round(self) -> None:
+        """Notes that the worker's loop goes on; from the first time on, units are held only while it does."""
+        self._last_round = time.monotonic()
+
     def finish(self, unit_id: str, skipped: dict[str, str], facts: dict[str, Any]) -> None:
         """Records that a unit's sequences are committed.
 
         Args:
             skipped: its records that gave no sequence and never will, and why.
         """
-        record = {"worker": self._worker, "host": socket.gethostname(), "skipped": skipped, **facts}
+        before = self._known[unit_id]["skipped"] if unit_id in self._known else {}
+        record = {"worker": self._worker, "host": socket.gethostname(), "skipped": before | skipped, **facts}
         self._storage.write(f"{WORK}/{unit_id}{DONE}", dump_record(record))
         self._held.pop(unit_id, None)
         for name in self._storage.list_folder(WORK):
@@ -125,6 +135,10 @@ class WorkBoard:
         for name in self._held.values():
             self._storage.remove(name)
         self._storage.remove(f"{WORK}/{self._worker}{WORKER}")
+
+    def _is_as_known(self, unit_id: str) -> bool:
+        """Whether a unit has not been finished again since it was planned."""
+        return unit_id in self._known and done_records(self._storage, [unit_id]) == {unit_id: self._known[unit_id]}
 
     def _create(self, unit_id: str, generation: int) -> bool:
         name = f"{WORK}/{unit_id}.{generation}{LEASE}"
@@ -164,20 +178,69 @@ class WorkBoard:
 
     def _beat_on(self) -> None:
         while not self._over.wait(self._lease_seconds / 4):
+            if self._hangs():
+                continue
             with suppress(OSError):  # the next one may succeed; if none does, others take over
                 self._beat()
 
+    def _hangs(self) -> bool:
+        """Whether others should take this worker's units over, as its loop does not come round; says so once.
+
+        The process is left alone: a step may come back after all, and then goes on; who started it can end it.
+        """
+        last = self._last_round
+        if last is None or not self._held or time.monotonic() - last < HANG_SECONDS:
+            return False
+        if self._told_round != last:
+            self._told_round = last
+            print(
+                f"vpd: worker {self._worker} (process {os.getpid()} on {socket.gethostname()}) hangs: its engine has "
+                f"not answered for {HANG_SECONDS / 60:.0f} minutes. Others may take over what it holds, "
+                f"{', '.join(self._held)}. End it if it does not go on.",
+                file=sys.stderr,
+                flush=True,
+            )
+        return True
+
     def _beat(self) -> None:
         pid = os.getpid()
-        record = {"host": socket.gethostname(), "pid": pid, "started": start_time(pid), "beat": uuid.uuid4().hex[:8]}
+        record = {"host": socket.gethostname(), "pid_space": pid_space(), "pid": pid, "started": start_time(pid)}
+        record["beat"] = uuid.uuid4().hex[:8]
         self._storage.write(f"{WORK}/{self._worker}{WORKER}", dump_record(record))
 
 
+def done_units(storage: Storage) -> list[str]:
+    return [name.removesuffix(DONE) for name in storage.list_folder(WORK) if name.endswith(DONE)]
+
+
+def done_records(storage: Storage, unit_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The records of these finished units.
+
+    Raises:
+        CacheCorruptError: one is damaged.
+    """
+    names = [f"{WORK}/{unit_id}{DONE}" for unit_id in unit_ids]
+    return {
+        unit_id: parse_record(content, storage.locate(name), "a note of an extraction")
+        for unit_id, name, content in zip(unit_ids, names, storage.read_all(names), strict=True)
+    }
+
+
 def lives_here(worker: dict[str, Any]) -> bool:
-    """False for a process of this host that has ended; True if it lives, or is another host's."""
-    if worker["host"] != socket.gethostname():
+    """False for a process that should be seen here but has ended; True if it lives, or can't be seen from here."""
+    if worker.get("pid_space") != pid_space():
         return True
     return start_time(worker["pid"]) == worker["started"]
+
+
+def pid_space() -> str:
+    """Where a process number means what it means here: containers of one host may share its name and number anew."""
+    try:
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:  # not Linux
+        boot_id = namespace = ""
+    return " ".join([socket.gethostname(), boot_id, namespace])
 
 
 def start_time(pid: int) -> str | None:

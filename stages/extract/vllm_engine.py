@@ -22,7 +22,8 @@ from torch import Tensor
 from ...data.cache.store import NO_CHOICE
 from ...data.errors import ConfigError, EngineDiedError, ExtractionError
 from .argmax import ArgmaxHead
-from .engine import Completion, EngineRequest, Sampling, engine_facts
+from .engine import ABORTED, Completion, EngineRequest, Sampling, engine_facts
+from .engine_signals import shielded
 from .target import Target
 
 CONNECTOR = "HiddenStatesConnector"
@@ -33,6 +34,8 @@ CHECKED_REQUESTS, CHECK_EVERY = 16, 8
 
 On a CPU each answer so checked costs a reading of the LM head.
 """
+FINISHED = ("stop", "length")
+"""vLLM's words for a request that came to its end."""
 STATES_TIMEOUT = 120.0
 """Seconds to wait for the states of a request that the engine has reported as finished."""
 RESERVED_ARGS = {
@@ -67,6 +70,7 @@ class VllmEngine:
         refuse_reserved(engine_args or {})
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+        os.environ.setdefault("VLLM_RPC_BASE_PATH", socket_folder())
         try:
             from vllm import EngineArgs
             from vllm.lora.request import LoRARequest
@@ -96,7 +100,8 @@ class VllmEngine:
         if current_platform.is_cpu():
             args.setdefault("scheduler_cls", SCHEDULER)
         try:
-            self._engine = LLMEngine.from_engine_args(EngineArgs(**args))
+            with shielded():
+                self._engine = LLMEngine.from_engine_args(EngineArgs(**args))
         except (RuntimeError, TypeError, ValueError) as error:
             self._receiver.close()
             raise ExtractionError(
@@ -132,6 +137,7 @@ class VllmEngine:
                 "kv_connector_extra_config": {
                     "address": self._receiver.address,
                     "authkey": self._receiver.authkey.hex(),
+                    "driver": os.getpid(),
                     "num_layers": self._num_layers,
                 },
             },
@@ -187,17 +193,21 @@ class VllmEngine:
         else:
             waiting = bool(self._finished)
         self._receiver.collect(STATES_TIMEOUT if waiting else 0.0)
-        ready = [key for key in self._finished if not self._requests[key].capture or key in self._receiver.received]
+        ready = [key for key in self._finished if not self._has_states(key) or key in self._receiver.received]
         return self._complete(ready)
 
     def close(self) -> None:
         self._engine.engine_core.shutdown()
         self._receiver.close()
 
+    def _has_states(self, key: str) -> bool:
+        """Whether the connector sends a finished request's states."""
+        return self._requests[key].capture and self._finished[key].finish_reason in FINISHED
+
     def _complete(self, keys: list[str]) -> list[Completion]:
         captured: dict[str, CapturedStates] = {}
         for key in keys:
-            if self._requests[key].capture:
+            if self._has_states(key):
                 states = self._receiver.received.pop(key)
                 entered = self._requests[key].prompt_ids + list(self._finished[key].token_ids)[:-1]
                 if states.token_ids == entered and len(states.hidden_TKH) == len(entered):
@@ -206,15 +216,18 @@ class VllmEngine:
         return [self._completion(key, captured.get(key), argmax.get(key)) for key in keys]
 
     def _completion(self, key: str, states: CapturedStates | None, argmax_T: Tensor | None) -> Completion:
+        has_states = self._has_states(key)
         request, output = self._requests.pop(key), self._finished.pop(key)
+        fault = "states of other tokens" if has_states and states is None else ""
+        is_finished = output.finish_reason in FINISHED
         return Completion(
             key=key,
             prompt_ids=request.prompt_ids,
             output_ids=list(output.token_ids),
-            finish_reason="stop" if output.finish_reason == "stop" else "length",
+            finish_reason=output.finish_reason if is_finished else ABORTED,
             hidden_TKH=None if states is None else states.hidden_TKH,
             argmax_T=argmax_T,
-            fault="states of other tokens" if request.capture and states is None else "",
+            fault=fault if is_finished else f"the engine gave the request up ({output.finish_reason})",
         )
 
     def _argmax(self, captured: dict[str, CapturedStates]) -> dict[str, Tensor]:
@@ -250,7 +263,7 @@ class StateReceiver:
     """Listens on a local socket for what the connector sends."""
 
     def __init__(self) -> None:
-        self._folder = tempfile.mkdtemp(prefix="vpd-")
+        self._folder = tempfile.mkdtemp(prefix="vpd-", dir=socket_folder())
         self.address = os.path.join(self._folder, "states")
         self.authkey = secrets.token_bytes(32)
         self.received: dict[str, CapturedStates] = {}
@@ -300,6 +313,12 @@ class StateReceiver:
                 self._queue.put((header["key"], CapturedStates(header["token_ids"], header["choices"], *tensors)))
         except (EOFError, OSError):
             connection.close()
+
+
+def socket_folder() -> str:
+    """Where local sockets go: the path of one may have about 100 bytes, of which vLLM's own take 37 for a name."""
+    folder = tempfile.gettempdir()
+    return folder if len(os.fsencode(folder)) <= 60 else "/tmp"
 
 
 @contextmanager

@@ -1,15 +1,26 @@
-"""Extractions with records that can't be used: what is left out, and what runs once they are corrected."""
+"""Extractions with records that can't be used: what is left out, and what runs once they are corrected; and one that a
+signal to all of its processes stops."""
 
+import os
+import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from forks import Forks
 from place import ANSWERED, Place, check_message
 from tiny import (
+    END,
     PROMPTS,
     run_vpd,
     vpd,
     write_jsonl,
 )
+from transformers import PreTrainedTokenizerFast
+from vpd.data.cache.quarantine import read_quarantined
+from vpd.data.cache.store import Cache
+from vpd.data.cache.work import finished_units
+from workers import arguments, wait_until
 
 
 def test_skip_bad_counts_what_it_leaves_out(place: Place):
@@ -53,3 +64,29 @@ def test_after_a_refused_extraction_the_corrected_command_runs(
     refused = run_vpd(*place.extract(place.write(*MIXED), mode="given", max_len=8))
     check_message(refused, 1, ["some.jsonl, row 1:", "Raise extract.max_len", "--skip-bad"])
     assert vpd(*corrected(place))["num_written"] == num_written
+
+
+@pytest.mark.engine
+def test_a_signal_to_all_processes_lets_the_engine_finish_what_it_began(
+    tiny_llama: Path, tiny_tokenizer: PreTrainedTokenizerFast, forks: Forks, tmp_path: Path
+):
+    """As Ctrl+C in a terminal, `timeout` and SLURM send it."""
+    num_records, out, end = 40, tmp_path / "cache", tiny_tokenizer.get_vocab()[END]
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"why {i}?"} for i in range(num_records)])
+    longer = {"max_len": 400, "max_new_tokens": 200, "max_in_flight": 8}
+    engine_args = "{enforce_eager: true, kv_cache_memory_bytes: 268435456, max_num_seqs: 4}"
+    process = forks.start(
+        [*arguments(tiny_llama, prompts, out, engine="vllm", **longer), "--set", f"extract.engine_args={engine_args}"]
+    )
+    wait_until(lambda: any((out / "parts").glob("*")), [process])
+    os.killpg(process.pid, signal.SIGTERM)
+    result = process.result()
+    assert 0 < result["num_left"] < num_records
+    assert result["num_written"] == num_records - result["num_left"]
+    assert result["skipped"] == {}
+    cache = Cache.open(out)
+    assert list(read_quarantined(cache.storage)) == []
+    assert not any(finished_units(cache.storage).values())
+    for row in cache.rows:
+        answer = cache.read(row).token_ids_S[row.prompt_len :].tolist()
+        assert answer.index(end) == len(answer) - 1 if row.finish_reason == "stop" else len(answer) == 200

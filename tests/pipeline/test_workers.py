@@ -2,11 +2,21 @@
 
 import json
 import signal
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
+import pytest
 from forks import Forks, Process
-from tiny import vpd
+from tiny import EXTRACT, PROMPTS, vpd, write_jsonl
+from vpd.data.cache.store import Cache
 from vpd.data.cache.work import DONE, WORK
+from vpd.data.errors import StorageError
+from vpd.pipeline.extraction import ExtractJob, drafting_beside, prepare
+from vpd.pipeline.ray_workers import add_report, run_worker
+from vpd.stages.config import ExtractConfig
+from vpd.stages.extract.first_draft import FirstDrafting
 from vpd.stages.extract.units import LEASE, WORKER
 from workers import NUM_RECORDS, SETTINGS, UNIT, arguments, check_same, wait_until
 
@@ -75,6 +85,43 @@ def test_a_signal_ends_a_worker_in_good_order(
     assert list((out / WORK).glob(f"*{LEASE}")) == list((out / WORK).glob(f"*{WORKER}")) == []
     assert forks.start(arguments(tiny_llama, many_prompts, out)).result()["num_written"] == left
     check_same(out, alone)
+
+
+class FailingDrafting:
+    """Drafting that fails the first times, once in a way that nobody foresaw."""
+
+    def __init__(self) -> None:
+        self.errors: list[Exception] = [StorageError("no answer"), RuntimeError("a bug"), OSError("once more")]
+        self.has_gone_on = threading.Event()
+
+    def run(self, cache: Cache, must_stop: Callable[[], bool]) -> None:
+        if self.errors:
+            raise self.errors.pop(0)
+        self.has_gone_on.set()
+
+
+def test_drafting_beside_the_engine_outlives_an_error_and_tells_the_first(
+    tiny_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("vpd.pipeline.extraction.SECONDS_BETWEEN_DRAFTINGS", 0.01)
+    drafting = FailingDrafting()
+    with drafting_beside(str(tiny_cache), cast(FirstDrafting, drafting), lambda: False):
+        assert drafting.has_gone_on.wait(10)
+    told = capsys.readouterr().err
+    assert told.count("vpd: ") == 1
+    assert "no answer" in told
+
+
+def test_what_planning_left_out_is_counted_once_by_any_number_of_workers(tiny_llama: Path, tmp_path: Path):
+    records = [*PROMPTS[:2], PROMPTS[0], {"prompt": "fox " * 200}]
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", records)
+    # An answer of one token leaves nothing to train on, which the first worker finds.
+    settings = ExtractConfig(**{**EXTRACT, "skip_bad": True, "max_new_tokens": 1})
+    job = ExtractJob(str(tiny_llama), (str(prompts),), str(tmp_path / "cache"), settings)
+    report = prepare(job).plan.report
+    for _ in range(3):
+        add_report(report, run_worker(job))
+    assert report.skipped == {"duplicate": 1, "too long": 1, "empty response": 2}
 
 
 def test_a_finished_extraction_is_not_begun_again(tiny_llama: Path, many_prompts: Path, alone: Path):

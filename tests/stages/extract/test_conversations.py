@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CHATML, END
+from tiny import CHATML, END, VOCAB
 from transformers import PreTrainedTokenizerFast
 from vpd.data.cache.store import NO_CHOICE
 from vpd.data.chat import ChatFormat
@@ -90,7 +90,7 @@ def supervised(tokenizer: PreTrainedTokenizerFast, token_ids: list[int], loss_ma
     ],
 )
 def test_a_given_response_is_one_prefill(record, text, answers, chat, tiny_tokenizer):
-    conversation = GivenConversation(record, chat, 100)
+    conversation = GivenConversation(record, chat, 100, VOCAB)
     request = conversation.first_request()
     assert tiny_tokenizer.decode(request.prompt_ids) == text
     assert (request.key, request.max_new_tokens, request.capture) == ("id", 1, True)
@@ -104,23 +104,23 @@ def test_a_given_response_is_one_prefill(record, text, answers, chat, tiny_token
 
 
 def test_the_first_token_of_a_text_is_not_supervised(chat: ChatFormat):
-    conversation = GivenConversation(make_record(text="a fox"), chat, 100)
+    conversation = GivenConversation(make_record(text="a fox"), chat, 100, VOCAB)
     sequence = finish(conversation, complete(conversation.first_request(), [44]))
     assert sequence.loss_mask == [0] + [1] * (len(sequence.token_ids) - 1)
 
 
 def test_max_len_cuts_a_given_response(chat: ChatFormat):
-    whole = GivenConversation(make_record("ua"), chat, 100)
+    whole = GivenConversation(make_record("ua"), chat, 100, VOCAB)
     token_ids = whole.first_request().prompt_ids
     first_answer_token = finish(whole, complete(whole.first_request(), [44])).prompt_len
     for max_len in range(1, len(token_ids) + 2):
         if max_len <= first_answer_token:
             with pytest.raises(PromptError) as caught:
-                GivenConversation(make_record("ua"), chat, max_len)
+                GivenConversation(make_record("ua"), chat, max_len, VOCAB)
             for word in (f"first {max_len} tokens of {len(token_ids)}", "--skip-bad"):
                 assert word in str(caught.value)
         else:
-            request = GivenConversation(make_record("ua"), chat, max_len).first_request()
+            request = GivenConversation(make_record("ua"), chat, max_len, VOCAB).first_request()
             assert request.prompt_ids == token_ids[:max_len]
 
 
@@ -128,7 +128,7 @@ def test_max_len_cuts_a_given_response(chat: ChatFormat):
 
 
 def generate(record: PromptRecord, chat: ChatFormat, tokenizer: Any, **changes: Any) -> GeneratedConversation:
-    settings: dict[str, Any] = {"max_len": 100, "max_new_tokens": 20, "greedy": True} | changes
+    settings: dict[str, Any] = {"max_len": 100, "max_new_tokens": 20, "vocab_size": VOCAB, "greedy": True} | changes
     return GeneratedConversation(record, chat, tokenizer, **settings)
 
 
@@ -264,9 +264,9 @@ def test_thinking_that_cuts_an_answer_off_supervises_nothing(chat: ChatFormat, t
 
 def test_given_thinking_is_left_out_or_not_supervised(chat: ChatFormat, tiny_tokenizer: Any):
     record = PromptRecord("id", "x", 1, (Message("user", "q"), Message("assistant", "<t>hm</t>yes")), None)
-    dropped = GivenConversation(record, chat, 100, ThinkingPolicy(dropped=("<t>", "</t>")))
+    dropped = GivenConversation(record, chat, 100, VOCAB, ThinkingPolicy(dropped=("<t>", "</t>")))
     plain = PromptRecord("id", "x", 1, (Message("user", "q"), Message("assistant", "yes")), None)
-    assert dropped.first_request() == GivenConversation(plain, chat, 100).first_request()
+    assert dropped.first_request() == GivenConversation(plain, chat, 100, VOCAB).first_request()
 
 
 CALL = {"tool_calls": [{"function": {"name": "add", "arguments": {}}}]}

@@ -16,6 +16,7 @@ from vpd.data.errors import ExtractionError
 from vpd.data.prompts import read_prompts
 from vpd.pipeline.cache_commands import sample_records
 from vpd.stages.config import ExtractConfig
+from vpd.stages.extract.conversations import FinishedSequence
 from vpd.stages.extract.engine import Completion, EngineRequest
 from vpd.stages.extract.estimate import (
     CODECS,
@@ -75,8 +76,8 @@ def test_given_answers_are_counted_exactly(tiny_llama: Path, tmp_path: Path, out
     lengths = {row.source_row: row.num_tokens for row in Cache.open(out).rows}
     assert lengths[2] == EXTRACT["max_len"]
     plan, _, _ = make_plan(tiny_llama, prompts, out.with_name("other"), mode="given")
-    assert [conversation.expected_len(first, None) for conversation, first in plan.conversations] == [
-        lengths[conversation.record.row] for conversation, _ in plan.conversations
+    assert [conversation.expected_len(None) for conversation in plan.conversations] == [
+        lengths[conversation.record.row] for conversation in plan.conversations
     ]
     assert (estimated["response_tokens"], estimated["num_present"], estimated["hours"]) == (None, 0, None)
 
@@ -85,14 +86,14 @@ def test_generated_answers_stay_below_the_bound(tiny_llama: Path, tiny_prompts: 
     plan, _, _ = make_plan(tiny_llama, tiny_prompts, out)
     rows = {row.seq_id: row for row in Cache.open(tiny_cache).rows}
     assert len(rows) == len(plan.conversations)
-    for conversation, first in plan.conversations:
-        row, bound = rows[conversation.record.seq_id], conversation.expected_len(first, None)
+    for conversation in plan.conversations:
+        row, bound = rows[conversation.record.seq_id], conversation.expected_len(None)
         if row.source_row == MULTI_TURN_ROW:
             continue
         assert row.num_tokens <= bound <= EXTRACT["max_len"]
         assert (row.num_tokens == bound) == (row.finish_reason == "length")
         answer = row.num_tokens + 1 - row.prompt_len
-        assert conversation.expected_len(first, answer) == row.num_tokens
+        assert conversation.expected_len(answer) == row.num_tokens
     assert {row.finish_reason for row in rows.values()} == {"length", "stop"}
     assert TEXT_ROW in {row.source_row for row in rows.values()}
     estimated = vpd("estimate", tiny_llama, tiny_prompts, "--out", out, **EXTRACT)
@@ -105,8 +106,8 @@ def test_later_turns_count_with_all_that_the_template_adds(tiny_llama: Path, tmp
     system = {"messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "which fox"}]}
     prompts = write_jsonl(tmp_path / "turns.jsonl", [one, three, system])
     plan, _, _ = make_plan(tiny_llama, prompts, out, max_len=400)
-    short, long, third = (conversation.expected_len(first, 24) for conversation, first in plan.conversations)
-    assert (short, third) == tuple(len(plan.conversations[i][1].prompt_ids) + 23 for i in (0, 2))
+    short, long, third = (conversation.expected_len(24) for conversation in plan.conversations)
+    assert (short, third) == tuple(len(plan.conversations[i].first_request().prompt_ids) + 23 for i in (0, 2))
     tokenizer = load_target(str(tiny_llama)).tokenizer
     later = "".join(
         f".<|im_end|>\n<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
@@ -114,7 +115,7 @@ def test_later_turns_count_with_all_that_the_template_adds(tiny_llama: Path, tmp
     )
     assert long == short + len(tokenizer(later, add_special_tokens=False)["input_ids"]) + 2 * 24
     plan, _, _ = make_plan(tiny_llama, prompts, out, max_len=100)
-    assert [conversation.expected_len(first, None) for conversation, first in plan.conversations][1] == 100
+    assert [conversation.expected_len(None) for conversation in plan.conversations][1] == 100
 
 
 def test_several_turns_stay_below_the_bound(tiny_llama: Path, tmp_path: Path, out: Path):
@@ -124,8 +125,9 @@ def test_several_turns_stay_below_the_bound(tiny_llama: Path, tmp_path: Path, ou
     tokenizer = load_target(str(tiny_llama)).tokenizer
     text = tokenizer("the quick brown fox jumps over the lazy dog, which is what the fox jumps over")["input_ids"]
     plan, _, _ = make_plan(tiny_llama, prompts, out, max_len=400)
-    for conversation, first in plan.conversations:
-        bound, step = conversation.expected_len(first, None), first
+    for conversation in plan.conversations:
+        bound = conversation.expected_len(None)
+        step: EngineRequest | FinishedSequence = conversation.first_request()
         while isinstance(step, EngineRequest):
             completion = Completion(
                 key=step.key,

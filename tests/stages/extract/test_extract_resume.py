@@ -9,9 +9,10 @@ from extracting import by_row, no_engine, run, tokens
 from tiny import EXTRACT, PROMPTS, snapshot, vpd, write_jsonl
 from vpd.data.cache.quarantine import LISTS, read_quarantined
 from vpd.data.cache.store import Cache
+from vpd.data.cache.work import finished_units
 from vpd.data.errors import ExtractionError
 from vpd.data.prompts import read_prompts
-from vpd.stages.extract.engine import Completion, Engine, EngineRequest
+from vpd.stages.extract.engine import ABORTED, Completion, Engine, EngineRequest
 
 
 class WrappedEngine:
@@ -65,6 +66,20 @@ class BrokenStates(WrappedEngine):
         hidden_TKH = completion.hidden_TKH.clone()
         hidden_TKH[-1, 0, 3] = self.value
         return replace(completion, hidden_TKH=hidden_TKH)
+
+
+class GivingUp(WrappedEngine):
+    """An engine that gives up all but the first `num_good` requests half-way, as vLLM does when it is told to end."""
+
+    def __init__(self, engine: Engine, num_good: int):
+        super().__init__(engine)
+        self.num_good = num_good
+
+    def change(self, completion: Completion) -> Completion:
+        if self.num_completions <= self.num_good:
+            return completion
+        nothing: dict[str, Any] = {"output_ids": [], "hidden_TKH": None, "argmax_T": None}
+        return replace(completion, finish_reason=ABORTED, fault="given up", **nothing)
 
 
 def test_a_second_run_writes_nothing_and_starts_no_engine(undisturbed: Path, tiny_llama: Path, tiny_prompts: Path):
@@ -130,6 +145,20 @@ def test_an_interrupted_run_keeps_what_was_finished_and_then_ends_as_an_undistur
     report = run(tiny_llama, tiny_prompts, tmp_path / "cache", **SHORT)
     assert (report.num_present, report.num_written) == (num_good, len(PROMPTS) - num_good)
     assert tokens(tmp_path / "cache") == tokens(undisturbed)
+
+
+def test_what_the_engine_gave_up_is_left_and_then_made(
+    undisturbed: Path, tiny_llama: Path, tiny_prompts: Path, tmp_path: Path
+):
+    cache = tmp_path / "cache"
+    report = run(tiny_llama, tiny_prompts, cache, lambda engine: GivingUp(engine, 5), **SHORT, unit_records=3)
+    assert (report.num_written, report.num_left, report.skipped) == (5, len(PROMPTS) - 5, {})
+    storage = Cache.open(cache).storage
+    assert list(read_quarantined(storage)) == []
+    assert [*finished_units(storage).values()] == [{}]  # of the second unit two are left
+    report = run(tiny_llama, tiny_prompts, cache, **SHORT, unit_records=3)
+    assert (report.num_present, report.num_written, report.num_left) == (5, len(PROMPTS) - 5, 0)
+    assert tokens(cache) == tokens(undisturbed)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

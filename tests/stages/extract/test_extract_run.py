@@ -1,19 +1,24 @@
 """Extraction with the real transformers engine: the cache holds what plain transformers computes."""
 
 # T tokens with a state, S tokens of the sequence, K layers, H hidden width, V vocabulary
+import copy
+import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from extracting import by_row, no_engine, run, tokens
-from tiny import CHATML, END, MULTI_TURN_ROW, NUM_LAYERS, PROMPTS, TEXT_ROW, render, write_jsonl
+from extracting import by_row, make_config, no_engine, run, tokens
+from tiny import CHATML, END, MULTI_TURN_ROW, NUM_LAYERS, PROMPTS, TEXT_ROW, VOCAB, render, write_jsonl
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from vpd.data.cache.reader import CachedSequence
 from vpd.data.cache.store import NO_CHOICE, Cache
 from vpd.data.errors import PromptError
+from vpd.stages.extract.plan import make_chat, plan_prompts, start_conversations
 from vpd.stages.extract.run import ExtractReport
+from vpd.stages.extract.target import load_target
 
 
 class Reference(NamedTuple):
@@ -252,22 +257,45 @@ UNUSABLE = [
     Unusable("too-long-text", {"text": "fox " * 200}, "too long", {}),
     Unusable("no-user", {"messages": [{"role": "system", "content": "be brief"}]}, "no user message", {}),
     Unusable("given-without-answer", {"prompt": "why?"}, "no assistant token", {"mode": "given"}),
+    Unusable("unknown-token", {"prompt": "a <|new|> fox"}, "token beyond the vocabulary", {}),
+    Unusable("unknown-token-text", {"text": "a <|new|> fox"}, "token beyond the vocabulary", {}),
+    Unusable(
+        "unknown-token-given",
+        {"prompt": "why?", "response": "<|new|> fox"},
+        "token beyond the vocabulary",
+        {"mode": "given"},
+    ),
     Unusable("given-cut", {"prompt": "fox " * 200, "response": "yes"}, "no assistant token", {"mode": "given"}),
 ]
+
+
+@pytest.fixture(scope="module")
+def with_a_new_token(
+    tiny_llama: Path, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """`tiny_llama` with the tokens of `VOCAB` and more, `<|new|>` being the first without an embedding."""
+    folder = shutil.copytree(tiny_llama, tmp_path_factory.mktemp("new") / "llama")
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_tokens([f"<|spare {i}|>" for i in range(VOCAB - len(tokenizer))])
+    tokenizer.add_tokens(["<|new|>"])
+    assert tokenizer.get_vocab()["<|new|>"] == VOCAB
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.mark.parametrize("place", [0, 1], ids=["first", "last"])
 @pytest.mark.parametrize("case", UNUSABLE, ids=lambda case: case.id)
 def test_a_record_that_cannot_be_used_is_named_or_skipped_and_counted(
-    case: Unusable, place: int, tiny_llama: Path, tmp_path: Path
+    case: Unusable, place: int, tiny_llama: Path, with_a_new_token: Path, tmp_path: Path
 ):
+    target = with_a_new_token if "new" in str(case.record) else tiny_llama
     records: list[object] = [GIVEN[1]]
     records.insert(place, case.record)
     prompts = write_jsonl(tmp_path / "prompts.jsonl", records)
     settings: dict[str, Any] = {"max_new_tokens": 2, **case.changes}
     with pytest.raises(PromptError, match=rf"prompts\.jsonl(, row |:){place + 1}: "):
-        run(tiny_llama, prompts, tmp_path / "cache", **settings)
-    report = run(tiny_llama, prompts, tmp_path / "skipping", skip_bad=True, **settings)
+        run(target, prompts, tmp_path / "cache", **settings)
+    report = run(target, prompts, tmp_path / "skipping", skip_bad=True, **settings)
     assert (report.num_written, report.skipped) == (1, {case.reason: 1})
     assert list(by_row(tmp_path / "skipping")) == [2 - place]
 
@@ -311,6 +339,32 @@ def test_a_conversation_that_goes_wrong_in_a_later_turn_costs_no_other(
         with pytest.raises(PromptError, match=r"prompts\.jsonl, row 3: "):
             run(tiny_llama, prompts, tmp_path / "cache", **settings)
         assert sorted(by_row(tmp_path / "cache")) == [1, 2, 4]
+
+
+def test_an_unknown_token_in_a_later_turn_costs_no_other(with_a_new_token: Path, tmp_path: Path):
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"turns": ["name a dog", "a <|new|> one"]}, PROMPTS[0]])
+    report = run(with_a_new_token, prompts, tmp_path / "cache", skip_bad=True)
+    assert (report.num_written, report.skipped) == (1, {"unusable after some turns": 1})
+
+
+def test_what_waits_takes_few_bytes_a_token(tiny_llama: Path, tmp_path: Path):
+    """A prompt set's tokens lie in the memory of every worker."""
+    answers = [{"prompt": f"why {i}?", "response": "jumps over the dog " * 60} for i in range(50)]
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", answers)
+    config = make_config(mode="given", max_len=4096)
+    target = load_target(str(tiny_llama))
+    chat, records = make_chat(target, config), list(plan_prompts([prompts], config).records)
+    report = ExtractReport()
+    for _ in start_conversations(records[:1], chat, target, config, report):
+        pass  # what is made once
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    planned = list(start_conversations(records, chat, target, config, report))
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    num_tokens = sum(conversation.expected_len(None) for conversation in planned)
+    assert num_tokens > 10_000
+    assert after - before < 10 * num_tokens
 
 
 def test_a_bad_record_costs_no_engine_start(tiny_llama: Path, tmp_path: Path):

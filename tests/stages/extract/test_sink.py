@@ -81,7 +81,7 @@ Make = Callable[..., Scene]
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[Make]:
     cache = Cache.create_or_open(tmp_path / "cache", make_manifest())
-    with closing(WorkBoard(cache.storage, UNITS, set(), NEVER)) as board:
+    with closing(WorkBoard(cache.storage, UNITS, {}, NEVER)) as board:
 
         def make(part_bytes: int = ENDLESS, max_quarantined: float = 0.0) -> Scene:
             report, writer = ExtractReport(), StateWriter(cache, part_bytes, {})

@@ -1,7 +1,6 @@
 """Who works on which unit: every unit has one living worker at a time, and a finished one has none."""
 
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -10,15 +9,25 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from vpd.data.cache.records import dump_record
 from vpd.data.cache.storage import Storage, open_storage
 from vpd.data.cache.work import DONE, WORK, finished_units
 from vpd.stages.extract.conversations import Conversation
-from vpd.stages.extract.engine import EngineRequest
-from vpd.stages.extract.units import LEASE, WORKER, WorkBoard, WorkUnit, lives_here, split_units, start_time
+from vpd.stages.extract.units import (
+    LEASE,
+    WORKER,
+    WorkBoard,
+    WorkUnit,
+    done_records,
+    done_units,
+    lives_here,
+    pid_space,
+    split_units,
+    start_time,
+)
 
 NEVER, SOON = 60.0, 0.2
 """Seconds of silence after which a worker is dead."""
@@ -27,13 +36,12 @@ OTHER = "0123456789ab"
 
 
 def make_units(ids: list[str], size: int, left: list[str]) -> list[WorkUnit]:
-    request = EngineRequest(key="", prompt_ids=[1], max_new_tokens=1, capture=True)
     named = [cast(Conversation, SimpleNamespace(record=SimpleNamespace(seq_id=seq_id))) for seq_id in left]
-    return split_units(ids, [(each, request) for each in named], size)
+    return split_units(ids, named, size)
 
 
 def names_of(unit: WorkUnit) -> list[str]:
-    return [conversation.record.seq_id for conversation, _ in unit.conversations]
+    return [conversation.record.seq_id for conversation in unit.conversations]
 
 
 IDS = [f"id-{i:02d}" for i in range(10)]
@@ -46,8 +54,8 @@ def storage(tmp_path: Path) -> Storage:
     return open_storage(str(tmp_path / "cache"))
 
 
-def make_board(storage: Storage, known: set[str] | None = None, seconds: float = NEVER) -> WorkBoard:
-    return WorkBoard(storage, UNITS, known or set(), seconds)
+def make_board(storage: Storage, known: dict[str, dict[str, Any]] | None = None, seconds: float = NEVER) -> WorkBoard:
+    return WorkBoard(storage, UNITS, known or {}, seconds)
 
 
 def claim_all(board: WorkBoard) -> list[str]:
@@ -58,10 +66,10 @@ def files(storage: Storage, suffix: str) -> list[str]:
     return [name for name in storage.list_folder(WORK) if name.endswith(suffix)]
 
 
-def write_worker(storage: Storage, *, host: str = "", pid: int | None = None, started: str | None = None) -> None:
+def write_worker(storage: Storage, *, place: str = "", pid: int | None = None, started: str | None = None) -> None:
     """The other worker says that it lives."""
     pid = os.getpid() if pid is None else pid
-    record = {"host": host or socket.gethostname(), "pid": pid, "started": started or start_time(pid)}
+    record = {"pid_space": place or pid_space(), "pid": pid, "started": started or start_time(pid)}
     storage.write(f"{WORK}/{OTHER}{WORKER}", dump_record({**record, "beat": os.urandom(4).hex()}))
 
 
@@ -133,8 +141,33 @@ def test_a_finished_unit_is_never_claimed_again(storage: Storage):
 
 def test_a_unit_that_lost_sequences_after_it_was_finished_is_claimed_again(storage: Storage):
     storage.write(f"{WORK}/{UNIT_IDS[2]}{DONE}", dump_record({"skipped": {}}))
-    with closing(make_board(storage, known={UNIT_IDS[2]})) as board:
+    with closing(make_board(storage, known=done_records(storage, done_units(storage)))) as board:
         assert claim_all(board) == UNIT_IDS
+
+
+def test_a_unit_that_is_finished_again_keeps_what_was_hopeless_before(storage: Storage):
+    storage.write(f"{WORK}/{UNIT_IDS[2]}{DONE}", dump_record({"skipped": {"id-06": "empty response"}}))
+    with closing(make_board(storage, known=done_records(storage, [UNIT_IDS[2]]))) as board:
+        assert claim_all(board) == UNIT_IDS
+        board.finish(UNIT_IDS[2], {"id-08": "too long after some turns"}, {})
+    assert finished_units(storage) == {UNIT_IDS[2]: {"id-06": "empty response", "id-08": "too long after some turns"}}
+
+
+def test_workers_share_the_units_that_lost_sequences_after_they_were_finished(storage: Storage):
+    with closing(make_board(storage)) as before:
+        for unit_id in claim_all(before):
+            before.finish(unit_id, {}, {})
+    known = done_records(storage, done_units(storage))
+    boards = [make_board(storage, known) for _ in range(3)]
+    made: list[str] = []
+    while any(board.num_units_left for board in boards):
+        for board, unit in [(board, board.claim()) for board in boards]:
+            if unit is not None:
+                board.finish(unit.unit_id, {}, {})
+                made.append(unit.unit_id)
+    for board in boards:
+        board.close()
+    assert sorted(made) == sorted(UNIT_IDS)
 
 
 # Dead workers
@@ -167,15 +200,20 @@ def test_a_worker_without_a_file_is_dead(storage: Storage):
         assert claim_all(board) == UNIT_IDS
 
 
-@pytest.mark.parametrize("host", ["", "another-host"])
-def test_a_worker_is_dead_after_so_long_a_silence(host: str, storage: Storage):
+HOST, BOOT, NAMESPACE = pid_space().split(" ")
+ELSEWHERE = [f"another-host {BOOT} {NAMESPACE}", f"{HOST} another-boot {NAMESPACE}", f"{HOST} {BOOT} pid:[1]"]
+
+
+@pytest.mark.parametrize("place", ["", *ELSEWHERE], ids=["here", "host", "boot", "container"])
+def test_a_worker_is_dead_after_so_long_a_silence(place: str, storage: Storage):
     write_lease(storage, UNIT_IDS[0])
-    write_worker(storage, host=host)
+    started = "1" if place else None  # a number elsewhere says nothing here
+    write_worker(storage, place=place, started=started)
     with closing(make_board(storage, seconds=SOON)) as board:
         for _ in range(4):  # it speaks: longer than the time of a lease, it is let alone
             assert UNIT_IDS[0] not in claim_all(board)
             time.sleep(SOON / 2)
-            write_worker(storage, host=host)
+            write_worker(storage, place=place, started=started)
         assert board.claim() is None
         time.sleep(SOON * 1.5)
         assert claim_all(board) == UNIT_IDS[:1]
@@ -189,6 +227,29 @@ def test_a_living_worker_speaks_often_enough(storage: Storage):
             time.sleep(SOON / 3)
 
 
+def test_a_worker_whose_loop_stands_still_loses_its_units_and_says_so(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("vpd.stages.extract.units.HANG_SECONDS", 0.0)
+    with closing(make_board(storage, seconds=SOON)) as first, closing(make_board(storage, seconds=SOON)) as second:
+        assert claim_all(first) == UNIT_IDS
+        for _ in range(8):  # its engine starts, which takes as long as it takes
+            assert second.claim() is None
+            time.sleep(SOON / 3)
+        first.come_round()
+        while (taken := second.claim()) is None:
+            time.sleep(SOON / 3)
+        assert taken.unit_id == UNIT_IDS[0]
+        told = capsys.readouterr().err
+        assert told.count(f"worker {first._worker} (process {os.getpid()}") == 1
+        assert all(unit_id in told for unit_id in UNIT_IDS)
+        monkeypatch.setattr("vpd.stages.extract.units.HANG_SECONDS", NEVER)
+        first.come_round()  # after all: it keeps what nobody has taken over
+        while f"{first._worker}{WORKER}" not in files(storage, WORKER):
+            time.sleep(SOON / 3)
+        assert second.claim() is None
+
+
 def test_two_that_find_a_dead_worker_do_not_both_take_its_unit(storage: Storage):
     write_lease(storage, UNIT_IDS[0])
     with closing(make_board(storage)) as first, closing(make_board(storage)) as second:
@@ -197,8 +258,9 @@ def test_two_that_find_a_dead_worker_do_not_both_take_its_unit(storage: Storage)
 
 
 def test_lives_here_knows_its_own_process():
-    here = {"host": socket.gethostname(), "pid": os.getpid(), "started": start_time(os.getpid())}
+    here = {"pid_space": pid_space(), "pid": os.getpid(), "started": start_time(os.getpid())}
     assert lives_here(here)
     assert not lives_here({**here, "started": "1"})
-    assert lives_here({**here, "host": "another-host", "started": "1"})
+    for place in ELSEWHERE:
+        assert lives_here({**here, "pid_space": place, "started": "1"})
     assert start_time(2**22 + 1) is None

@@ -4,8 +4,11 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
+from contextlib import closing
+from multiprocessing.connection import Client
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -18,13 +21,13 @@ from tiny import write_jsonl
 from transformers import AutoModelForCausalLM
 from vpd.data.cache.store import NO_CHOICE, Cache
 from vpd.data.errors import ConfigError, EngineDiedError, ExtractionError
-from vpd.stages.extract.engine import Engine, EngineRequest, Sampling
+from vpd.stages.extract.engine import ABORTED, Completion, Engine, EngineRequest, Sampling
 from vpd.stages.extract.target import load_target
 from vpd.stages.extract.transformers_engine import TransformersEngine
-from vpd.stages.extract.vllm_engine import CHECK_EVERY, CHECKED_REQUESTS, VllmEngine, refuse_reserved
+from vpd.stages.extract.vllm_engine import CHECK_EVERY, CHECKED_REQUESTS, StateReceiver, VllmEngine, refuse_reserved
 
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, seed=0)
-ENGINE_ARGS = {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 28, "max_num_seqs": 16}
+ENGINE_ARGS: dict[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 28, "max_num_seqs": 16}
 PROMPT_LENS = (1, 3, 16, 17, 64, 70)
 # Both engines compute in float32 and differ by about 1e-5; rounding to bfloat16 turns that into one unit at most.
 BF16_UNIT = 2.0**-7
@@ -85,6 +88,49 @@ def test_uncaptured_requests_bring_tokens_alone(engines: tuple[Engine, Engine]):
     assert (ours.output_ids, ours.hidden_TKH) == (theirs.output_ids, None)
 
 
+def pids_of(engine: VllmEngine) -> list[int]:
+    client: Any = engine._engine.engine_core
+    return [process.pid for process in client.resources.engine_manager.processes]
+
+
+@pytest.mark.engine
+def test_a_signal_to_all_processes_leaves_the_engine_at_work(engines: tuple[Engine, Engine]):
+    engine, reference = engines
+    assert isinstance(engine, VllmEngine)
+    request = EngineRequest(key="signalled", prompt_ids=[5, 6, 7], max_new_tokens=60, capture=True)
+    engine.submit(request)
+    assert engine.poll() == []
+    for pid in pids_of(engine):  # each as if another process had sent it, which the engine does not heed
+        subprocess.run(["sh", "-c", f"kill -TERM {pid}; kill -INT {pid}"], check=True)
+    done: list[Completion] = []
+    while not done:
+        done = engine.poll()
+    (theirs,) = answer(reference, [request]).values()
+    assert (done[0].output_ids, done[0].finish_reason, done[0].fault) == (theirs.output_ids, theirs.finish_reason, "")
+
+
+@pytest.mark.engine
+def test_what_the_engine_gives_up_is_aborted(engines: tuple[Engine, Engine]):
+    """As it does when it is told to end: one request is half-way, the others wait."""
+    engine, _ = engines
+    assert isinstance(engine, VllmEngine)
+    for i in range(ENGINE_ARGS["max_num_seqs"] + 2):
+        engine.submit(EngineRequest(key=f"given up {i}", prompt_ids=[5, 6, 7, i], max_new_tokens=100, capture=True))
+    assert engine.poll() == []
+    client: Any = engine._engine.engine_core
+    client.call_utility("pause_scheduler", "abort", False)
+    done: list[Completion] = []
+    while engine.num_in_flight:
+        done += engine.poll()
+    client.call_utility("resume_scheduler")
+    assert len(done) == ENGINE_ARGS["max_num_seqs"] + 2
+    assert {(each.finish_reason, each.hidden_TKH, each.argmax_T) for each in done} == {(ABORTED, None, None)}
+    assert "abort" in done[0].fault
+    assert engine._receiver.received == {}
+    (late,) = answer(engine, [EngineRequest(key="late", prompt_ids=[5, 6], max_new_tokens=3, capture=True)]).values()
+    assert (late.finish_reason, late.fault) == ("length", "")
+
+
 @pytest.mark.engine
 def test_a_killed_engine_is_an_error_that_says_what_to_do(engines: tuple[Engine, Engine]):
     """The last one for these engines."""
@@ -101,9 +147,8 @@ def test_a_killed_engine_is_an_error_that_says_what_to_do(engines: tuple[Engine,
 
     engine.submit(EngineRequest(key="long", prompt_ids=[5, 6, 7], max_new_tokens=100, capture=True))
     threading.Thread(target=poll_on, daemon=True).start()
-    client: Any = engine._engine.engine_core
-    for process in client.resources.engine_manager.processes:
-        os.kill(process.pid, signal.SIGKILL)
+    for pid in pids_of(engine):
+        os.kill(pid, signal.SIGKILL)
     error = errors.get(timeout=60)
     assert isinstance(error, EngineDiedError)
     assert "run the same command again" in str(error)
@@ -152,6 +197,22 @@ def test_why_an_engine_does_not_start_is_told_and_standard_output_stays_clean(tm
 def test_reserved_engine_arguments_are_refused(name: str):
     with pytest.raises(ConfigError, match=name):
         refuse_reserved({name: 1})
+
+
+@pytest.fixture
+def long_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for temporary files with a path that no local socket could have."""
+    folder = tmp_path / ("scratch-of-a-user/" * 6)
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def test_a_long_path_of_temporary_files_is_not_used_for_sockets(long_scratch: Path):
+    assert len(str(long_scratch)) > 107
+    with closing(StateReceiver()) as receiver:
+        Client(receiver.address, authkey=receiver.authkey).close()
+    assert not Path(receiver.address).parent.exists()
 
 
 def test_vllm_missing_is_named(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch):
