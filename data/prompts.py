@@ -218,20 +218,23 @@ def _tools(record: dict[str, Any]) -> tuple[dict[str, Any], ...]:
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise PromptError(f"tools must be a list of functions, found {_kind(tools)}") from None
     if not tools:
         return ()
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise PromptError(f"tools must be a list of functions, found {_kind(tools)}")
-    return tuple(map(_without_nulls, tools))
+    return tuple(_nested(tool, f"tools[{i}]") for i, tool in enumerate(tools))
 
 
-def _without_nulls(value: Any) -> Any:
-    """Parquet fills what one record lacks and another has with nulls."""
+def _nested(value: Any, name: str) -> Any:
+    """Strings that can be encoded, at any depth, without nulls: Parquet fills with them what one record lacks."""
     if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+        present = {_string(key, f"a key of {name}"): item for key, item in value.items() if item is not None}
+        return {key: _nested(item, f"{name}.{key}") for key, item in present.items()}
+    if isinstance(value, list):
+        return [_nested(item, f"{name}[{i}]") for i, item in enumerate(value)]
+    return _string(value, name) if isinstance(value, str) else value
 
 
 def _messages(
@@ -244,7 +247,8 @@ def _messages(
         role_key, role = _first_present(item, role_keys)
         if not isinstance(role, str) or role not in ROLES:
             raise PromptError(f"{name}[{i}].{role_key} must be one of {list(ROLES)}, found {role!r}")
-        extra = {key: _without_nulls(item[key]) for key in EXTRA_KEYS if item.get(key) not in (None, [], "")}
+        given = [key for key in EXTRA_KEYS if item.get(key) not in (None, [], "")]
+        extra = {key: _nested(item[key], f"{name}[{i}].{key}") for key in given}
         content_key, content = _first_present(item, content_keys)
         if content is None and "tool_calls" in extra:
             content = ""

@@ -3,6 +3,7 @@
 # T tokens, G block size, A alternatives kept per block position
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ ACCEPT_LEN, TOKENS, PROBS = "accept_len", "tokens", "probs"
 NUM_ALTERNATIVES = 5
 NOT_DRAFTED = 255
 OPEN_PARTS = 64
+LOOKING_SHARE = 0.05
+"""Share of the time that may go into looking at what others have drafted, which lists all parts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +100,15 @@ class FirstDrafts:
 
     def renew(self) -> None:
         """Finds what others have drafted since."""
+        began = time.monotonic()
         self.parts |= {part_of(name): name for name in committed_parts(self.cache.storage, self.root)}
+        self._next_look = began + (time.monotonic() - began) / LOOKING_SHARE
+
+    def is_drafted(self, part: str) -> bool:
+        """Whether anyone has drafted a part, as far as is known: what others draft is looked for now and then."""
+        if part not in self.parts and time.monotonic() >= self._next_look:
+            self.renew()
+        return part in self.parts
 
     def missing_parts(self) -> list[str]:
         """Parts of the cache that this drafter has not drafted yet."""

@@ -1,8 +1,8 @@
 """The index of a cache: one row a sequence, kept in columns.
 
 Every part has its own Parquet file, `index/<part>.parquet`. A snapshot, `index/all-<parts>-<hash>.parquet`, holds the
-rows of many parts at once, so that opening a cache takes one listing and one file. Its name ends with the hash of its
-content. Parts committed after the snapshot was made are read from their own files.
+rows of many parts at once, so that opening a cache takes one file for them. Its name ends with the hash of its content.
+Parts committed after the snapshot was made are read from their own files.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ REPEATED = ["source", "part", "finish_reason"]
 BATCH_ROWS = 4096
 SNAPSHOT_TRIES = 5
 SNAPSHOT_LAG = 8
-"""A snapshot is renewed once the parts that it lacks are more than one in this many."""
+"""A writer that looks renews the snapshot if the parts that it lacks are more than one in this many."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

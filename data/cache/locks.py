@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import socket
 import time
 from contextlib import suppress
@@ -50,7 +51,8 @@ def is_alive(folder: Path) -> bool:
 def last_change(folder: Path) -> float:
     """When anything in a folder has changed last, in seconds; 0 if it has gone meanwhile."""
     latest = 0.0
-    for path in (folder, *folder.rglob("*")):
-        with suppress(FileNotFoundError):
-            latest = max(latest, path.stat().st_mtime)
+    for parent, _, files in os.walk(folder):  # which leaves out what goes meanwhile
+        for name in (".", *files):
+            with suppress(FileNotFoundError):
+                latest = max(latest, os.stat(os.path.join(parent, name)).st_mtime)
     return latest

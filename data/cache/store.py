@@ -76,7 +76,7 @@ class Cache:
 
     @classmethod
     def open(cls, place: str | Path | Storage, *, allow_empty: bool = False) -> Cache:
-        """Opens a cache for reading, with one listing and one file, however many parts it has.
+        """Opens a cache for reading: three listings and two files where the snapshot holds all parts.
 
         Raises:
             CacheNotFoundError: there is no cache, or it holds no committed sequence (unless `allow_empty`).

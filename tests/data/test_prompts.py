@@ -132,6 +132,27 @@ BAD = [
     pytest.param({"prompt": "u", "response": ["a"]}, ["response must be a string"], id="response-type"),
     pytest.param({"text": {"a": 1}}, ["text must be a string", "dict"], id="text-type"),
     pytest.param({"text": UNPAIRED}, ["text", "surrogate"], id="half-surrogate"),
+    pytest.param(
+        {"messages": [{"role": "assistant", "content": "a", "reasoning_content": UNPAIRED}]},
+        ["messages[0].reasoning_content", "surrogate"],
+        id="half-surrogate-in-reasoning",
+    ),
+    pytest.param(
+        {"prompt": [{"role": "assistant", "tool_calls": [{"function": {"arguments": {"city": ["", UNPAIRED]}}}]}]},
+        ["prompt[0].tool_calls[0].function.arguments.city[1]", "surrogate"],
+        id="half-surrogate-in-tool-calls",
+    ),
+    pytest.param(
+        {"prompt": "u", "tools": [{"name": "add"}, {"name": "sub", UNPAIRED: 1}]},
+        ["a key of tools[1]", "surrogate"],
+        id="half-surrogate-in-a-key-of-tools",
+    ),
+    pytest.param(
+        {"prompt": "u", "tools": json.dumps([{"name": UNPAIRED}])},
+        ["tools[0].name", "surrogate"],
+        id="half-surrogate-in-tools-as-text",
+    ),
+    pytest.param({"prompt": "u", "tools": "[" * 100_000}, ["tools must be a list"], id="tools-nested-too-deep"),
 ]
 
 

@@ -1,10 +1,12 @@
 """First drafts beside the states: read as written, one folder a drafter, and named when one must choose."""
 
 # T tokens, G block size, A alternatives
+import os
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 import zarr
 from tiny import Damage, chunk_bytes, fill_cache, make_manifest, make_sequence, same_bits, snapshot
 from vpd.data.cache.drafts import (
+    LOOKING_SHARE,
     NOT_DRAFTED,
     NUM_ALTERNATIVES,
     FirstDrafts,
@@ -20,7 +23,9 @@ from vpd.data.cache.drafts import (
     empty_drafts,
     list_drafts,
 )
+from vpd.data.cache.part import committed_parts
 from vpd.data.cache.shard import ArraySpec
+from vpd.data.cache.storage import Storage
 from vpd.data.cache.store import CHUNK_TOKENS, Cache
 from vpd.data.errors import CacheCorruptError, CacheNotFoundError
 
@@ -193,9 +198,41 @@ def test_a_part_without_commit_record_is_not_drafted_and_removed(cache: Cache):
     part, drafts = cache.rows[0].part, FirstDrafts.open(cache)
     (Path(drafts.place) / "commits" / f"{drafts.parts[part]}.json").unlink()
     assert FirstDrafts.open(cache).missing_parts() == [part]
-    assert drafts_folder(drafts, part).exists()
+    left = drafts_folder(drafts, part)
+    for path in (*left.rglob("*"), left):
+        os.utime(path, (0, 0))  # else its writer may be about to lock it
     assert FirstDrafts.create_or_open(cache, ONE, FACTS).missing_parts() == [part]
-    assert not drafts_folder(drafts, part).exists()
+    assert not left.exists()
+
+
+def test_looks_at_what_others_have_drafted_take_a_small_share_of_the_time(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+):
+    now, looks = 0.0, list[float]()
+
+    def slow_look(storage: Storage, root: str) -> list[str]:
+        nonlocal now
+        looks.append(now)
+        now += 2
+        return committed_parts(storage, root)
+
+    monkeypatch.setattr("vpd.data.cache.drafts.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr("vpd.data.cache.drafts.committed_parts", slow_look)
+    drafts = FirstDrafts.create_or_open(cache, ONE, FACTS)
+    write_drafts(cache, ONE, num_parts=1)
+    looks.clear()
+    begin = now
+    found_at = 0.0
+    while now < begin + 1000:
+        found_at = found_at or now * drafts.is_drafted(cache.parts[0])
+        assert not drafts.is_drafted(cache.parts[1])
+        now += 3
+    assert begin < found_at <= begin + 2 / LOOKING_SHARE + 3
+    assert LOOKING_SHARE / 2 <= 2 * len(looks) / 1000 <= LOOKING_SHARE
+    looks.clear()
+    now += 1000
+    assert drafts.is_drafted(cache.parts[0])
+    assert looks == []  # it is known
 
 
 def test_the_facts_of_the_first_run_stay(cache: Cache):

@@ -64,17 +64,23 @@ def open_mirrored(server: RangeServer, mirror: Path, max_bytes: int = LARGE) -> 
 def test_the_folder_is_not_measured_for_every_file(
     original: Path, server: RangeServer, mirror: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    measured: list[Path] = []
-    original_measure = mirror_module._last_use_and_size
-
-    def noted(part: Path) -> tuple[int, int] | None:
-        measured.append(part)
-        return original_measure(part)
-
-    monkeypatch.setattr(mirror_module, "_last_use_and_size", noted)
+    looks = note_looks(monkeypatch)
     check_read(open_mirrored(server, mirror), original)
+    assert len(looks) == 1  # at the first file
     assert len(local_parts(mirror)) == NUM_PARTS
-    assert measured == []  # at the first file there was none
+
+
+def note_looks(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Notes the folder whenever one is looked through for parts of states."""
+    looks: list[Path] = []
+    glob = Path.glob
+
+    def noted(folder: Path, pattern: str) -> Iterator[Path]:
+        looks.extend([folder] if pattern == mirror_module.PLACES[0] else [])
+        return iter([*glob(folder, pattern)])
+
+    monkeypatch.setattr(Path, "glob", noted)
+    return looks
 
 
 def check_read(cache: Cache, original: Path, num_threads: int = 2) -> None:
@@ -181,6 +187,28 @@ def test_all_caches_in_a_folder_share_its_limit(tmp_path: Path, mirror: Path):
         storage = MirroredStorage(LocalStorage(tmp_path / name), mirror, 600)
         assert storage.read("parts/p.zarr/a") == name.encode() * 100
         assert size_of(mirror) == 100 * len(name)
+
+
+def test_mirrors_of_one_folder_keep_its_limit_and_rarely_measure_it(
+    tmp_path: Path, mirror: Path, monkeypatch: pytest.MonkeyPatch
+):
+    remote, num_parts, size = LocalStorage(tmp_path / "remote"), 120, 100
+    (tmp_path / "remote/parts").mkdir(parents=True)
+    for i in range(num_parts):
+        (tmp_path / f"remote/parts/p{i}.zarr").mkdir()
+        (tmp_path / f"remote/parts/p{i}.zarr/a").write_bytes(bytes(size))
+    monkeypatch.setattr(mirror_module, "SLICES", 4)
+    limit, a_slice = 40 * size, 10 * size
+    looks = note_looks(monkeypatch)
+    mirrors = [MirroredStorage(remote, mirror, limit) for _ in range(2)]
+    largest = 0
+    for i in range(num_parts):
+        mirrors[i % 2].read(f"parts/p{i}.zarr/a")
+        largest = max(largest, size_of(mirror))
+        assert largest <= limit + 2 * a_slice
+    assert largest > limit - 2 * a_slice
+    # Each looks at its first file, and then after a slice of its own at the latest when the limit is near.
+    assert len(looks) <= 2 + 2 * num_parts * size / a_slice
 
 
 def test_a_part_beyond_the_limit_is_read_all_the_same(server: RangeServer, original: Path, mirror: Path):

@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from vpd.data.cache.locks import LOCK, SECONDS_TO_LOCK, SECONDS_UNTIL_ABANDONED, FolderLock, is_alive
@@ -62,6 +63,43 @@ def test_a_closed_file_gives_its_descriptor_back(tmp_path: Path):
     for _ in range(50):
         LocalFile(tmp_path / "file").tail(1)
     assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+@pytest.mark.parametrize("seen", ["", "hidden"])
+def test_a_folder_may_go_while_it_is_looked_at(seen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its writer has published it, or another process removes it."""
+    folder = tmp_path / "parts/p.zarr"
+    (folder / "hidden").mkdir(parents=True)
+    (folder / LOCK).write_text("elsewhere")
+    scandir = os.scandir
+
+    def scan_late(path: Any) -> Any:
+        if not isinstance(path, int) and Path(path) == folder / seen:
+            (tmp_path / "parts/p.zarr").rename(tmp_path / "published")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan_late)
+    LocalStorage(tmp_path).remove_leftovers("parts", set)
+    monkeypatch.undo()
+    assert {path.name for path in tmp_path.rglob("*")} == {"parts", "published", LOCK, "hidden"}
+
+
+def test_a_leftover_that_is_added_to_while_it_is_removed_may_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("a", "b"):
+        (tmp_path / "parts" / name).mkdir(parents=True)
+        os.utime(tmp_path / "parts" / name, (0, 0))
+    rmdir = os.rmdir
+
+    def remove_late(path: Any, **options: Any) -> None:
+        if Path(path).name == "a":
+            (tmp_path / "parts/a/late").touch()
+        rmdir(path, **options)
+
+    monkeypatch.setattr(os, "rmdir", remove_late)
+    storage = LocalStorage(tmp_path)
+    storage.remove_leftovers("parts", set)
+    assert list(storage.walk("parts")) == ["parts/a/late"]
+    assert storage.list_folder("parts") == ["a"]
 
 
 @pytest.mark.parametrize("begun", [False, True])

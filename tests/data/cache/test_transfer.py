@@ -13,7 +13,8 @@ import torch
 from tiny import chunk_bytes, fill_cache, make_sequence, same_bits, snapshot
 from torch import Tensor
 from vpd.data.cache.codecs import CHANNEL_SCALE, Codec, CodecName, measure_channels, whitened_cosine
-from vpd.data.cache.drafts import FirstDrafts, draft_specs, empty_drafts, list_drafts
+from vpd.data.cache.drafts import DraftedSequence, FirstDrafts, draft_specs, empty_drafts, list_drafts
+from vpd.data.cache.index import SequenceRow
 from vpd.data.cache.part import part_folder
 from vpd.data.cache.store import CHUNK_TOKENS, Cache
 from vpd.data.cache.target_files import store_target_files
@@ -294,19 +295,28 @@ def test_caches_of_other_origin_are_not_merged(changes: dict[str, Any], source: 
     assert snapshot(tmp_path / "other") == before
 
 
-def test_few_files_are_open_while_caches_are_merged(source: Cache, tmp_path: Path):
-    folders = [tmp_path / name for name in "abcd"]
+def test_few_files_are_open_while_caches_are_merged(source: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folders = [tmp_path / name for name in "ab"]
     for folder in folders:
-        fill_cache(
-            folder, [make_sequence(f"{folder.name}{i}", 5, NUM_LAYERS, WIDTH) for i in range(20)], 1, hidden_size=WIDTH
-        )
+        sequences = [make_sequence(f"{folder.name}{i}", 5, NUM_LAYERS, WIDTH) for i in range(7)]
+        fill_cache(folder, sequences, 1, hidden_size=WIDTH)
         store_target_files(Cache.open(folder).storage, source.target_folder)
+        draft(Cache.open(folder))
     before = len(os.listdir("/proc/self/fd"))
     counts: list[int] = []
+    drafts_counts: list[int] = []
+    read_drafts = FirstDrafts.read
+
+    def noted(drafts: FirstDrafts, row: SequenceRow) -> DraftedSequence:
+        found = read_drafts(drafts, row)
+        drafts_counts.append(len(os.listdir("/proc/self/fd")))
+        return found
+
+    monkeypatch.setattr(FirstDrafts, "read", noted)
     caches = [Cache.open(folder) for folder in folders]
     merge(caches, tmp_path / "merged", lambda _: counts.append(len(os.listdir("/proc/self/fd"))))
-    assert len(counts) == 80
-    assert max(counts) <= before + 20
+    assert len(counts) == len(drafts_counts) == 14
+    assert max(*counts, *drafts_counts) <= before + 10
 
 
 def test_merging_again_adds_what_is_new(source: Cache, tmp_path: Path):
