@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import sys
+import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from .progress import ProgressReport
 RETRIES = 10
 """Times that a worker which died is started again."""
 SECONDS_BETWEEN_LOOKS = 2.0
+SECONDS_TO_END = 60.0
+"""What a worker may take to commit, beyond the time that its engine gets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +70,14 @@ def extract_on_ray(
         worker = ray.remote(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, **options)(run_worker)
         pending = [worker.remote(job) for _ in range(resources.num_workers)]
         shown = len(finished_units(cache.storage))
-        is_stopping = False
+        is_stopping, next_cancel = False, 0.0
         while pending:
-            if must_stop() and not is_stopping:
+            if must_stop() and time.monotonic() >= next_cancel:
                 is_stopping = True
                 for task in pending:
                     ray.cancel(task)
+                # One whose process was just starting may have missed it; the others should have ended by then.
+                next_cancel = time.monotonic() + job.settings.stop_seconds + SECONDS_TO_END
             done, pending = ray.wait(pending, timeout=SECONDS_BETWEEN_LOOKS)
             for found in done:
                 try:

@@ -97,7 +97,7 @@ def test_a_signal_ends_all_workers(cluster: Any, tiny_llama: Path, tmp_path: Pat
     num_records = 5 * NUM_RECORDS  # more than the workers make before they are told
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"why {i}?"} for i in range(num_records)])
     out = tmp_path / "cache"
-    args = [*arguments(tiny_llama, prompts, out), "--ray", 2, "--ray-gpus", 0]
+    args = [*arguments(tiny_llama, prompts, out, stop_seconds=1), "--ray", 2, "--ray-gpus", 0]
 
     def stopped(job: Any, prepared: Any, resources: Any, must_stop: Any) -> Any:
         """As if a signal came with the first finished unit."""
@@ -106,6 +106,7 @@ def test_a_signal_ends_all_workers(cluster: Any, tiny_llama: Path, tmp_path: Pat
     with monkeypatch.context() as patch:
         patch.setattr("vpd.pipeline.commands.extract_on_ray", stopped)
         patch.setattr("vpd.pipeline.ray_workers.SECONDS_BETWEEN_LOOKS", 0.05)
+        patch.setattr("vpd.pipeline.ray_workers.SECONDS_TO_END", 0.5)  # a worker that starts late misses the first
         outcome = run_vpd(*args)
     assert outcome.code == 0, outcome.err
     assert 0 < outcome.result["num_left"] < num_records
