@@ -25,7 +25,9 @@ from vpd.data.cache.codecs import Codec
 from vpd.data.cache.index import SequenceIndex, SequenceRow, rows_to_table
 from vpd.data.cache.manifest import CacheManifest
 from vpd.data.cache.reader import CachedSequence
+from vpd.data.cache.storage import Storage
 from vpd.data.cache.store import CHUNK_TOKENS, Cache
+from vpd.data.cache.work import finished_units, read_units
 from vpd.data.cache.writer import StateWriter
 from vpd.pipeline.cli import main
 from vpd.stages.drafter.checkpoint import load_shape, save_drafter
@@ -263,6 +265,11 @@ def fill_cache(
     parts.append(writer.commit())
     writer.finish()
     return [part for part in parts if part is not None]
+
+
+def skipped_by_unit(storage: Storage) -> dict[str, dict[str, str]]:
+    """For each finished work unit the prompts that never give a sequence, id -> reason."""
+    return {name: record["skipped"] for name, record in read_units(storage, finished_units(storage)).items()}
 
 
 def make_row(seq_id: str, num_tokens: int, **changes: Any) -> SequenceRow:

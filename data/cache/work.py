@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..errors import CacheCorruptError
@@ -17,17 +17,21 @@ PROBE = "probe.json"
 """States of a short text, with which every later engine is compared."""
 
 
-def finished_units(storage: Storage) -> dict[str, dict[str, str]]:
-    """The finished units, and for each the records that gave no sequence and never will: id -> reason.
+def finished_units(storage: Storage) -> list[str]:
+    return [name.removesuffix(DONE) for name in storage.list_folder(WORK) if name.endswith(DONE)]
+
+
+def read_units(storage: Storage, unit_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The records of these finished units; `skipped` in each: the prompts that never give a sequence, id -> reason.
 
     Raises:
-        CacheCorruptError: a record of a unit is damaged.
+        CacheCorruptError: one is damaged.
     """
-    names = _unit_files(storage)
+    names = _unit_files(unit_ids)
     contents = storage.read_all(names)
     return {
-        name.removeprefix(f"{WORK}/").removesuffix(DONE): _parse(storage, name, content)["skipped"]
-        for name, content in zip(names, contents, strict=True)
+        unit_id: _parse(storage, name, content)
+        for unit_id, name, content in zip(unit_ids, names, contents, strict=True)
     }
 
 
@@ -58,7 +62,7 @@ def read_probe(storage: Storage) -> dict[str, Any] | None:
 
 def damaged_notes(storage: Storage) -> Iterator[tuple[str, CacheCorruptError]]:
     """Files of notes that are not as they were written, and what is wrong."""
-    names = [*_unit_files(storage), *_audit_files(storage), *([PROBE] if storage.exists(PROBE) else [])]
+    names = [*_unit_files(finished_units(storage)), *_audit_files(storage), *([PROBE] if storage.exists(PROBE) else [])]
     for name, content in zip(names, storage.read_all(names), strict=True):
         try:
             _parse(storage, name, content)
@@ -66,8 +70,8 @@ def damaged_notes(storage: Storage) -> Iterator[tuple[str, CacheCorruptError]]:
             yield name, error
 
 
-def _unit_files(storage: Storage) -> list[str]:
-    return [f"{WORK}/{name}" for name in storage.list_folder(WORK) if name.endswith(DONE)]
+def _unit_files(unit_ids: Sequence[str]) -> list[str]:
+    return [f"{WORK}/{unit_id}{DONE}" for unit_id in unit_ids]
 
 
 def _audit_files(storage: Storage) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 from ...data.cache.manifest import MANIFEST_NAME, CacheManifest
 from ...data.cache.storage import open_storage
 from ...data.cache.store import CHUNK_TOKENS, Cache
+from ...data.cache.work import finished_units, read_units
 from ...data.chat import ChatFormat
 from ...data.errors import ConfigError, PromptError
 from ...data.prompt_rows import HubPart
@@ -29,7 +30,6 @@ from .engine import Engine, Sampling, decisive_args
 from .sink import ExtractReport
 from .target import Target, check_layers, context_layers, copy_pieces, target_facts
 from .transformers_engine import TransformersEngine
-from .units import done_records, done_units
 from .vllm_engine import VllmEngine, vllm_version
 
 
@@ -182,7 +182,7 @@ def plan_extraction(
     storage.require_folder()
     present: set[str] = set()
     # Before the cache is opened: what these units hold is then sure to be seen.
-    finished = done_records(storage, done_units(storage))
+    finished = read_units(storage, finished_units(storage))
     if storage.exists(MANIFEST_NAME):
         cache = Cache.open(storage, allow_empty=True)
         manifest.check_same_origin(cache.manifest, cache.place)

@@ -23,7 +23,7 @@ from typing import Any
 
 from ...data.cache.records import dump_record, parse_record
 from ...data.cache.storage import Storage
-from ...data.cache.work import DONE, WORK
+from ...data.cache.work import DONE, WORK, read_units
 from .conversations import Conversation
 
 LEASE, WORKER = ".lease.json", ".worker.json"
@@ -138,7 +138,7 @@ class WorkBoard:
 
     def _is_as_known(self, unit_id: str) -> bool:
         """Whether a unit has not been finished again since it was planned."""
-        return unit_id in self._known and done_records(self._storage, [unit_id]) == {unit_id: self._known[unit_id]}
+        return unit_id in self._known and read_units(self._storage, [unit_id]) == {unit_id: self._known[unit_id]}
 
     def _create(self, unit_id: str, generation: int) -> bool:
         name = f"{WORK}/{unit_id}.{generation}{LEASE}"
@@ -207,23 +207,6 @@ class WorkBoard:
         record = {"host": socket.gethostname(), "pid_space": pid_space(), "pid": pid, "started": start_time(pid)}
         record["beat"] = uuid.uuid4().hex[:8]
         self._storage.write(f"{WORK}/{self._worker}{WORKER}", dump_record(record))
-
-
-def done_units(storage: Storage) -> list[str]:
-    return [name.removesuffix(DONE) for name in storage.list_folder(WORK) if name.endswith(DONE)]
-
-
-def done_records(storage: Storage, unit_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The records of these finished units.
-
-    Raises:
-        CacheCorruptError: one is damaged.
-    """
-    names = [f"{WORK}/{unit_id}{DONE}" for unit_id in unit_ids]
-    return {
-        unit_id: parse_record(content, storage.locate(name), "a note of an extraction")
-        for unit_id, name, content in zip(unit_ids, names, storage.read_all(names), strict=True)
-    }
 
 
 def lives_here(worker: dict[str, Any]) -> bool:

@@ -13,13 +13,13 @@ from tiny import (
     END,
     PROMPTS,
     run_vpd,
+    skipped_by_unit,
     vpd,
     write_jsonl,
 )
 from transformers import PreTrainedTokenizerFast
 from vpd.data.cache.quarantine import read_quarantined
 from vpd.data.cache.store import Cache
-from vpd.data.cache.work import finished_units
 from workers import arguments, wait_until
 
 
@@ -86,7 +86,7 @@ def test_a_signal_to_all_processes_lets_the_engine_finish_what_it_began(
     assert result["skipped"] == {}
     cache = Cache.open(out)
     assert list(read_quarantined(cache.storage)) == []
-    assert not any(finished_units(cache.storage).values())
+    assert not any(skipped_by_unit(cache.storage).values())
     for row in cache.rows:
         answer = cache.read(row).token_ids_S[row.prompt_len :].tolist()
         assert answer.index(end) == len(answer) - 1 if row.finish_reason == "stop" else len(answer) == 200

@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 from extracting import by_row, no_engine, run, tokens
-from tiny import EXTRACT, PROMPTS, snapshot, vpd, write_jsonl
+from tiny import EXTRACT, PROMPTS, skipped_by_unit, snapshot, vpd, write_jsonl
 from vpd.data.cache.quarantine import LISTS, read_quarantined
 from vpd.data.cache.store import Cache
-from vpd.data.cache.work import finished_units
 from vpd.data.errors import ExtractionError
 from vpd.data.prompts import read_prompts
 from vpd.stages.extract.engine import ABORTED, Completion, Engine, EngineRequest
@@ -155,7 +154,7 @@ def test_what_the_engine_gave_up_is_left_and_then_made(
     assert (report.num_written, report.num_left, report.skipped) == (5, len(PROMPTS) - 5, {})
     storage = Cache.open(cache).storage
     assert list(read_quarantined(storage)) == []
-    assert [*finished_units(storage).values()] == [{}]  # of the second unit two are left
+    assert [*skipped_by_unit(storage).values()] == [{}]  # of the second unit two are left
     report = run(tiny_llama, tiny_prompts, cache, **SHORT, unit_records=3)
     assert (report.num_present, report.num_written, report.num_left) == (5, len(PROMPTS) - 5, 0)
     assert tokens(cache) == tokens(undisturbed)

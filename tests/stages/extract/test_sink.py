@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import torch
 from test_units import make_units
-from tiny import make_manifest, make_sequence
+from tiny import make_manifest, make_sequence, skipped_by_unit
 from vpd.data.cache.quarantine import read_quarantined
 from vpd.data.cache.store import Cache
-from vpd.data.cache.work import finished_units
 from vpd.data.cache.writer import StateWriter
 from vpd.data.errors import ExtractionError, StorageError
 from vpd.data.prompts import PromptRecord
@@ -71,7 +70,7 @@ class Scene:
 
     @property
     def done(self) -> list[int]:
-        finished = finished_units(self.cache.storage)
+        finished = skipped_by_unit(self.cache.storage)
         return [number for number, unit in enumerate(UNITS) if unit.unit_id in finished]
 
 
@@ -124,7 +123,7 @@ def test_reasons_of_the_record_are_noted_with_the_unit_and_faults_of_the_engine_
     scene.put(2, prompt_len=10)
     scene.put(3)
     scene.sink.close()
-    assert finished_units(scene.cache.storage) == {
+    assert skipped_by_unit(scene.cache.storage) == {
         UNITS[0].unit_id: {"id-0": "too long"},
         UNITS[1].unit_id: {"id-2": "empty response"},
     }

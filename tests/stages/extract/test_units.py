@@ -12,17 +12,16 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from tiny import skipped_by_unit
 from vpd.data.cache.records import dump_record
 from vpd.data.cache.storage import Storage, open_storage
-from vpd.data.cache.work import DONE, WORK, finished_units
+from vpd.data.cache.work import DONE, WORK, finished_units, read_units
 from vpd.stages.extract.conversations import Conversation
 from vpd.stages.extract.units import (
     LEASE,
     WORKER,
     WorkBoard,
     WorkUnit,
-    done_records,
-    done_units,
     lives_here,
     pid_space,
     split_units,
@@ -133,7 +132,7 @@ def test_a_finished_unit_is_never_claimed_again(storage: Storage):
         done = first.claim()
         assert done is not None
         first.finish(done.unit_id, {"id-01": "empty response"}, {"tokens": 5})
-    assert finished_units(storage) == {done.unit_id: {"id-01": "empty response"}}
+    assert skipped_by_unit(storage) == {done.unit_id: {"id-01": "empty response"}}
     assert files(storage, LEASE) == []
     with closing(make_board(storage)) as second:
         assert claim_all(second) == UNIT_IDS[1:]
@@ -141,23 +140,23 @@ def test_a_finished_unit_is_never_claimed_again(storage: Storage):
 
 def test_a_unit_that_lost_sequences_after_it_was_finished_is_claimed_again(storage: Storage):
     storage.write(f"{WORK}/{UNIT_IDS[2]}{DONE}", dump_record({"skipped": {}}))
-    with closing(make_board(storage, known=done_records(storage, done_units(storage)))) as board:
+    with closing(make_board(storage, known=read_units(storage, finished_units(storage)))) as board:
         assert claim_all(board) == UNIT_IDS
 
 
 def test_a_unit_that_is_finished_again_keeps_what_was_hopeless_before(storage: Storage):
     storage.write(f"{WORK}/{UNIT_IDS[2]}{DONE}", dump_record({"skipped": {"id-06": "empty response"}}))
-    with closing(make_board(storage, known=done_records(storage, [UNIT_IDS[2]]))) as board:
+    with closing(make_board(storage, known=read_units(storage, [UNIT_IDS[2]]))) as board:
         assert claim_all(board) == UNIT_IDS
         board.finish(UNIT_IDS[2], {"id-08": "too long after some turns"}, {})
-    assert finished_units(storage) == {UNIT_IDS[2]: {"id-06": "empty response", "id-08": "too long after some turns"}}
+    assert skipped_by_unit(storage) == {UNIT_IDS[2]: {"id-06": "empty response", "id-08": "too long after some turns"}}
 
 
 def test_workers_share_the_units_that_lost_sequences_after_they_were_finished(storage: Storage):
     with closing(make_board(storage)) as before:
         for unit_id in claim_all(before):
             before.finish(unit_id, {}, {})
-    known = done_records(storage, done_units(storage))
+    known = read_units(storage, finished_units(storage))
     boards = [make_board(storage, known) for _ in range(3)]
     made: list[str] = []
     while any(board.num_units_left for board in boards):
