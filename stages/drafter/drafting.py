@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .model import Context, Drafter
-from .target_pieces import TargetPieces, positions_per_chunk
+from .target_pieces import TargetPieces, linear, positions_per_chunk
 
 
 @torch.inference_mode()
@@ -45,7 +45,7 @@ def fill_blocks(
 
 
 def _most_likely(states_PH: Tensor, head_VH: Tensor, num_alternatives: int) -> tuple[Tensor, Tensor]:
-    logits_PV = (states_PH @ head_VH.T).float()
+    logits_PV = linear(states_PH, head_VH).float()
     top_PA, tokens_PA = logits_PV.topk(num_alternatives, dim=-1)
     largest_P1 = top_PA[:, :1]
     sums_P1 = logits_PV.sub_(largest_P1).exp_().sum(dim=-1, keepdim=True)  # the logits' own memory: they are many

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from ...data.errors import TargetError
+from ..drafter.target_pieces import linear
 from .target import Target, read_pieces
 
 
@@ -37,7 +37,7 @@ class ArgmaxHead:
         choices = []
         for chunk in states_TH.split(tokens_per_chunk):
             normed = self._norm(chunk.to(self._head_VH.device, torch.float32)).to(self._head_VH.dtype)
-            choices.append(F.linear(normed, self._head_VH, self._bias_V).argmax(dim=-1).cpu())
+            choices.append(linear(normed, self._head_VH, self._bias_V).argmax(dim=-1).cpu())
         return torch.cat(choices)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config import TrainConfig
-from ..drafter.target_pieces import positions_per_chunk
+from ..drafter.target_pieces import linear, positions_per_chunk
 
 
 def position_weights(labelled_NG: Tensor, prefix_len_N: Tensor, tau: float) -> Tensor:
@@ -142,30 +142,11 @@ class _ChunkedHead(torch.autograd.Function):
         right_P = torch.empty_like(labels_P, dtype=torch.bool)
         gradient_PH = torch.empty_like(states_PH)
         num_positions = positions_per_chunk(head_VH)
-        # All chunks use the same memory, of the head's type and of float32, which may be one and the same.
-        product_CV = head_VH.new_empty(min(num_positions, len(labels_P)), len(head_VH))
-        is_float32 = head_VH.dtype == torch.float32
-        logits_CV = product_CV if is_float32 else torch.empty_like(product_CV, dtype=torch.float32)
         for start in range(0, len(labels_P), num_positions):
             chunk = slice(start, start + num_positions)
-            labels = labels_P[chunk, None]
-            product, logits = product_CV[: len(labels)], logits_CV[: len(labels)]
-            torch.mm(states_PH[chunk].to(head_VH.dtype), head_VH.T, out=product)
-            if not is_float32:
-                logits.copy_(product)
-            likeliest = logits.argmax(dim=1, keepdim=True)
-            right_P[chunk] = (likeliest == labels)[:, 0]
-            if log_scale_V is not None:
-                logits += log_scale_V
-            label_logit, likeliest_logit = logits.gather(1, labels), logits.gather(1, likeliest)
-            probs = torch.softmax(logits, dim=1, out=logits)
-            # The probability of the likeliest token is the one that never underflows.
-            log_sum = likeliest_logit - probs.gather(1, likeliest).log()
-            loss_P[chunk] = (log_sum - label_logit)[:, 0]
-            gradient = probs.scatter_add_(1, labels, -torch.ones_like(label_logit))
-            if not is_float32:
-                product.copy_(gradient)
-            gradient_PH[chunk] = product @ head_VH
+            loss_P[chunk], right_P[chunk], gradient_PH[chunk] = _chunk_of_head(
+                states_PH[chunk], labels_P[chunk], head_VH, log_scale_V
+            )
         ctx.save_for_backward(gradient_PH)
         ctx.mark_non_differentiable(right_P)
         return loss_P, right_P
@@ -174,3 +155,24 @@ class _ChunkedHead(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (gradient_PH,) = ctx.saved_tensors
         return gradient_PH * grad_outputs[0][:, None].to(gradient_PH.dtype), None, None, None
+
+
+def _chunk_of_head(
+    states_CH: Tensor, labels_C: Tensor, head_VH: Tensor, log_scale_V: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss [C], whether the label is the likeliest token [C], and the loss's gradient to the states [C, H].
+
+    Its logits are gone when it returns, so that the next chunk's take their memory.
+    """
+    logits_CV = linear(states_CH.to(head_VH.dtype), head_VH).float()
+    labels = labels_C[:, None]
+    likeliest = logits_CV.argmax(dim=1, keepdim=True)
+    if log_scale_V is not None:
+        logits_CV += log_scale_V
+    label_logit, likeliest_logit = logits_CV.gather(1, labels), logits_CV.gather(1, likeliest)
+    probs_CV = torch.softmax(logits_CV, dim=1, out=logits_CV)
+    # The probability of the likeliest token is the one that never underflows.
+    log_sum = likeliest_logit - probs_CV.gather(1, likeliest).log()
+    gradient_CV = probs_CV.scatter_add_(1, labels, -torch.ones_like(label_logit))
+    gradient_CH = linear(gradient_CV.to(head_VH.dtype), head_VH.T)
+    return (log_sum - label_logit)[:, 0], (likeliest == labels)[:, 0], gradient_CH
