@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from ..stages.extract.sink import ExtractReport
 from ..stages.extract.target import Target, load_target
 
 SECONDS_BETWEEN_DRAFTINGS = 5.0
+OPENING_SHARE = 0.05
+"""Share of the time that drafting beside the engine may open the cache: it lists all parts, of which there are many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +91,14 @@ def drafting_beside(place: str, drafting: FirstDrafting, must_stop: Callable[[],
 
     def draft_on() -> None:
         was_told = False
-        while not over.wait(SECONDS_BETWEEN_DRAFTINGS):
+        pause = SECONDS_BETWEEN_DRAFTINGS
+        while not over.wait(pause):
+            began = time.monotonic()
             try:
                 if open_storage(place).exists(MANIFEST_NAME):
-                    drafting.run(Cache.open(place, allow_empty=True), must_stop=must_stop)
+                    cache = Cache.open(place, allow_empty=True)
+                    pause = max(SECONDS_BETWEEN_DRAFTINGS, (time.monotonic() - began) / OPENING_SHARE)
+                    drafting.run(cache, must_stop=must_stop)
             except Exception as error:
                 if not was_told:
                     click.echo(f"vpd: first drafts beside the engine failed, and are tried again: {error!r}", err=True)

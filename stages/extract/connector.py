@@ -125,7 +125,7 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         self._block_size = groups[self._group_id].kv_cache_spec.block_size
         self._address = self._kv_transfer_config.get_from_extra_config("address", None)
         self._authkey = bytes.fromhex(self._kv_transfer_config.get_from_extra_config("authkey", ""))
-        self._num_layers = int(self._kv_transfer_config.get_from_extra_config("num_layers", 0))
+        self._num_layers = int(self._kv_transfer_config.kv_connector_extra_config["num_layers"])
         self._finished: list[FinishedRequest] = []
         self._kv_cache: torch.Tensor | None = None
         self._sender: StateSender | None = None

@@ -4,7 +4,9 @@ import json
 import signal
 import threading
 from collections.abc import Callable
+from itertools import accumulate, chain, cycle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -110,6 +112,30 @@ def test_drafting_beside_the_engine_outlives_an_error_and_tells_the_first(
     told = capsys.readouterr().err
     assert told.count("vpd: ") == 1
     assert "no answer" in told
+
+
+class Pauses(threading.Event):
+    """Notes how long it is waited for, and is not waited for the first three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: list[float | None] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.noted.append(timeout)
+        return super().wait(0 if len(self.noted) <= 3 else None)
+
+
+def test_drafting_beside_the_engine_opens_a_large_cache_rarely(tiny_cache: Path, monkeypatch: pytest.MonkeyPatch):
+    clock = accumulate(chain([0.0], cycle([8.0, 1.0])))  # Opening takes 8 s.
+    monkeypatch.setattr("vpd.pipeline.extraction.time", SimpleNamespace(monotonic=clock.__next__))
+    pauses = Pauses()
+    threads = SimpleNamespace(Thread=threading.Thread, Event=lambda: pauses)
+    monkeypatch.setattr("vpd.pipeline.extraction.threading", threads)
+    drafting = SimpleNamespace(run=lambda cache, must_stop: None)
+    with drafting_beside(str(tiny_cache), cast(FirstDrafting, drafting), lambda: False):
+        wait_until(lambda: len(pauses.noted) == 4, [])
+    assert pauses.noted == [5, 160, 160, 160]
 
 
 def test_what_planning_left_out_is_counted_once_by_any_number_of_workers(tiny_llama: Path, tmp_path: Path):
