@@ -147,7 +147,8 @@ def make_console() -> Console:
 
 def print_cache(found: dict[str, Any], console: Console) -> None:
     """The facts as tables."""
-    table = Table(title=found["cache"], show_header=False, title_justify="left")
+    console.print(found["cache"], soft_wrap=True)
+    table = Table(show_header=False)
     table.add_row("target", f"{found['target']} ({found['target_fingerprint']})")
     table.add_row("layers", f"{found['layer_ids']} (vLLM: {found['vllm_layer_ids']}) of {found['num_target_layers']}")
     table.add_row("states", f"{len(found['layer_ids'])} x {found['hidden_size']}, codec {found['codec']}")
@@ -180,8 +181,8 @@ def print_cache(found: dict[str, Any], console: Console) -> None:
 
 
 def print_drafts(drafts: dict[str, Any], console: Console) -> None:
-    title = f"first drafts {drafts['fingerprint']} of {drafts['name']}"
-    table = Table(title=title, show_header=False, title_justify="left")
+    console.print(f"first drafts {drafts['fingerprint']} of {drafts['name']}", soft_wrap=True)
+    table = Table(show_header=False)
     table.add_row("block size", f"{drafts['block_size']}, stride {drafts['stride']}")
     if drafts["num_parts_missing"]:
         table.add_row("parts missing", f"{drafts['num_parts_missing']}: run vpd draft again")

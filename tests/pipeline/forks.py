@@ -15,7 +15,8 @@ from tiny import Outcome
 
 SECONDS = 60.0
 """By when a process must have ended."""
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+# A process that aborts says where.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONFAULTHANDLER": "1"}
 """As many processes as a test wants, on the CPU."""
 
 

@@ -52,7 +52,7 @@ def test_a_signal_ends_a_run_after_a_step(
     wait_for_lines(tmp_path / "run" / "metrics.jsonl", 2, process)
     process.send(number)
     outcome = process.wait()
-    assert outcome.code == code
+    assert outcome.code == code, outcome.err
     check_stopped(outcome, tmp_path / "run")
     assert forks.start(arguments).result()["step"] == STEPS
     check_equal_runs(tmp_path / "run", undisturbed / "one")
@@ -77,7 +77,7 @@ def test_a_signal_to_the_launcher_ends_all_processes_after_the_same_step(
     wait_for_lines(tmp_path / "run" / "metrics.jsonl", 2, launcher)
     launcher.send(number)
     outcome = launcher.wait()
-    assert outcome.code == code
+    assert outcome.code == code, outcome.err
     check_stopped(outcome, tmp_path / "run")
     check_continues_in_two(arguments, tmp_path / "run", forks, undisturbed)
 
