@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import functools
+import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -185,6 +187,9 @@ def train(
     """Stage two: train a drafter from CACHE, without the target."""
     if num_processes > 1 and not is_launched():
         sys.exit(launch(num_processes, sys.argv[1:]))
+    if is_launched():
+        # The group of processes ends up in reference cycles, and its threads must be gone when the interpreter ends.
+        atexit.register(gc.collect)
     below = from_drafter_json(drafter_config) if drafter_config is not None else {}
     commands.train(cache, out, resolve(source, assignments, flags, below), as_json)
 

@@ -15,9 +15,8 @@ from tiny import Outcome
 
 SECONDS = 60.0
 """By when a process must have ended."""
-# A process that aborts says where.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONFAULTHANDLER": "1"}
-"""As many processes as a test wants, on the CPU."""
+"""As many processes as a test wants, on the CPU; one that aborts says where."""
 
 
 class Process:

@@ -210,3 +210,27 @@ def test_a_world_of_one_is_not_launched(size: str | None, expected: bool, monkey
     if size is not None:
         monkeypatch.setenv("WORLD_SIZE", size)
     assert is_launched() == expected
+
+
+AT_EXIT = """
+import atexit, os, pathlib
+
+def note_threads():
+    tasks = pathlib.Path("/proc/self/task").iterdir()
+    names = [(task / "comm").read_text().strip() for task in tasks]
+    pathlib.Path(os.environ["NOTES"], os.environ["RANK"]).write_text(" ".join(names))
+
+if "RANK" in os.environ:
+    atexit.register(note_threads)  # before all others, so it is called last
+"""
+
+
+def test_no_thread_of_the_process_group_lives_when_the_interpreter_ends(
+    drafted_cache: Path, forks: Forks, tmp_path: Path
+):
+    """One that needs the interpreter then would abort the process."""
+    (tmp_path / "sitecustomize.py").write_text(AT_EXIT)
+    arguments = [*train(drafted_cache, tmp_path / "run", **SETTINGS), "--num-processes", 2]
+    forks.start(arguments, {"PYTHONPATH": str(tmp_path), "NOTES": str(tmp_path)}).result()
+    found = [(tmp_path / rank).read_text() for rank in ("0", "1")]
+    assert [text for text in found if "gloo" in text] == []
