@@ -46,7 +46,7 @@ def positions_per_chunk(head_VH: Tensor) -> int:
 
 
 def linear(x_PK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias`, for products with the LM head, which are the largest.
+    """`x @ weight.T + bias`, for products with the frozen LM head, which are the largest; carries no gradient.
 
     In float32 on a CPU by oneDNN: PyTorch's own choice there is MKL, which has half its speed on AMD's processors.
     """
