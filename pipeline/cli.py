@@ -15,16 +15,12 @@ import click
 
 from ..data.cache.codecs import CodecName
 from ..data.errors import ConfigError, VpdError
-from ..stages.config import (
-    DraftConfig,
-    DrafterSection,
-    EstimateConfig,
-    EvalConfig,
-    ExtractConfig,
-    ReadConfig,
-    TrainConfig,
-)
+from ..stages.config import ReadConfig
+from ..stages.draft.config import DraftConfig
+from ..stages.evaluate.config import EvalConfig
+from ..stages.extract.config import EstimateConfig, ExtractConfig
 from ..stages.extract.estimate import CODECS
+from ..stages.train.config import DrafterSection, TrainConfig
 from . import cache_commands, commands
 from .config import VpdConfig, from_drafter_json, load_config, parse_assignment
 from .launch import STOPPED, is_launched, launch

@@ -12,28 +12,29 @@ from typing import Any
 import click
 from rich.console import Console
 
+from ..data.cache.cache import Cache
 from ..data.cache.drafts import FirstDrafts
-from ..data.cache.files import write_text_durably
 from ..data.cache.index import SequenceIndex
-from ..data.cache.mirror import MirroredStorage
-from ..data.cache.storage import LocalStorage, open_storage
-from ..data.cache.store import Cache
+from ..data.cache.storage.files import write_text_durably
+from ..data.cache.storage.local import LocalStorage
+from ..data.cache.storage.mirror import MirroredStorage
+from ..data.cache.storage.places import open_storage
+from ..stages.draft.first_draft import FirstDrafting
 from ..stages.drafter.checkpoint import check_fits, load_shape
 from ..stages.evaluate.live import decode_prompts, single_responses
 from ..stages.evaluate.replay import Replay
 from ..stages.extract.estimate import check_space
-from ..stages.extract.first_draft import FirstDrafting
 from ..stages.extract.sink import ExtractReport
 from ..stages.extract.target import load_target
+from ..stages.holdout import held_out_share, is_held_out
 from ..stages.train.checkpoints import find_drafter, list_checkpoints
-from ..stages.train.run import make_trainer
-from ..stages.train.samples import is_held_out
+from ..stages.train.plan import make_trainer
 from .config import VpdConfig, config_yaml
 from .extraction import ExtractJob, drafting_beside, has_room_beside, prepare, work_on
 from .inspect import accept_length_histogram
 from .progress import ProgressReport
 from .ray_workers import RayResources, extract_on_ray
-from .run import RunFolder, held_out_share
+from .run_folder import RunFolder
 from .signals import StopSignals
 from .sweep import SweepRun, collect, evaluate_run, show_runs, train_all
 from .training import check_trackers, run_trainers

@@ -15,16 +15,11 @@ from pydantic_core import ErrorDetails
 from yaml.constructor import ConstructorError
 
 from ..data.errors import ConfigError
-from ..stages.config import (
-    DraftConfig,
-    DrafterSection,
-    EstimateConfig,
-    EvalConfig,
-    ExtractConfig,
-    ReadConfig,
-    Section,
-    TrainConfig,
-)
+from ..stages.config import ReadConfig, Section
+from ..stages.draft.config import DraftConfig
+from ..stages.evaluate.config import EvalConfig
+from ..stages.extract.config import EstimateConfig, ExtractConfig
+from ..stages.train.config import DrafterSection, TrainConfig
 from .options import from_text, leaf_fields, takes_text
 
 

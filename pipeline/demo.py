@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ..data.cache.cache import Cache
 from ..data.cache.drafts import FirstDrafts
-from ..data.cache.store import Cache
 from ..data.errors import TargetError
 from ..stages.drafter.checkpoint import drafter_fingerprint
 from ..stages.train.checkpoints import find_drafter

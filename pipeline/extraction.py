@@ -11,16 +11,16 @@ from dataclasses import dataclass
 import click
 import torch
 
+from ..data.cache.cache import Cache
 from ..data.cache.manifest import MANIFEST_NAME, CacheManifest
-from ..data.cache.storage import open_storage
-from ..data.cache.store import Cache
-from ..stages.config import ExtractConfig
+from ..data.cache.storage.places import open_storage
+from ..stages.draft.first_draft import FirstDrafting
+from ..stages.extract.config import ExtractConfig
 from ..stages.extract.engine import Engine
-from ..stages.extract.first_draft import FirstDrafting
+from ..stages.extract.engines import make_engine
 from ..stages.extract.plan import (
     ExtractPlan,
     make_chat,
-    make_engine,
     open_cache,
     plan_extraction,
     plan_layers,

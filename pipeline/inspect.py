@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..data.cache.cache import Cache
 from ..data.cache.drafts import NOT_DRAFTED, FirstDrafts, list_drafts
+from ..data.cache.maintenance.quarantine import read_quarantined
 from ..data.cache.part import read_commit
-from ..data.cache.quarantine import read_quarantined
 from ..data.cache.reader import CachedTokens
-from ..data.cache.store import Cache
 from ..data.cache.target_files import target_folder
 from ..data.cache.work import read_audits
 from ..stages.drafter.target_pieces import PIECES, load_tokenizer

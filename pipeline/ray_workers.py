@@ -11,7 +11,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
-from ..data.cache.storage import Storage
+from ..data.cache.storage.base import Storage
 from ..data.cache.work import finished_units
 from ..data.errors import ConfigError, EngineDiedError, ExtractionError, VpdError
 from ..stages.extract.plan import open_cache

@@ -15,14 +15,15 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from ..data.cache.cache import Cache
 from ..data.cache.drafts import FirstDrafts
-from ..data.cache.store import Cache
 from ..data.errors import PromptError
 from ..stages.drafter.checkpoint import drafter_fingerprint
 from ..stages.evaluate.replay import Replay
 from ..stages.evaluate.report import ReplayReport
+from ..stages.holdout import is_held_out
 from ..stages.train.checkpoints import find_drafter
-from ..stages.train.samples import boundary_readers, is_held_out
+from ..stages.train.samples import boundary_readers
 from . import commands
 from .config import load_config
 from .demo import make_target

@@ -18,19 +18,19 @@ import click
 import torch
 from rich.table import Table
 
-from ..data.cache.files import write_text_durably
+from ..data.cache.cache import Cache
 from ..data.cache.index import SequenceIndex
-from ..data.cache.store import Cache
+from ..data.cache.storage.files import write_text_durably
 from ..data.errors import ConfigError, NonFiniteError
 from ..stages.evaluate.replay import Replay
+from ..stages.holdout import split_rows
 from ..stages.train.checkpoints import find_drafter
-from ..stages.train.run import make_trainer, plan_replay
-from ..stages.train.samples import split_rows
+from ..stages.train.plan import make_trainer, plan_replay
 from ..stages.train.trainer import Trainer
 from .config import VpdConfig
 from .launch import run_all
 from .options import from_text, leaf_fields
-from .run import METRICS, SECTIONS, RunFolder
+from .run_folder import METRICS, SECTIONS, RunFolder
 from .training import check_trackers, run_trainers
 
 SHARED = ("seed", "batch_tokens", "tokens_per_pass", "max_len", "holdout", "log_every", "precision")

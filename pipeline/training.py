@@ -13,12 +13,12 @@ from typing import Any
 import click
 
 from ..data.errors import ConfigError, NonFiniteError
-from ..stages.config import TrainConfig
+from ..stages.train.config import TrainConfig
 from ..stages.train.loop import run_together
 from ..stages.train.trainer import Trainer
 from .config import VpdConfig, config_yaml
 from .progress import ProgressReport
-from .run import SECTIONS, RunFolder
+from .run_folder import SECTIONS, RunFolder
 from .signals import StopSignals
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import DRAFTER, EXTRACT, PROMPTS, TRAIN, make_tokenizer, save_target, vpd, write_jsonl
+from support.tiny import DRAFTER, EXTRACT, PROMPTS, TRAIN, make_tokenizer, save_target, vpd, write_jsonl
 from transformers import PreTrainedTokenizerFast
 
 torch.set_num_threads(1)  # tensors are tiny, and threads that wait for each other cost more than they bring

@@ -16,10 +16,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
-from kinds import KINDS, save_kind
 from rich.console import Console
 from rich.table import Table
-from tiny import as_flags, write_jsonl
+from support.kinds import KINDS, save_kind
+from support.tiny import as_flags, write_jsonl
 
 PROMPTS = [{"prompt": f"what is the sum of {i} and {7 * i % 5}?"} for i in range(16)]
 FLAGS = {"dtype": "float32", "layer_ids": "0,2,5", "max_new_tokens": 24, "max_len": 128, "part_mib": 1, "audit": "100%"}

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from ..errors import CacheCorruptError, CacheNotFoundError
+from .cache import Cache
 from .index import SequenceRow
 from .part import OpenPart, PartWriter, committed_parts, open_part, remove_uncommitted
 from .reader import Slot, read_chunks
 from .records import dump_record, parse_record
 from .shard import WHAT_TO_DO, ArraySpec
-from .storage import Storage
-from .store import Cache
+from .storage.base import Storage
 
 DRAFTS, FACTS = "drafts", "drafter.json"
 ACCEPT_LEN, TOKENS, PROBS = "accept_len", "tokens", "probs"

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from ..errors import CacheCorruptError
 from .records import describe
 from .shard import WHAT_TO_DO
-from .storage import Storage
+from .storage.base import Storage
 
 INDEX = "index"
 SNAPSHOT = re.compile(r"all-(\d{8})-([0-9a-f]{16})\.parquet")

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ..errors import CacheCorruptError, CacheNotFoundError, FingerprintMismatchError
 from .codecs import CodecName
 from .records import dump_record, parse_record
-from .storage import Storage
+from .storage.base import Storage
 
 SCHEMA_VERSION = 3
 MANIFEST_NAME = "dataset.json"

@@ -16,7 +16,7 @@ import numpy as np
 from ..errors import CacheCorruptError, StorageError
 from .records import describe, dump_record, parse_record
 from .shard import METADATA, WHAT_TO_DO, ArraySpec, ShardWriter, decode_whole, parse_footer
-from .storage import RandomAccessFile, Storage
+from .storage.base import RandomAccessFile, Storage
 
 PARTS, COMMITS = "parts", "commits"
 RECORD = ".json"

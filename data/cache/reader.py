@@ -26,7 +26,7 @@ from .records import checksum
 from .shard import CRC_BYTES, WHAT_TO_DO, ArraySpec, corrupt_rows
 
 if TYPE_CHECKING:
-    from .store import Cache
+    from .cache import Cache
 
 GROWTH = 2 << 20
 """Buffers are multiples of this: a huge page on most machines."""

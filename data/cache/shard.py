@@ -17,7 +17,7 @@ from numcodecs import Blosc
 
 from ..errors import CacheCorruptError
 from .records import FileDigest, checksum
-from .storage import FolderWriter
+from .storage.base import FolderWriter
 
 CRC_BYTES = 4
 INDEX_ENTRY_BYTES = 16

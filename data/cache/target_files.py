@@ -12,7 +12,8 @@ from typing import Any
 from ..errors import CacheCorruptError
 from .part import reporting_full_disk
 from .records import FileDigest, dump_record, parse_record
-from .storage import LocalStorage, Storage
+from .storage.base import Storage
+from .storage.local import LocalStorage
 
 TARGET, RECORD_NAME = "target", "target.json"
 BLOCK_BYTES = 8 << 20

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import CacheCorruptError
 from .records import dump_record, parse_record
-from .storage import Storage
+from .storage.base import Storage
 
 WORK, DONE = "work", ".done.json"
 AUDITS = "audits"

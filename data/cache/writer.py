@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from .cache import TOKEN_ARRAYS, Cache, channel_scale_spec, state_specs
 from .codecs import HIDDEN, measure_channels
 from .index import (
     INDEX,
@@ -23,8 +24,7 @@ from .index import (
 )
 from .manifest import CacheManifest
 from .part import PartWriter, committed_parts
-from .storage import Storage
-from .store import TOKEN_ARRAYS, Cache, channel_scale_spec, state_specs
+from .storage.base import Storage
 
 
 class StatePartWriter:

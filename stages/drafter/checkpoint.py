@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ...data.cache.files import fsync_folder, fsync_tree
 from ...data.cache.manifest import CacheManifest
+from ...data.cache.storage.files import fsync_folder, fsync_tree
 from ...data.errors import DrafterError, StorageError
 from .model import Drafter
 from .shape import DrafterShape

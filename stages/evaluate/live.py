@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
+from ...data.cache.cache import Cache
 from ...data.cache.drafts import NUM_ALTERNATIVES
 from ...data.cache.index import SequenceRow
-from ...data.cache.store import Cache
 from ...data.errors import CacheNotFoundError
-from ..config import EvalConfig
 from ..devices import choose_device, choose_dtype
+from ..draft.redraft import OpenBranches, complete_branches, draft_anew, rank_next
 from ..drafter.checkpoint import check_fits, load_drafter
 from ..drafter.model import Drafter
 from ..drafter.target_pieces import TargetPieces
 from .branches import NONE, Branches, launch, show_branches
-from .redraft import OpenBranches, complete_branches, draft_anew, rank_next
+from .config import EvalConfig
 
 
 @dataclass(frozen=True, slots=True)

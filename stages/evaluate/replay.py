@@ -20,18 +20,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...data.cache.cache import Cache
 from ...data.cache.drafts import NUM_ALTERNATIVES, FirstDrafts
 from ...data.cache.index import SequenceRow
 from ...data.cache.reader import CachedSequence, Request, read_ahead
-from ...data.cache.store import Cache
 from ...data.errors import CacheNotFoundError, DrafterError
-from ..config import EvalConfig, ReadConfig
+from ..config import ReadConfig
 from ..devices import choose_device, choose_dtype
+from ..draft.redraft import OpenBranches, complete_branches, draft_anew, rank_next
 from ..drafter.checkpoint import check_fits, load_drafter
 from ..drafter.model import Context, Drafter
 from ..drafter.target_pieces import TargetPieces
 from .branches import Branches, launch, paper, runner_up, show_branches
-from .redraft import OpenBranches, complete_branches, draft_anew, rank_next
+from .config import EvalConfig
 from .report import AnchorFacts, ReplayReport, Way
 from .responses import recorded_after, replayable_responses
 

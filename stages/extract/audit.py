@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from ...data.cache.cache import NO_CHOICE, Cache
 from ...data.cache.index import SequenceRow
 from ...data.cache.reader import CachedSequence, Request, read_ahead
-from ...data.cache.store import NO_CHOICE, Cache
 from ...data.errors import ExtractionError
 from .compare_states import compare_states
 from .engine import Completion, Engine, EngineRequest

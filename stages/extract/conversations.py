@@ -11,10 +11,10 @@ from typing import Protocol
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ...data.cache.store import NO_CHOICE
+from ...data.cache.cache import NO_CHOICE
 from ...data.chat import ChatFormat
 from ...data.errors import PromptError
-from ...data.prompts import Message, PromptRecord
+from ...data.prompts.records import Message, PromptRecord
 from ...data.thinking import ThinkingMarks, without_thinking
 from .engine import Completion, EngineRequest
 

@@ -13,13 +13,14 @@ from typing import get_args
 
 import numpy as np
 
+from ...data.cache.cache import Cache, state_specs
 from ...data.cache.codecs import Codec, CodecName
 from ...data.cache.manifest import CacheManifest
 from ...data.cache.shard import CRC_BYTES, INDEX_ENTRY_BYTES
-from ...data.cache.storage import LocalStorage, Storage
-from ...data.cache.store import Cache, state_specs
+from ...data.cache.storage.base import Storage
+from ...data.cache.storage.local import LocalStorage
 from ...data.errors import ExtractionError, StorageError
-from ..config import ExtractConfig
+from .config import ExtractConfig
 from .conversations import Conversation
 from .engine import Engine
 from .plan import ExtractPlan

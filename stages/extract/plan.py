@@ -8,16 +8,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ...data.cache.cache import CHUNK_TOKENS, Cache
 from ...data.cache.manifest import MANIFEST_NAME, CacheManifest
-from ...data.cache.storage import open_storage
-from ...data.cache.store import CHUNK_TOKENS, Cache
+from ...data.cache.storage.places import open_storage
 from ...data.cache.work import finished_units, read_units
 from ...data.chat import ChatFormat
 from ...data.errors import ConfigError, PromptError
-from ...data.prompt_rows import HubPart
-from ...data.prompts import PromptRecord, PromptSet, read_prompts
+from ...data.prompts.records import PromptRecord, PromptSet, read_prompts
+from ...data.prompts.rows import HubPart
 from ...data.thinking import ThinkingMarks
-from ..config import ExtractConfig
+from .config import ExtractConfig
 from .conversations import (
     Conversation,
     GeneratedConversation,
@@ -26,11 +26,9 @@ from .conversations import (
     ThinkingPolicy,
     UnknownToken,
 )
-from .engine import Engine, Sampling, decisive_args
+from .engines import plan_engine, plan_sampling
 from .sink import ExtractReport
 from .target import Target, check_layers, context_layers, copy_pieces, target_facts
-from .transformers_engine import TransformersEngine
-from .vllm_engine import VllmEngine, vllm_version
 
 
 def plan_layers(target: Target, config: ExtractConfig) -> tuple[int, ...]:
@@ -38,23 +36,6 @@ def plan_layers(target: Target, config: ExtractConfig) -> tuple[int, ...]:
     listed = config.layer_ids
     layers = tuple(listed) if listed is not None else context_layers(target.num_layers, config.num_draft_layers)
     return check_layers(layers, target.num_layers)
-
-
-def make_engine(target: Target, layer_ids: tuple[int, ...], config: ExtractConfig) -> Engine:
-    """Starts the engine that the config names."""
-    sampling = plan_sampling(config)
-    if config.engine == "transformers":
-        return TransformersEngine(target, layer_ids, sampling, dtype=config.dtype, engine_args=config.engine_args)
-    return VllmEngine(
-        target, layer_ids, sampling, dtype=config.dtype, max_len=config.max_len, engine_args=config.engine_args
-    )
-
-
-def plan_engine(config: ExtractConfig) -> dict[str, Any]:
-    """What of the engine decides the states; known before it starts."""
-    version = vllm_version() if config.engine == "vllm" else metadata.version("transformers")
-    args = decisive_args(config.engine_args)
-    return {"name": config.engine, "version": version, "dtype": config.dtype, "args": args}
 
 
 def plan_thinking(target: Target, config: ExtractConfig) -> ThinkingPolicy:
@@ -87,12 +68,6 @@ def plan_prompts(places: Sequence[str | Path], config: ExtractConfig) -> PromptS
         columns=config.columns,
         hub=HubPart(config.split, config.subset),
     )
-
-
-def plan_sampling(config: ExtractConfig) -> Sampling:
-    """A prefill of given responses always asks for the greedy choice after the last token."""
-    temperature = config.temperature if config.mode == "generate" else 0.0
-    return Sampling(temperature=temperature, top_p=config.top_p, top_k=config.top_k, seed=config.seed)
 
 
 def make_chat(target: Target, config: ExtractConfig) -> ChatFormat:

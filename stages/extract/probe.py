@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...data.cache.storage import Storage
+from ...data.cache.storage.base import Storage
 from ...data.cache.work import PROBE, note_probe, read_probe
 from ...data.errors import ExtractionError
 from .adapter import can_apply

@@ -7,12 +7,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from ...data.cache.store import Cache
+from ...data.cache.cache import Cache
 from ...data.cache.work import note_audit
 from ...data.cache.writer import StateWriter
 from ...data.errors import PromptError
-from ..config import ExtractConfig
 from .audit import audit, is_audited
+from .config import ExtractConfig
 from .conversations import Conversation, SequenceTooLong
 from .engine import ABORTED, Completion, Engine, EngineRequest
 from .plan import ExtractPlan

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from ...data.cache.quarantine import LISTS, list_quarantined
+from ...data.cache.maintenance.quarantine import LISTS, list_quarantined
 from ...data.cache.writer import StateWriter
 from ...data.errors import ExtractionError
-from ...data.prompts import PromptRecord
+from ...data.prompts.records import PromptRecord
 from .conversations import FinishedSequence
 from .units import WorkBoard, WorkUnit
 

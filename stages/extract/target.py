@@ -17,7 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from ...data.cache.storage import LocalStorage, Storage
+from ...data.cache.storage.base import Storage
+from ...data.cache.storage.local import LocalStorage
 from ...data.cache.target_files import store_target_files, target_folder
 from ...data.errors import CacheCorruptError, TargetError
 from ..drafter.target_pieces import PIECES

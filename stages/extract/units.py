@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data.cache.records import dump_record, parse_record
-from ...data.cache.storage import Storage
+from ...data.cache.storage.base import Storage
 from ...data.cache.work import DONE, WORK, read_units
 from .conversations import Conversation
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...data.cache.drafts import NOT_DRAFTED
-from ..config import AnchorConfig
+from .config import AnchorConfig
 
 
 class AnchorFacts(NamedTuple):

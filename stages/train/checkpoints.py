@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...data.cache.files import write_text_durably
+from ...data.cache.storage.files import write_text_durably
 from ...data.errors import DrafterError
 from ..drafter.checkpoint import CONFIG, WEIGHTS
 from ..hub import find_model

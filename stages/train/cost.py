@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..config import TrainConfig
 from ..drafter.shape import DrafterShape
+from .config import TrainConfig
 
 SECONDS_PER_HOUR = 3600
 

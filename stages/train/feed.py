@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...data.cache.cache import Cache
 from ...data.cache.drafts import FirstDrafts
 from ...data.cache.index import SequenceIndex
 from ...data.cache.reader import CachedSequence, Request, read_ahead
-from ...data.cache.store import Cache
-from ..config import ReadConfig, TrainConfig
+from ..config import ReadConfig
+from .config import TrainConfig
 from .order import DataOrder
 from .samples import SequenceBlocks, TrainingBlocks, draw_blocks, pack
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import TrainConfig
 from ..drafter.target_pieces import linear, positions_per_chunk
+from .config import TrainConfig
 
 
 def position_weights(labelled_NG: Tensor, prefix_len_N: Tensor, tau: float) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...data.cache.drafts import NOT_DRAFTED
-from ..config import PrefixConfig
+from .config import PrefixConfig
 
 
 class BlockFacts(NamedTuple):

@@ -3,51 +3,25 @@
 # S tokens of a sequence, T with a state, M anchors to choose from, N blocks, G block size, J = G-1, D context features
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from ...data.cache.cache import NO_CHOICE, Cache
 from ...data.cache.drafts import NOT_DRAFTED, FirstDrafts
-from ...data.cache.index import SequenceIndex, SequenceRow
+from ...data.cache.index import SequenceRow
 from ...data.cache.reader import CachedSequence, CachedTokens
-from ...data.cache.store import NO_CHOICE, Cache
 from ...data.errors import CacheNotFoundError
-from ..config import TrainConfig
 from ..drafter.blocks import anchors_of, block_tokens, show_prefix
 from . import anchors, prefix
 from .anchors import AnchorFacts, choose_anchors
+from .config import TrainConfig
 from .objective import BlockLabels, position_weights
 from .order import counter_generator
 from .prefix import BlockFacts, draw_prefixes, samplers_in_use
-
-HASH_RANGE = 1 << 64
-
-
-def is_held_out(seq_id: str, share: float) -> bool:
-    """Whether a sequence belongs to the held-out share: a property of its id, the same in every run."""
-    return int.from_bytes(hashlib.sha256(seq_id.encode()).digest()[:8], "little") < share * HASH_RANGE
-
-
-def split_rows(cache: Cache, share: float) -> tuple[SequenceIndex, SequenceIndex]:
-    """Training rows and held-out rows, each in the cache's order.
-
-    Raises:
-        CacheNotFoundError: nothing is left for training.
-    """
-    held_out = np.array([is_held_out(seq_id, share) for seq_id in cache.rows.strings("seq_id")], bool)
-    usable = cache.rows.column("num_supervised") > 1
-    training = cache.rows.take(np.flatnonzero(~held_out & usable))
-    if not len(training):
-        raise CacheNotFoundError(
-            f"expected sequences to train on in {cache.place}, found none: {len(cache.rows)} sequences, of which "
-            f"{held_out.sum()} are held out at {share}. Extract more, or lower train.holdout."
-        )
-    return training, cache.rows.take(np.flatnonzero(held_out))
 
 
 @dataclass(frozen=True, slots=True)

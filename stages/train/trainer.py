@@ -14,11 +14,11 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
 
+from ...data.cache.cache import Cache
 from ...data.cache.drafts import FirstDrafts
 from ...data.cache.index import SequenceIndex
-from ...data.cache.store import Cache
 from ...data.errors import ConfigError, NonFiniteError, VpdError
-from ..config import ReadConfig, TrainConfig
+from ..config import ReadConfig
 from ..drafter.checkpoint import load_drafter, save_drafter
 from ..drafter.model import Drafter
 from ..drafter.shape import DrafterShape
@@ -37,6 +37,7 @@ from .checkpoints import (
     remove_unfinished,
     step_of,
 )
+from .config import TrainConfig
 from .feed import BlockPlan
 from .objective import BlockLabels, HeadRows, VocabularySampler, block_loss
 from .optimization import WeightAverage, make_optimizers, make_schedules

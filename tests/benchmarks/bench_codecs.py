@@ -15,13 +15,13 @@ from report import Figure
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
+from vpd.data.cache.cache import CHUNK_TOKENS, Cache
 from vpd.data.cache.codecs import Codec, CodecName, measure_channels, whitened_cosine
 from vpd.data.cache.reader import decompress
 from vpd.data.cache.shard import ArraySpec
-from vpd.data.cache.store import CHUNK_TOKENS, Cache
 from vpd.data.chat import ChatFormat
 from vpd.data.errors import CacheCorruptError, CacheNotFoundError
-from vpd.data.prompts import read_prompts
+from vpd.data.prompts.records import read_prompts
 from vpd.pipeline.demo import PROMPTS, make_target
 from vpd.stages.extract.target import context_layers, load_target
 from workload import QWEN3

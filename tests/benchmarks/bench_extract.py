@@ -168,7 +168,7 @@ def prompt_ids(target_folder: Path, prompts_file: Path) -> list[list[int]]:
 
 
 def make_config() -> Any:
-    from vpd.stages.config import ExtractConfig
+    from vpd.stages.extract.config import ExtractConfig
 
     return ExtractConfig(
         dtype="float32",
@@ -184,7 +184,7 @@ def make_config() -> Any:
 def draft_config() -> Any:
     """In bfloat16 where the processor computes with it; elsewhere that takes ten times as long as float32."""
     import torch
-    from vpd.stages.config import DraftConfig
+    from vpd.stages.draft.config import DraftConfig
 
     has_bfloat16 = torch.cpu.get_capabilities()["avx512_bf16"]
     return DraftConfig(stride=STRIDE, dtype="bfloat16" if has_bfloat16 else "float32")
@@ -194,7 +194,7 @@ class Extraction:
     """`vpd extract` with an engine and a first drafter that stay, and answers that never end by themselves."""
 
     def __init__(self, target_folder: Path, prompts_file: Path):
-        from vpd.stages.extract.plan import make_engine
+        from vpd.stages.extract.engines import make_engine
         from vpd.stages.extract.target import load_target
 
         self.target, self.prompts_file, self.config = load_target(str(target_folder)), prompts_file, make_config()
@@ -229,7 +229,7 @@ class Extraction:
 
     def run(self, with_drafts: bool) -> float:
         """The whole way into a new cache, first drafts included; the clock starts where a first request could."""
-        from vpd.data.cache.store import Cache
+        from vpd.data.cache.cache import Cache
         from vpd.pipeline.extraction import ExtractJob, drafting_beside, has_room_beside, prepare
         from vpd.stages.extract.plan import open_cache
         from vpd.stages.extract.run import extract
@@ -252,7 +252,7 @@ class Extraction:
         """Drafts the last run's cache once more."""
         import shutil
 
-        from vpd.data.cache.store import Cache
+        from vpd.data.cache.cache import Cache
 
         shutil.rmtree(Path(self.last_cache) / "drafts", ignore_errors=True)
         cache = Cache.open(self.last_cache)
@@ -261,26 +261,26 @@ class Extraction:
         return time.perf_counter() - started
 
     def num_anchors(self) -> int:
+        from vpd.data.cache.cache import Cache
         from vpd.data.cache.drafts import NOT_DRAFTED
-        from vpd.data.cache.store import Cache
-        from vpd.stages.extract.first_draft import open_first_drafts
+        from vpd.stages.draft.first_draft import open_first_drafts
 
         cache = Cache.open(self.last_cache)
         drafts = open_first_drafts(cache, self.drafter(cache), draft_config())
         return sum(int((drafts.accept_lengths(row) != NOT_DRAFTED).sum()) for row in cache.rows)
 
     def make_drafting(self, cache: Any) -> Any:
-        from vpd.stages.extract.first_draft import FirstDrafting
+        from vpd.stages.draft.first_draft import FirstDrafting
 
         return FirstDrafting(self.drafter(cache), draft_config())
 
     def drafter(self, cache: Any) -> Path:
         """A first drafter with random weights."""
         import torch
-        from vpd.stages.config import DrafterSection
         from vpd.stages.drafter.checkpoint import save_drafter
         from vpd.stages.drafter.model import Drafter
-        from vpd.stages.train.run import plan_shape
+        from vpd.stages.train.config import DrafterSection
+        from vpd.stages.train.plan import plan_shape
 
         folder = self.prompts_file.parent / "first"
         if not folder.exists():

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from report import Figure, interleave, median_ratio
 from torch import Tensor
+from vpd.data.cache.cache import Cache
 from vpd.data.cache.index import SequenceIndex
 from vpd.data.cache.reader import Request, read_ahead
-from vpd.data.cache.store import Cache
-from vpd.stages.config import PrefixConfig, ReadConfig, TrainConfig
+from vpd.stages.config import ReadConfig
 from vpd.stages.drafter.model import Drafter
 from vpd.stages.drafter.shape import DrafterShape
+from vpd.stages.train.config import PrefixConfig, TrainConfig
 from vpd.stages.train.feed import BlockPlan, Feed
 from vpd.stages.train.objective import HeadRows, block_loss
 from vpd.stages.train.order import DataOrder

@@ -16,11 +16,11 @@ from statistics import median
 
 import zarr
 from report import Figure, interleave, median_ratio
+from vpd.data.cache.cache import Cache
 from vpd.data.cache.codecs import HIDDEN
 from vpd.data.cache.index import SequenceRow
 from vpd.data.cache.part import part_folder
 from vpd.data.cache.reader import Request, allocate, read_ahead
-from vpd.data.cache.store import Cache
 from workload import MIB, Workload, write_cache
 
 NAME = "read"

@@ -12,12 +12,12 @@ from unittest.mock import patch
 import zarr
 from obstore.store import from_url
 from report import Figure, interleave
-from servers import RangeServer
+from support.servers import RangeServer
+from vpd.data.cache.cache import Cache
 from vpd.data.cache.codecs import HIDDEN
 from vpd.data.cache.index import SequenceRow
 from vpd.data.cache.part import part_folder
 from vpd.data.cache.reader import Request, read_ahead
-from vpd.data.cache.store import Cache
 from workload import GIB, Workload, write_cache
 from zarr.storage import ObjectStore
 

@@ -26,11 +26,11 @@ from bench_write import measure_peak
 from report import Figure, interleave, median_ratio
 from torch import Tensor
 from torch.nn import functional as F
-from vpd.stages.config import AnchorConfig, PrefixConfig, TrainConfig
 from vpd.stages.drafter.blocks import show_prefix
 from vpd.stages.drafter.model import Drafter, DrafterLayer, RMSNorm, SwiGLU, rotary, rotate
 from vpd.stages.drafter.shape import DrafterShape
 from vpd.stages.train.anchors import AnchorFacts, choose_anchors
+from vpd.stages.train.config import AnchorConfig, PrefixConfig, TrainConfig
 from vpd.stages.train.cost import training_flops
 from vpd.stages.train.objective import BlockLabels, HeadRows, block_loss, position_weights
 from vpd.stages.train.prefix import BlockFacts, draw_prefixes

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from report import Figure, interleave, median_ratio
-from vpd.data.cache.store import Cache
+from vpd.data.cache.cache import Cache
 from vpd.data.cache.writer import StateWriter
 from workload import GIB, MIB, Workload, make_manifest
 

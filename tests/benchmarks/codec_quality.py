@@ -20,17 +20,17 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from vpd.data.cache.cache import Cache
 from vpd.data.cache.codecs import Codec, CodecName, measure_channels, whitened_cosine
-from vpd.data.cache.store import Cache
-from vpd.data.cache.transfer import TransferReport, append_sequence, copy_target, recode
+from vpd.data.cache.maintenance.transfer import TransferReport, append_sequence, copy_target, recode
 from vpd.data.cache.writer import StateWriter
 from vpd.pipeline.config import load_config
 from vpd.stages.evaluate.replay import Replay
 from vpd.stages.extract.estimate import CODECS
+from vpd.stages.holdout import is_held_out
 from vpd.stages.train.checkpoints import find_drafter
 from vpd.stages.train.loop import run_together
-from vpd.stages.train.run import make_trainer
-from vpd.stages.train.samples import is_held_out
+from vpd.stages.train.plan import make_trainer
 
 FIGURES = {"cosine_mean": 5, "cosine_worst": 5, "loss": 3, "alpha": 3}
 LAST_STEPS = 20

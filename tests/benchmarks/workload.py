@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from vpd.data.cache.cache import CHUNK_TOKENS, Cache
 from vpd.data.cache.manifest import CacheManifest
-from vpd.data.cache.store import CHUNK_TOKENS, Cache
 from vpd.data.cache.writer import StateWriter
 
 GIB, MIB = 1 << 30, 1 << 20

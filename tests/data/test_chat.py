@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from vpd.data.chat import ChatFormat, TokenizedConversation
 from vpd.data.errors import PromptError
-from vpd.data.prompts import Message
+from vpd.data.prompts.records import Message
 
 END = "<|im_end|>"
 CHATML = (

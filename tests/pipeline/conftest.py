@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from forks import Forks
-from place import Place
-from tiny import vpd, write_jsonl
-from workers import NUM_RECORDS, SETTINGS
+from support.forks import Forks
+from support.place import Place
+from support.tiny import vpd, write_jsonl
+from support.workers import NUM_RECORDS, SETTINGS
 
 
 @pytest.fixture(scope="session")

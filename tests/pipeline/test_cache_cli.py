@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from tiny import EXTRACT, PROMPTS, as_flags, run_vpd, snapshot, vpd, write_jsonl
+from support.tiny import EXTRACT, PROMPTS, as_flags, run_vpd, snapshot, vpd, write_jsonl
+from vpd.data.cache.cache import Cache
 from vpd.data.cache.drafts import FirstDrafts
-from vpd.data.cache.store import Cache
 
 TRANSFERRED = {
     *("cache", "num_sequences", "num_tokens", "num_bytes", "num_copied", "num_present", "num_same_content"),
@@ -286,7 +286,7 @@ def test_a_place_that_the_machine_refuses_is_no_traceback(place: Place, monkeypa
         def write(path: Path, content: bytes) -> None:
             raise OSError(code, "what the system says", str(path))
 
-        monkeypatch.setattr("vpd.data.cache.storage.write_bytes_durably", write)
+        monkeypatch.setattr("vpd.data.cache.storage.local.write_bytes_durably", write)
 
     arguments = ["merge", place.cache, "--out", place.folder / "new"]
     for code in (errno.EROFS, errno.EACCES, errno.ENOSPC):

@@ -9,17 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from place import ANSWERED, Place, check_message
-from tiny import (
-    HIDDEN,
-    PROMPTS,
-    VOCAB,
-    run_vpd,
-    snapshot,
-    vpd,
-)
-from vpd.data.cache.storage import LocalStorage
-from vpd.data.cache.store import Cache
+from support.place import ANSWERED, Place, check_message
+from support.tiny import HIDDEN, PROMPTS, VOCAB, run_vpd, snapshot, vpd
+from vpd.data.cache.cache import Cache
+from vpd.data.cache.storage.local import LocalStorage
 from vpd.data.cache.target_files import store_target_files
 
 

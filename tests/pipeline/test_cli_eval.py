@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from place import Place
-from tiny import MULTI_TURN_ROW, TEXT_ROW, run_vpd, vpd
-from vpd.data.cache.store import Cache
+from support.place import Place
+from support.tiny import MULTI_TURN_ROW, TEXT_ROW, run_vpd, vpd
+from vpd.data.cache.cache import Cache
 
 
 @pytest.fixture(scope="module")

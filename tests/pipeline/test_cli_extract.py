@@ -7,20 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from forks import Forks
-from place import ANSWERED, Place, check_message
-from tiny import (
-    END,
-    PROMPTS,
-    run_vpd,
-    skipped_by_unit,
-    vpd,
-    write_jsonl,
-)
+from support.forks import Forks
+from support.place import ANSWERED, Place, check_message
+from support.tiny import END, PROMPTS, run_vpd, skipped_by_unit, vpd, write_jsonl
+from support.workers import arguments, wait_until
 from transformers import PreTrainedTokenizerFast
-from vpd.data.cache.quarantine import read_quarantined
-from vpd.data.cache.store import Cache
-from workers import arguments, wait_until
+from vpd.data.cache.cache import Cache
+from vpd.data.cache.maintenance.quarantine import read_quarantined
 
 
 def test_skip_bad_counts_what_it_leaves_out(place: Place):

@@ -9,14 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 from vpd.data.errors import ConfigError
-from vpd.pipeline.config import (
-    VpdConfig,
-    config_yaml,
-    from_drafter_json,
-    load_config,
-    parse_assignment,
-)
-from vpd.stages.config import PrefixConfig
+from vpd.pipeline.config import VpdConfig, config_yaml, from_drafter_json, load_config, parse_assignment
+from vpd.stages.train.config import PrefixConfig
 
 SECTIONS = list(VpdConfig.model_fields)
 

@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import zarr
-from tiny import EXTRACT, HIDDEN, MULTI_TURN_ROW, PROMPTS, make_sequence, run_vpd, vpd
+from support.tiny import EXTRACT, HIDDEN, MULTI_TURN_ROW, PROMPTS, make_sequence, run_vpd, vpd
 from transformers import PreTrainedTokenizerFast
+from vpd.data.cache.cache import Cache
 from vpd.data.cache.drafts import NOT_DRAFTED
-from vpd.data.cache.store import Cache
 from vpd.data.cache.target_files import store_target_files
 from vpd.data.cache.writer import StateWriter
 from vpd.pipeline.inspect import MAX_BINS, SAMPLE_TOKENS, format_bytes, length_histogram, mark_sample

@@ -5,8 +5,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from compare import check_equal_runs, checkpoint_steps, metrics, steps_logged, train
-from tiny import run_vpd, vpd
+from support.compare import check_equal_runs, checkpoint_steps, metrics, steps_logged, train
+from support.tiny import run_vpd, vpd
 from vpd.stages.evaluate.replay import Replay
 from vpd.stages.train.trainer import StepResult, Trainer
 

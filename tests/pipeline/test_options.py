@@ -8,7 +8,9 @@ from click.testing import CliRunner
 from pydantic import BaseModel
 from vpd.pipeline.config import VpdConfig, load_config
 from vpd.pipeline.options import collect_overrides, config_options, leaf_fields
-from vpd.stages.config import DrafterSection, EvalConfig, ExtractConfig, TrainConfig
+from vpd.stages.evaluate.config import EvalConfig
+from vpd.stages.extract.config import ExtractConfig
+from vpd.stages.train.config import DrafterSection, TrainConfig
 
 
 def run(model: type[BaseModel], section: str, *args: str, only: list[str] | None = None) -> dict[str, Any]:

@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from compare import check_close_runs, checkpoint_steps, cut_short, metrics, steps_logged, train, weights
-from forks import ENVIRONMENT, SECONDS, Forks
-from tiny import TRAIN, run_vpd
-from vpd.data.cache.store import Cache
+from support.compare import check_close_runs, checkpoint_steps, cut_short, metrics, steps_logged, train, weights
+from support.forks import ENVIRONMENT, SECONDS, Forks
+from support.tiny import TRAIN, run_vpd
+from vpd.data.cache.cache import Cache
 from vpd.data.errors import ConfigError
 from vpd.pipeline.launch import is_launched
-from vpd.stages.config import TrainConfig
 from vpd.stages.drafter.checkpoint import load_shape
 from vpd.stages.drafter.model import Drafter
+from vpd.stages.holdout import split_rows
 from vpd.stages.train.checkpoints import checkpoint_path, find_drafter, load_state
+from vpd.stages.train.config import TrainConfig
 from vpd.stages.train.order import DataOrder, counter_generator
-from vpd.stages.train.samples import split_rows
 from vpd.stages.train.trainer import check_joined
 
 SETTINGS: dict[str, Any] = {"max_steps": 6, "save_every": 3, "batch_tokens": 150, "tokens_per_pass": 1}

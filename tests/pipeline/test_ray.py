@@ -12,11 +12,11 @@ from typing import Any
 
 import psutil
 import pytest
-from tiny import run_vpd, write_jsonl
+from support.tiny import run_vpd, write_jsonl
+from support.workers import NUM_RECORDS, arguments, check_same
 from vpd.data.cache.work import DONE, WORK
 from vpd.pipeline.ray_workers import extract_on_ray
 from vpd.stages.extract.units import LEASE, WORKER
-from workers import NUM_RECORDS, arguments, check_same
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, of its processes and files
 

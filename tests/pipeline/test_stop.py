@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compare import check_equal_runs, checkpoint_steps, steps_logged, train
-from forks import Forks, wait_for_lines
-from tiny import Outcome, run_vpd
+from support.compare import check_equal_runs, checkpoint_steps, steps_logged, train
+from support.forks import Forks, wait_for_lines
+from support.tiny import Outcome, run_vpd
 from vpd.pipeline.signals import StopSignals
 from vpd.stages.train.trainer import StepResult, Trainer
 

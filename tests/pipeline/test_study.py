@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import run_vpd, write_jsonl
+from support.tiny import run_vpd, write_jsonl
 from vpd.data.errors import VpdError
 from vpd.pipeline.config import load_config
 from vpd.pipeline.study import ARMS, DEFAULT_ARM, PAPER_ARM, VARIANTS, plan_splits, worker_pool

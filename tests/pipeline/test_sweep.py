@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from compare import check_equal_runs, checkpoint_steps, metrics, steps_logged
-from forks import Forks
-from place import check_message
-from tiny import DRAFTER, TRAIN, Outcome, run_vpd, snapshot, vpd
+from support.compare import check_equal_runs, checkpoint_steps, metrics, steps_logged
+from support.forks import Forks
+from support.place import check_message
+from support.tiny import DRAFTER, TRAIN, Outcome, run_vpd, snapshot, vpd
 from vpd.data.cache.reader import CachedSequence, read_ahead
 from vpd.pipeline import training
 from vpd.pipeline.sweep import combinations, run_name

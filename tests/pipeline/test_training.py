@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import wandb
-from compare import metrics, train
-from place import check_message
+from support.compare import metrics, train
+from support.place import check_message
+from support.tiny import run_vpd
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import run_vpd
 from trackio.sqlite_storage import SQLiteStorage
 from vpd.pipeline.training import plain_values
 from wandb.errors import UsageError

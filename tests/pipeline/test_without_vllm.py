@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny import DRAFTER, TRAIN, as_flags
+from support.tiny import DRAFTER, TRAIN, as_flags
 
 SCRIPT = """
 import json, sys

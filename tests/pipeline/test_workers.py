@@ -10,17 +10,17 @@ from types import SimpleNamespace
 from typing import cast
 
 import pytest
-from forks import Forks, Process
-from tiny import EXTRACT, PROMPTS, vpd, write_jsonl
-from vpd.data.cache.store import Cache
+from support.forks import Forks, Process
+from support.tiny import EXTRACT, PROMPTS, vpd, write_jsonl
+from support.workers import NUM_RECORDS, SETTINGS, UNIT, arguments, check_same, wait_until
+from vpd.data.cache.cache import Cache
 from vpd.data.cache.work import DONE, WORK
 from vpd.data.errors import StorageError
 from vpd.pipeline.extraction import ExtractJob, drafting_beside, prepare
 from vpd.pipeline.ray_workers import add_report, run_worker
-from vpd.stages.config import ExtractConfig
-from vpd.stages.extract.first_draft import FirstDrafting
+from vpd.stages.draft.first_draft import FirstDrafting
+from vpd.stages.extract.config import ExtractConfig
 from vpd.stages.extract.units import LEASE, WORKER
-from workers import NUM_RECORDS, SETTINGS, UNIT, arguments, check_same, wait_until
 
 
 def worker_of(folder: Path, process: Process) -> str | None:

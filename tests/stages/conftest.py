@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import PROMPTS as EXTRACT_PROMPTS
-from tiny import write_jsonl
+from support.tiny import PROMPTS as EXTRACT_PROMPTS
+from support.tiny import write_jsonl
 from vpd.pipeline import commands
 from vpd.pipeline.config import load_config
 from vpd.pipeline.demo import PROMPTS, make_target

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
-from tiny import DRAFTER, TRAIN, run_vpd, vpd
+from support.tiny import DRAFTER, TRAIN, run_vpd, vpd
 from vpd.data.errors import DrafterError, TargetError, VpdError
 from vpd.stages.extract.target import load_target
 from vpd.stages.train.checkpoints import find_drafter

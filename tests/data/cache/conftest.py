@@ -6,17 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from buckets import (
-    PART_BYTES,
-    SEQUENCES,
-    write_drafts,
-)
-from servers import RangeServer, S3Server
-from tiny import (
-    fill_cache,
-)
-from vpd.data.cache.storage import LocalStorage
-from vpd.data.cache.store import Cache
+from support.buckets import PART_BYTES, SEQUENCES, write_drafts
+from support.servers import RangeServer, S3Server
+from support.tiny import fill_cache
+from vpd.data.cache.cache import Cache
+from vpd.data.cache.storage.local import LocalStorage
 from vpd.data.cache.target_files import store_target_files
 
 

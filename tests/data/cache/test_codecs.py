@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tiny import same_bits
+from support.tiny import same_bits
 from torch import Tensor
 from vpd.data.cache import codecs
 from vpd.data.cache.codecs import (

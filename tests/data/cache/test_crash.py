@@ -6,13 +6,13 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-import crash
 import pytest
-from tiny import EXTRACT, as_flags, fill_cache, run_vpd
+from support import crash
+from support.tiny import EXTRACT, as_flags, fill_cache, run_vpd
+from vpd.data.cache.cache import Cache
+from vpd.data.cache.maintenance.verify import verify
 from vpd.data.cache.reader import Request, read_ahead
-from vpd.data.cache.storage import LocalStorage
-from vpd.data.cache.store import Cache
-from vpd.data.cache.verify import verify
+from vpd.data.cache.storage.local import LocalStorage
 from vpd.data.errors import CacheNotFoundError
 
 NUM_KILLS = 50

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from tiny import Damage, chunk_bytes, fill_cache, make_manifest, make_sequence, same_bits, snapshot
+from support.tiny import Damage, chunk_bytes, fill_cache, make_manifest, make_sequence, same_bits, snapshot
+from vpd.data.cache.cache import CHUNK_TOKENS, Cache
 from vpd.data.cache.drafts import (
     LOOKING_SHARE,
     NOT_DRAFTED,
@@ -25,8 +26,7 @@ from vpd.data.cache.drafts import (
 )
 from vpd.data.cache.part import committed_parts
 from vpd.data.cache.shard import ArraySpec
-from vpd.data.cache.storage import Storage
-from vpd.data.cache.store import CHUNK_TOKENS, Cache
+from vpd.data.cache.storage.base import Storage
 from vpd.data.errors import CacheCorruptError, CacheNotFoundError
 
 LENGTHS = {"a": 40, "b": 70, "c": 64}

@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tiny import Damage, make_index, make_manifest, make_row, make_sequence, same_bits, snapshot
+from support.tiny import Damage, make_index, make_manifest, make_row, make_sequence, same_bits, snapshot
+from vpd.data.cache.cache import Cache
 from vpd.data.cache.index import SequenceIndex, SequenceRow, parse_rows, read_snapshot, write_snapshot
-from vpd.data.cache.storage import LocalFile, LocalStorage
-from vpd.data.cache.store import Cache
+from vpd.data.cache.storage.local import LocalFile, LocalStorage
 from vpd.data.cache.writer import StateWriter
 from vpd.data.errors import CacheCorruptError
 

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import fill_cache, make_manifest, make_sequence, snapshot
+from support.tiny import fill_cache, make_manifest, make_sequence, snapshot
+from vpd.data.cache.cache import CHUNK_TOKENS, Cache
 from vpd.data.cache.manifest import CacheManifest
 from vpd.data.cache.records import dump_record, parse_record
-from vpd.data.cache.storage import LocalStorage
-from vpd.data.cache.store import CHUNK_TOKENS, Cache
+from vpd.data.cache.storage.local import LocalStorage
 from vpd.data.errors import CacheCorruptError, CacheNotFoundError, ConfigError, FingerprintMismatchError
 
 

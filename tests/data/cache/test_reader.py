@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import fill_cache, make_sequence, same_bits
+from support.tiny import fill_cache, make_sequence, same_bits
 from torch import Tensor
 from vpd.data.cache import reader as reader_module
+from vpd.data.cache.cache import Cache
 from vpd.data.cache.codecs import CodecName
 from vpd.data.cache.reader import CachedSequence, Request, Slot, batches, read_ahead
-from vpd.data.cache.storage import LocalFile
-from vpd.data.cache.store import Cache
+from vpd.data.cache.storage.local import LocalFile
 from vpd.data.errors import CacheCorruptError
 
 K, H = 2, 8

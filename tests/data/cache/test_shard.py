@@ -14,13 +14,13 @@ import zarr
 from crc32c import crc32c
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tiny import Damage
+from support.tiny import Damage
 from vpd.data.cache.codecs import COMPRESSION
 from vpd.data.cache.part import OpenPart, PartWriter, open_part, part_folder
 from vpd.data.cache.reader import Slot, read_chunks
 from vpd.data.cache.records import checksum, parse_record
 from vpd.data.cache.shard import ArraySpec, decode_whole, parse_footer
-from vpd.data.cache.storage import LocalStorage
+from vpd.data.cache.storage.local import LocalStorage
 from vpd.data.errors import CacheCorruptError, StorageError
 from xxhash import xxh3_64_hexdigest
 

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import chunk_bytes, fill_cache, make_manifest, make_sequence, same_bits, snapshot
-from vpd.data.cache import storage as storage_module
+from support.tiny import chunk_bytes, fill_cache, make_manifest, make_sequence, same_bits, snapshot
 from vpd.data.cache import writer as writer_module
-from vpd.data.cache.locks import is_alive
+from vpd.data.cache.cache import CHUNK_TOKENS, Cache, state_specs
 from vpd.data.cache.part import PartWriter, open_part, remove_uncommitted
-from vpd.data.cache.storage import LocalStorage
-from vpd.data.cache.store import CHUNK_TOKENS, Cache, state_specs
+from vpd.data.cache.storage import local as storage_module
+from vpd.data.cache.storage.local import LocalStorage
+from vpd.data.cache.storage.locks import is_alive
 from vpd.data.cache.writer import StateWriter
 from vpd.data.errors import CacheNotFoundError
 
@@ -42,8 +42,8 @@ def part_folders(folder: Path) -> set[str]:
 WRITER = """
 import os, sys
 import torch
-from vpd.data.cache.storage import LocalStorage
-from vpd.data.cache.store import Cache
+from vpd.data.cache.storage.local import LocalStorage
+from vpd.data.cache.cache import Cache
 from vpd.data.cache.writer import StateWriter
 cache = Cache.open(sys.argv[1])
 writer = StateWriter(Cache.create_or_open(sys.argv[1], cache.manifest), 1 << 20, {})
@@ -212,8 +212,8 @@ def test_an_interrupted_commit_leaves_the_part_whole_or_nothing(
     writer = open_writer(folder)
     writer.append(**sequence)
     with monkeypatch.context() as patch:
-        patch.setattr("vpd.data.cache.storage.fsync_folder", interrupt)
-        patch.setattr("vpd.data.cache.files.fsync_folder", interrupt)
+        patch.setattr("vpd.data.cache.storage.local.fsync_folder", interrupt)
+        patch.setattr("vpd.data.cache.storage.files.fsync_folder", interrupt)
         with pytest.raises(KeyboardInterrupt):
             writer.commit()
     for cache in (Cache.open(folder), Cache.create_or_open(folder, make_manifest())):
@@ -301,6 +301,6 @@ def test_a_part_that_is_committed_during_the_clean_up_is_kept(folder: Path, monk
         committing.join()
         return is_alive(path)
 
-    monkeypatch.setattr("vpd.data.cache.storage.is_alive", commit_then_look)
+    monkeypatch.setattr("vpd.data.cache.storage.local.is_alive", commit_then_look)
     assert remove_uncommitted(LocalStorage(folder)) == 0
     assert ids(Cache.open(folder)) == {"a", "b", "c"}

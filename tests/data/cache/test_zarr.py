@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import tensorstore
 import zarr
-from tiny import fill_cache, make_sequence
+from support.tiny import fill_cache, make_sequence
+from vpd.data.cache.cache import Cache
 from vpd.data.cache.codecs import CHANNEL_SCALE, HIDDEN, CodecName
 from vpd.data.cache.reader import Request, read_ahead
-from vpd.data.cache.store import Cache
 
 K, H = 3, 40
 LENGTHS = [40, 1, 64, 200, 65]

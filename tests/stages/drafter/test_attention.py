@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain_drafter import plain_drafter, random_drafter, relative_error
+from support.plain_drafter import plain_drafter, random_drafter, relative_error
+from support.tracing import trace_compiled_modules
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from tracing import trace_compiled_modules
 from vpd.stages.drafter import attention as attention_module
 from vpd.stages.drafter.attention import BLOCKS_PER_GROUP, Layout, group_blocks, make_block_mask, make_layout
 from vpd.stages.drafter.model import Drafter

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import SHAPE, snapshot
+from support.tiny import SHAPE, snapshot
 from transformers import Qwen3Config
 from vpd.data.cache.manifest import CacheManifest
 from vpd.data.errors import DrafterError, StorageError

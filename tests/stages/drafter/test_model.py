@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from plain_drafter import plain_drafter, random_drafter, relative_error, rms_norm
+from support.plain_drafter import plain_drafter, random_drafter, relative_error, rms_norm
 from torch import Tensor, nn
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RotaryEmbedding

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import SHAPE
+from support.tiny import SHAPE
 from vpd.data.errors import DrafterError
 from vpd.stages.drafter.checkpoint import load_shape
 from vpd.stages.drafter.shape import DrafterShape

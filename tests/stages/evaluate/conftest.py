@@ -1,5 +1,5 @@
 import pytest
-from tiny_world import World, make_world
+from support.tiny_world import World, make_world
 
 
 @pytest.fixture(scope="session")

@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slow_decode import Branch, Ranked, slow_branches, slow_posterior
+from support.slow_decode import Branch, Ranked, slow_branches, slow_posterior
 from torch import Tensor
-from vpd.stages.config import PolicyName
 from vpd.stages.evaluate.branches import NONE, POLICIES, Branches, boundary_posterior, launch, show_branches
+from vpd.stages.evaluate.config import PolicyName
 
 SHAPES = [
     pytest.param(6, 7, 5, id="block-of-8"),

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from live import LiveDecoder
+from support.live import LiveDecoder
 from transformers import AutoModelForCausalLM
-from vpd.data.cache.store import Cache
-from vpd.stages.config import EvalConfig, PolicyName
+from vpd.data.cache.cache import Cache
 from vpd.stages.drafter.checkpoint import load_drafter
 from vpd.stages.drafter.target_pieces import TargetPieces
 from vpd.stages.evaluate.branches import POLICIES
+from vpd.stages.evaluate.config import EvalConfig, PolicyName
 from vpd.stages.evaluate.replay import Replay
 from vpd.stages.extract.target import load_target
 from vpd.stages.train.checkpoints import find_drafter

@@ -9,16 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from slow_decode import NUM_ALTERNATIVES, POLICIES, slow_branches, slow_count
-from tiny import make_cached, make_row
-from tiny_world import MAX_K, SECONDS, SHAPE, TALKS, Second, V, World, responses_of, write_drafter
-from vpd.data.cache.store import Cache
+from support.slow_decode import NUM_ALTERNATIVES, POLICIES, slow_branches, slow_count
+from support.tiny import make_cached, make_row
+from support.tiny_world import MAX_K, SECONDS, SHAPE, TALKS, Second, V, World, responses_of, write_drafter
+from vpd.data.cache.cache import Cache
 from vpd.data.errors import CacheNotFoundError, DrafterError
-from vpd.stages.config import DraftConfig, EvalConfig
+from vpd.stages.draft.config import DraftConfig
+from vpd.stages.draft.first_draft import FirstDrafting
 from vpd.stages.evaluate import replay as replay_module
+from vpd.stages.evaluate.config import EvalConfig
 from vpd.stages.evaluate.replay import Replay
 from vpd.stages.evaluate.report import Way
-from vpd.stages.extract.first_draft import FirstDrafting
 
 FIRST = Second("first")
 SEVERAL_SECONDS = [pytest.param(second, id=name) for name, second in SECONDS.items()]

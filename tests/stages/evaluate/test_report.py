@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from slow_decode import slow_count
+from support.slow_decode import slow_count
 from vpd.stages.evaluate.report import AnchorFacts, ReplayReport, Way
 
 J, MAX_K = 4, 3

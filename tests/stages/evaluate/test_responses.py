@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slow_decode import slow_count
-from tiny import make_cached, make_row
+from support.slow_decode import slow_count
+from support.tiny import make_cached, make_row
 from vpd.data.cache.reader import CachedSequence
 from vpd.stages.evaluate.responses import BEYOND, count_cycles, find_responses, is_greedy, recorded_after
 

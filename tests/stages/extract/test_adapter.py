@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from extracting import by_row, run
 from safetensors.torch import load_file, save_file
-from tiny import write_jsonl
+from support.extracting import by_row, run
+from support.tiny import write_jsonl
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from vpd.data.errors import ConfigError, FingerprintMismatchError, TargetError
 from vpd.stages.extract.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter
 from vpd.stages.extract.engine import EngineRequest, Sampling
 from vpd.stages.extract.target import load_target
-from vpd.stages.extract.vllm_engine import VllmEngine, room_for
+from vpd.stages.extract.vllm.engine import VllmEngine, room_for
 
 RANK, ALPHA = 4, 8
 CONFIG: dict[str, Any] = {

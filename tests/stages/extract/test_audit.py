@@ -6,17 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from extracting import make_config, run
-from tiny import PROMPTS, vpd
+from support.extracting import make_config, run
+from support.tiny import PROMPTS, vpd
 from torch import Tensor
-from vpd.data.cache.storage import LocalStorage
-from vpd.data.cache.store import Cache
+from vpd.data.cache.cache import Cache
+from vpd.data.cache.storage.local import LocalStorage
 from vpd.data.cache.work import PROBE, read_audits
 from vpd.data.errors import ExtractionError
 from vpd.stages.extract.audit import audit, is_audited
 from vpd.stages.extract.compare_states import compare_states
 from vpd.stages.extract.engine import Completion, Engine, EngineRequest, Sampling
-from vpd.stages.extract.plan import make_engine
+from vpd.stages.extract.engines import make_engine
 from vpd.stages.extract.probe import probe
 from vpd.stages.extract.target import load_target
 from vpd.stages.extract.transformers_engine import TransformersEngine

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CHATML, END, VOCAB
+from support.tiny import CHATML, END, VOCAB
 from transformers import PreTrainedTokenizerFast
-from vpd.data.cache.store import NO_CHOICE
+from vpd.data.cache.cache import NO_CHOICE
 from vpd.data.chat import ChatFormat
 from vpd.data.errors import PromptError
-from vpd.data.prompts import Message, PromptRecord
+from vpd.data.prompts.records import Message, PromptRecord
 from vpd.data.thinking import ThinkingMarks
 from vpd.stages.extract.conversations import (
     FinishedSequence,

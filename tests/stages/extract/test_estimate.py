@@ -7,17 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import EXTRACT, MULTI_TURN_ROW, PROMPTS, TEXT_ROW, as_flags, run_vpd, snapshot, vpd, write_jsonl
+from support.tiny import EXTRACT, MULTI_TURN_ROW, PROMPTS, TEXT_ROW, as_flags, run_vpd, snapshot, vpd, write_jsonl
+from vpd.data.cache.cache import Cache
 from vpd.data.cache.codecs import Codec, CodecName
-from vpd.data.cache.storage import open_storage
-from vpd.data.cache.store import Cache
-from vpd.data.cache.transfer import recode
+from vpd.data.cache.maintenance.transfer import recode
+from vpd.data.cache.storage.places import open_storage
 from vpd.data.errors import ExtractionError
-from vpd.data.prompts import read_prompts
+from vpd.data.prompts.records import read_prompts
 from vpd.pipeline.cache_commands import sample_records
-from vpd.stages.config import ExtractConfig
+from vpd.stages.extract.config import ExtractConfig
 from vpd.stages.extract.conversations import FinishedSequence
 from vpd.stages.extract.engine import Completion, EngineRequest
+from vpd.stages.extract.engines import make_engine
 from vpd.stages.extract.estimate import (
     CODECS,
     USUAL_SHARES,
@@ -29,14 +30,7 @@ from vpd.stages.extract.estimate import (
     measure_share,
     run_pilot,
 )
-from vpd.stages.extract.plan import (
-    ExtractPlan,
-    make_chat,
-    make_engine,
-    plan_extraction,
-    plan_layers,
-    plan_manifest,
-)
+from vpd.stages.extract.plan import ExtractPlan, make_chat, plan_extraction, plan_layers, plan_manifest
 from vpd.stages.extract.target import load_target
 
 ANSWERED = [

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from extracting import by_row, make_config, no_engine, run, tokens
-from tiny import CHATML, END, MULTI_TURN_ROW, NUM_LAYERS, PROMPTS, TEXT_ROW, VOCAB, render, write_jsonl
+from support.extracting import by_row, make_config, no_engine, run, tokens
+from support.tiny import CHATML, END, MULTI_TURN_ROW, NUM_LAYERS, PROMPTS, TEXT_ROW, VOCAB, render, write_jsonl
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from vpd.data.cache.cache import NO_CHOICE, Cache
 from vpd.data.cache.reader import CachedSequence
-from vpd.data.cache.store import NO_CHOICE, Cache
 from vpd.data.errors import PromptError
 from vpd.stages.extract.plan import make_chat, plan_prompts, start_conversations
 from vpd.stages.extract.run import ExtractReport

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from support.tiny import make_manifest, make_sequence, skipped_by_unit
 from test_units import make_units
-from tiny import make_manifest, make_sequence, skipped_by_unit
-from vpd.data.cache.quarantine import read_quarantined
-from vpd.data.cache.store import Cache
+from vpd.data.cache.cache import Cache
+from vpd.data.cache.maintenance.quarantine import read_quarantined
 from vpd.data.cache.writer import StateWriter
 from vpd.data.errors import ExtractionError, StorageError
-from vpd.data.prompts import PromptRecord
+from vpd.data.prompts.records import PromptRecord
 from vpd.stages.extract.conversations import FinishedSequence
 from vpd.stages.extract.sink import ExtractReport, Outcome, Sink, find_fault
 from vpd.stages.extract.units import WorkBoard

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import END, HIDDEN, NUM_LAYERS, VOCAB, Damage, save_target, snapshot
+from support.tiny import END, HIDDEN, NUM_LAYERS, VOCAB, Damage, save_target, snapshot
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-from vpd.data.cache.storage import LocalStorage
+from vpd.data.cache.storage.local import LocalStorage
 from vpd.data.cache.target_files import target_folder
 from vpd.data.errors import CacheCorruptError, TargetError
 from vpd.stages.drafter.target_pieces import TargetPieces, load_tokenizer

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from extracting import answer
+from support.extracting import answer
 from vpd.data.errors import ConfigError
 from vpd.stages.extract.engine import Completion, EngineRequest, Sampling
 from vpd.stages.extract.target import load_target

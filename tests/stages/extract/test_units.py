@@ -12,9 +12,10 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from tiny import skipped_by_unit
+from support.tiny import skipped_by_unit
 from vpd.data.cache.records import dump_record
-from vpd.data.cache.storage import Storage, open_storage
+from vpd.data.cache.storage.base import Storage
+from vpd.data.cache.storage.places import open_storage
 from vpd.data.cache.work import DONE, WORK, finished_units, read_units
 from vpd.stages.extract.conversations import Conversation
 from vpd.stages.extract.units import (

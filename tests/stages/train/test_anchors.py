@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vpd.data.cache.drafts import NOT_DRAFTED
-from vpd.stages.config import AnchorConfig
 from vpd.stages.train.anchors import AnchorFacts, choose_anchors
+from vpd.stages.train.config import AnchorConfig
 
 G = 5
 

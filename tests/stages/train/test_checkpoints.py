@@ -6,11 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tiny import DRAFTER, TRAIN, run_vpd, vpd
+from support.tiny import DRAFTER, TRAIN, run_vpd, vpd
+from vpd.data.cache.cache import Cache
 from vpd.data.cache.drafts import FirstDrafts
-from vpd.data.cache.store import Cache
-from vpd.stages.config import EvalConfig
+from vpd.stages.evaluate.config import EvalConfig
 from vpd.stages.evaluate.replay import Replay
+from vpd.stages.holdout import split_rows
 from vpd.stages.train import checkpoints as checkpoints_module
 from vpd.stages.train.checkpoints import (
     Judgement,
@@ -23,7 +24,6 @@ from vpd.stages.train.checkpoints import (
     read_judgement,
     remove_unfinished,
 )
-from vpd.stages.train.samples import split_rows
 
 EVALUATED = {"max_steps": 6, "save_every": 2, "keep": 1, "eval_limit": 3}
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from plain_drafter import random_drafter
-from tiny import SHAPE
+from support.plain_drafter import random_drafter
+from support.tiny import SHAPE
 from torch.utils.flop_counter import FlopCounterMode
-from vpd.stages.config import TrainConfig
+from vpd.stages.train.config import TrainConfig
 from vpd.stages.train.cost import training_cost, training_flops
 
 

@@ -11,17 +11,18 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from recorded import make_config, pack_all
+from support.recorded import make_config, pack_all
 from torch import Tensor
 from vpd.data.cache import reader
+from vpd.data.cache.cache import Cache
 from vpd.data.cache.drafts import FirstDrafts
 from vpd.data.cache.index import SequenceIndex, SequenceRow
 from vpd.data.cache.part import OpenPart
 from vpd.data.cache.reader import CachedSequence
-from vpd.data.cache.store import Cache
 from vpd.data.errors import CacheCorruptError
-from vpd.stages.config import ReadConfig, TrainConfig
+from vpd.stages.config import ReadConfig
 from vpd.stages.train import feed
+from vpd.stages.train.config import TrainConfig
 from vpd.stages.train.feed import BlockPlan, Feed, Pass, own_stream, tensors_of
 from vpd.stages.train.order import DataOrder
 from vpd.stages.train.samples import SequenceBlocks, TrainingBlocks, draw_blocks

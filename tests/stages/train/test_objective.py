@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from vpd.stages.config import TrainConfig
+from vpd.stages.train.config import TrainConfig
 from vpd.stages.train.objective import (
     BlockLabels,
     HeadRows,

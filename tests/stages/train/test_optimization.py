@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from vpd.stages.config import TrainConfig
+from vpd.stages.train.config import TrainConfig
 from vpd.stages.train.optimization import WeightAverage, make_optimizers, make_schedules
 
 LR, DECAY, BETAS = 0.01, 0.3, (0.8, 0.9)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recorded import make_cache, make_sequence
-from tiny import make_index, make_row
+from support.recorded import make_cache, make_sequence
+from support.tiny import make_index, make_row
 from vpd.stages.train import order
 from vpd.stages.train.order import DataOrder
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from recorded import (
+from support.recorded import (
     DRAFT,
     TOKEN,
     G,

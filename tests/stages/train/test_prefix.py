@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vpd.data.cache.drafts import NOT_DRAFTED
-from vpd.stages.config import PlainSampler, PrefixConfig
+from vpd.stages.train.config import PlainSampler, PrefixConfig
 from vpd.stages.train.prefix import BlockFacts, draw_prefixes, prefix_distribution
 
 NAMES = [*get_args(PlainSampler), "mixture"]

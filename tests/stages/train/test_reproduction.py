@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from plain_drafter import plain_drafter, random_drafter, relative_error
-from recorded import make_config, pack_all
-from tiny import SHAPE, make_cached, make_row
+from support.plain_drafter import plain_drafter, random_drafter, relative_error
+from support.recorded import make_config, pack_all
+from support.tiny import SHAPE, make_cached, make_row
 from torch import Tensor
 from vpd.data.cache.reader import CachedSequence
-from vpd.stages.config import TrainConfig
+from vpd.stages.train.config import TrainConfig
 from vpd.stages.train.objective import HeadRows, block_loss
 from vpd.stages.train.samples import SequenceBlocks, TrainingBlocks, draw_blocks
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny import DRAFTER, TRAIN, Damage, run_vpd, snapshot, vpd
-from vpd.data.cache.store import Cache
+from support.tiny import DRAFTER, TRAIN, Damage, run_vpd, snapshot, vpd
+from vpd.data.cache.cache import Cache
 from vpd.data.cache.writer import StateWriter
 from vpd.data.errors import DrafterError
 from vpd.pipeline.config import load_config
 from vpd.stages.drafter.checkpoint import load_drafter
 from vpd.stages.train.checkpoints import find_drafter, list_checkpoints, load_state
 from vpd.stages.train.loop import run_together
-from vpd.stages.train.run import make_trainer
+from vpd.stages.train.plan import make_trainer
 from vpd.stages.train.trainer import StepResult, Trainer
 
 Flags = dict[str, Any]

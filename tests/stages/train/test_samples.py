@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recorded import (
+from support.recorded import (
     ARGMAX,
     MASK,
     TOKEN,
@@ -23,15 +23,10 @@ from recorded import (
     prefixes,
     training_blocks,
 )
-from vpd.data.cache.store import NO_CHOICE
+from vpd.data.cache.cache import NO_CHOICE
 from vpd.data.errors import CacheNotFoundError
-from vpd.stages.train.samples import (
-    draw_blocks,
-    feature_rms,
-    is_held_out,
-    label_tokens,
-    split_rows,
-)
+from vpd.stages.holdout import is_held_out, split_rows
+from vpd.stages.train.samples import draw_blocks, feature_rms, label_tokens
 
 # Held-out sequences
 

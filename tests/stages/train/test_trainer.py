@@ -11,21 +11,21 @@ from typing import Any, NamedTuple, cast
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import DRAFTER, TRAIN, snapshot
+from support.tiny import DRAFTER, TRAIN, snapshot
+from support.tracing import trace_compiled_modules
 from torch import Tensor
-from tracing import trace_compiled_modules
-from vpd.data.cache.store import Cache
+from vpd.data.cache.cache import Cache
 from vpd.data.errors import ConfigError, VpdError
-from vpd.stages.config import DrafterSection, TrainConfig
 from vpd.stages.drafter import model as model_module
 from vpd.stages.drafter.attention import Layout, make_layout
 from vpd.stages.train import loop as loop_module
 from vpd.stages.train import trainer as trainer_module
 from vpd.stages.train.checkpoints import checkpoint_path, list_checkpoints, load_state
+from vpd.stages.train.config import DrafterSection, TrainConfig
 from vpd.stages.train.feed import Feed
 from vpd.stages.train.loop import Pace, run_together
 from vpd.stages.train.objective import BlockLabels, HeadRows, LossParts, block_loss
-from vpd.stages.train.run import make_trainer
+from vpd.stages.train.plan import make_trainer
 from vpd.stages.train.trainer import Trainer
 
 Line = dict[str, Any]

@@ -1,0 +1,129 @@
+"""A run's folder: resolved config, provenance, metrics."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import secrets
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ..data.cache.cache import Cache
+from ..data.cache.storage.files import require_folder, write_text_durably
+from ..data.errors import ConfigError
+from .config import VpdConfig, config_yaml, load_config
+
+CONFIG, PROVENANCE, METRICS = "config.yaml", "provenance.json", "metrics.jsonl"
+SECTIONS = ("drafter", "train")
+FREE_SETTINGS = frozenset(
+    f"train.{name}"
+    for name in (
+        "attention",
+        "compile",
+        "eval_limit",
+        "keep",
+        "log_every",
+        "non_finite",
+        "project",
+        "save_every",
+        "sharding",
+        "tokens_per_pass",
+        "trackers",
+    )
+)
+"""Settings that a resumed run may change: but for rounding, they do not touch what is computed."""
+PACKAGES = ("vpd", "torch", "transformers", "accelerate", "zarr", "pyarrow", "safetensors")
+
+
+class RunFolder:
+    """The folder of a training run, new or resumed."""
+
+    def __init__(self, folder: Path, config: VpdConfig, cache: Cache):
+        """
+        Raises:
+            ConfigError: the folder holds a run with other settings or from another state of the cache.
+        """
+        require_folder(folder)
+        self.folder = folder
+        self._config, self._cache = config, cache
+        self.run_id = secrets.token_hex(4)
+        if (folder / CONFIG).is_file():
+            recorded = self._recorded()
+            self._check_same_run(config, cache, recorded)
+            self.run_id = recorded.get("run_id", self.run_id)
+
+    def start(self, step: int) -> None:
+        """Writes what the run is made of, and drops metrics after `step`, which are about to be computed again."""
+        # The config comes last, as a folder that has one is continued.
+        made_of = {"run_id": self.run_id, **provenance(self._cache)}
+        write_text_durably(self.folder / PROVENANCE, json.dumps(made_of, indent=2) + "\n")
+        write_text_durably(self.folder / CONFIG, config_yaml(self._config, SECTIONS))
+        path = self.folder / METRICS
+        lines = path.read_text().splitlines() if path.is_file() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        write_text_durably(path, "".join(f"{line}\n" for line in kept))
+
+    def settings(self) -> dict[str, Any]:
+        """The run's settings by section."""
+        return {name: getattr(self._config, name).model_dump() for name in SECTIONS}
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        with open(self.folder / METRICS, "a") as file:
+            file.write(json.dumps({name: finite_or_none(value) for name, value in metrics.items()}) + "\n")
+
+    def _recorded(self) -> dict[str, Any]:
+        path = self.folder / PROVENANCE
+        try:
+            return dict(json.loads(path.read_text()))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{self.folder} can't be continued: expected a run's provenance in {path} ({error!r}). "
+                "Restore it, or use another --out."
+            ) from None
+
+    def _check_same_run(self, config: VpdConfig, cache: Cache, recorded: dict[str, Any]) -> None:
+        own = load_config(self.folder / CONFIG, {})
+        different = [
+            f"{key}: the run has {theirs}, now {ours}"
+            for key, theirs, ours in _pairs(own, config)
+            if theirs != ours and key not in FREE_SETTINGS
+        ]
+        if (found := recorded.get("cache_fingerprint")) != cache.fingerprint:
+            different.append(f"cache: the run was started from {found}, it is now {cache.fingerprint}")
+        if different:
+            raise ConfigError(
+                f"{self.folder} holds a run with other settings, so it can't be continued. {'; '.join(different)}. "
+                "Use the same settings, or another --out."
+            )
+
+
+def finite_or_none(value: Any) -> Any:
+    """JSON has no NaN, nor infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def provenance(cache: Cache) -> dict[str, Any]:
+    """Where a run comes from."""
+    return {
+        "command": sys.argv,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cache": cache.place,
+        "cache_fingerprint": cache.fingerprint,
+        "target": cache.manifest.target,
+        "target_fingerprint": cache.manifest.target_fingerprint,
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+    }
+
+
+def _pairs(found: VpdConfig, config: VpdConfig) -> list[tuple[str, Any, Any]]:
+    """(dotted key, value found, value now) of every setting of a run."""
+    return [
+        (f"{section}.{name}", getattr(getattr(found, section), name), getattr(getattr(config, section), name))
+        for section in SECTIONS
+        for name in type(getattr(config, section)).model_fields
+    ]

@@ -1,0 +1,183 @@
+"""First drafts over a cache: drafts at every anchor from the stored states, without the target."""
+
+# S tokens of a sequence, T with a state, D context features, N blocks, G block size, A alternatives
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...data.cache.cache import CHUNK_TOKENS, Cache
+from ...data.cache.drafts import ACCEPT_LEN, NOT_DRAFTED, NUM_ALTERNATIVES, FirstDrafts, draft_specs, empty_drafts
+from ...data.cache.reader import CachedSequence, Request, read_ahead
+from ...data.errors import DrafterError
+from ..config import ReadConfig
+from ..devices import choose_device, choose_dtype
+from ..drafter.blocks import accept_lengths, anchors_of, block_tokens, show_prefix
+from ..drafter.checkpoint import check_fits, drafter_fingerprint, load_drafter, load_shape
+from ..drafter.drafting import fill_blocks
+from ..drafter.model import Drafter
+from ..drafter.target_pieces import TargetPieces
+from .config import DraftConfig
+
+
+def open_first_drafts(cache: Cache, folder: Path, config: DraftConfig) -> FirstDrafts:
+    """The place of a first drafter's drafts in a cache, made if it is new.
+
+    Raises:
+        DrafterError: the drafter does not fit the cache, or its drafts are there with another stride.
+    """
+    shape = load_shape(folder)
+    check_fits(shape, cache.manifest, folder)
+    facts = {
+        "block_size": shape.block_size,
+        "judged_against": "recorded tokens",
+        "mask_token_id": shape.mask_token_id,
+        "name": str(folder),
+        "num_alternatives": NUM_ALTERNATIVES,
+        "stride": config.stride,
+    }
+    drafts = FirstDrafts.create_or_open(cache, drafter_fingerprint(folder), facts)
+    if drafts.facts["stride"] != config.stride:
+        raise DrafterError(
+            f"{drafts.place} holds this drafter's drafts at stride {drafts.facts['stride']}, this run asks for "
+            f"{config.stride}. Use the same stride, or remove that folder."
+        )
+    return drafts
+
+
+class FirstDrafting:
+    """A first drafter at work on a cache that may still grow: each call drafts what it has not drafted yet."""
+
+    def __init__(self, folder: Path, config: DraftConfig, read: ReadConfig | None = None):
+        self._folder, self._config, self._read = folder, config, read or ReadConfig()
+        self._device = choose_device(config.device)
+        self._dtype = choose_dtype(config.dtype, self._device)
+        self._loaded: tuple[Drafter, TargetPieces] | None = None
+
+    def run(
+        self,
+        cache: Cache,
+        on_sequence: Callable[[int], None] = lambda num_anchors: None,
+        must_stop: Callable[[], bool] = lambda: False,
+    ) -> FirstDrafts:
+        """Drafts part by part, each committed as a whole, in an order of its own: others that draft the same cache at
+        the same time are as a rule at another part, and what they have drafted is left to them.
+
+        Args:
+            on_sequence: called after each sequence with its number of anchors.
+            must_stop: once this is true, the part at hand is left.
+        """
+        drafts = open_first_drafts(cache, self._folder, self._config)
+        missing = drafts.missing_parts()
+        for part in random.sample(missing, len(missing)):
+            if not drafts.is_drafted(part) and not self._draft_part(cache, drafts, part, on_sequence, must_stop):
+                break
+        return drafts
+
+    def _models(self, cache: Cache) -> tuple[Drafter, TargetPieces]:
+        if self._loaded is None:
+            drafter = load_drafter(self._folder, device=self._device, dtype=self._dtype)
+            pieces = TargetPieces.load(cache.target_folder, device=self._device, dtype=self._dtype)
+            self._loaded = drafter, pieces
+        return self._loaded
+
+    def _draft_part(
+        self,
+        cache: Cache,
+        drafts: FirstDrafts,
+        part: str,
+        on_sequence: Callable[[int], None],
+        must_stop: Callable[[], bool],
+    ) -> bool:
+        """Returns whether the part is drafted."""
+        drafter, pieces = self._models(cache)
+        num_anchors = 0
+        requests = map(Request, cache.rows_of_part(part))
+        with (
+            drafts.writer(part) as writer,
+            closing(read_ahead(cache, requests, self._read.num_threads, self._read.num_buffers)) as sequences,
+        ):
+            for packed in pack_sequences(sequences, self._config, pieces):
+                for arrays in draft_sequences(packed, drafter, pieces, self._config):
+                    if must_stop():
+                        return False
+                    writer.append(arrays)
+                    count = int((arrays[ACCEPT_LEN] != NOT_DRAFTED).sum())
+                    num_anchors += count
+                    on_sequence(count)
+            writer.commit({"num_anchors": num_anchors})
+        drafts.parts[part] = writer.name
+        return True
+
+
+class Undrafted(NamedTuple):
+    """What drafting needs of a sequence."""
+
+    features_TD: Tensor
+    token_ids_S: Tensor
+    loss_mask_S: Tensor
+    anchors_N: Tensor
+
+
+def pack_sequences(
+    sequences: Iterable[CachedSequence], config: DraftConfig, pieces: TargetPieces
+) -> Iterator[list[Undrafted]]:
+    """Sequences that are drafted together: as many as give a pass its anchors, with their states on the device."""
+    packed: list[Undrafted] = []
+    device, dtype = pieces.embed_VH.device, pieces.embed_VH.dtype
+    for sequence in sequences:
+        token_ids_S, loss_mask_S = sequence.token_ids_S.to(device), sequence.loss_mask_S.to(device)
+        anchors_N = anchors_of(loss_mask_S, sequence.row.num_tokens)[:: config.stride]
+        # A copy: the reader's buffer is filled again for the next sequence.
+        features_TD = sequence.hidden(device).flatten(1).to(dtype, copy=True)
+        packed.append(Undrafted(features_TD, token_ids_S, loss_mask_S, anchors_N))
+        if sum(len(each.anchors_N) for each in packed) >= config.anchors_per_pass:
+            yield packed
+            packed = []
+    if packed:
+        yield packed
+
+
+@torch.inference_mode()
+def draft_sequences(
+    packed: list[Undrafted], drafter: Drafter, pieces: TargetPieces, config: DraftConfig
+) -> list[dict[str, np.ndarray]]:
+    """Rows of the drafts' arrays for each sequence; anchors that are not drafted keep `NOT_DRAFTED`."""
+    G = drafter.shape.block_size
+    found = [empty_drafts(len(each.features_TD), draft_specs(G, CHUNK_TOKENS)) for each in packed]
+    context = drafter.context(
+        torch.cat([each.features_TD for each in packed]), [len(each.features_TD) for each in packed]
+    )
+    blocks = [block_tokens(each.token_ids_S, each.loss_mask_S, each.anchors_N, G) for each in packed]
+    tokens_NG, labelled_NG = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    anchors_N = torch.cat([each.anchors_N for each in packed])
+    masked_NG = show_prefix(tokens_NG, torch.zeros_like(anchors_N), drafter.shape.mask_token_id)
+    sequence_N = torch.arange(len(packed)).repeat_interleave(torch.tensor([len(each.anchors_N) for each in packed]))
+    for start in range(0, len(anchors_N), config.anchors_per_pass):
+        chunk = slice(start, start + config.anchors_per_pass)
+        wanted_NG = torch.ones_like(masked_NG[chunk], dtype=torch.bool)
+        wanted_NG[:, 0] = False
+        num_blocks = torch.bincount(sequence_N[chunk], minlength=len(packed)).tolist()
+        found_NGA, probs_NGA = fill_blocks(
+            drafter, pieces, context, masked_NG[chunk], anchors_N[chunk], wanted_NG, NUM_ALTERNATIVES, num_blocks
+        )
+        accepted_N = accept_lengths(found_NGA[..., 0], tokens_NG[chunk], labelled_NG[chunk])
+        drafted = {
+            "accept_len": accepted_N.to(torch.uint8).cpu().numpy(),
+            "tokens": found_NGA[:, 1:].to(torch.int32).cpu().numpy(),
+            "probs": probs_NGA[:, 1:].to(torch.float16).cpu().numpy(),
+        }
+        rows_N = anchors_N[chunk].cpu().numpy()
+        begin = 0
+        for arrays, count in zip(found, num_blocks, strict=True):
+            for name, values in drafted.items():
+                arrays[name][rows_N[begin : begin + count]] = values[begin : begin + count]
+            begin += count
+    return found

@@ -1,0 +1,60 @@
+"""The target's greedy choices from its captured states."""
+
+# T tokens, H hidden width, V vocabulary
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from ....data.errors import TargetError
+from ...drafter.target_pieces import linear
+from ..target import Target, read_pieces
+
+
+class ArgmaxHead:
+    """The target's greedy choice after each token, from its last layer's output before the final norm.
+
+    Monotone maps of the logits (scaling, soft-capping) do not change the choice and are left out.
+    """
+
+    def __init__(self, target: Target):
+        """
+        Raises:
+            TargetError: the target's final norm or LM head can't be found.
+        """
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        pieces = {name: value.to(device) for name, value in read_pieces(target).items()}
+        weights = {name.removeprefix("norm."): value for name, value in pieces.items() if name.startswith("norm.")}
+        self._norm = make_final_norm(target, weights).to(device)
+        self._head_VH = pieces.get("lm_head.weight", pieces["embed_tokens.weight"]).to(dtype)
+        self._bias_V = pieces["lm_head.bias"].to(dtype) if "lm_head.bias" in pieces else None
+
+    @torch.inference_mode()
+    def __call__(self, states_TH: Tensor, tokens_per_chunk: int = 512) -> Tensor:
+        """int64 [T] for states [T, H]."""
+        choices = []
+        for chunk in states_TH.split(tokens_per_chunk):
+            normed = self._norm(chunk.to(self._head_VH.device, torch.float32)).to(self._head_VH.dtype)
+            choices.append(linear(normed, self._head_VH, self._bias_V).argmax(dim=-1).cpu())
+        return torch.cat(choices)
+
+
+def make_final_norm(target: Target, weights: dict[str, Tensor]) -> nn.Module:
+    """The target's own module, in float32: kinds differ in what they subtract, what they scale by and what they add.
+
+    Raises:
+        TargetError: transformers' class for this target has no such norm.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(target.config)
+        norm: nn.Module = model.get_decoder().norm.float()
+        norm.load_state_dict({name: value.float() for name, value in weights.items()}, assign=True)
+    except (ValueError, AttributeError, RuntimeError) as error:
+        raise TargetError(
+            f"expected a target whose final norm transformers' class for {target.config.model_type} names `norm`: "
+            f"{' '.join(str(error).split()).rstrip('. ')}. Choose --engine transformers."
+        ) from error
+    return norm

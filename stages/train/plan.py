@@ -1,0 +1,180 @@
+"""From settings to a `Trainer`: shape, split, first drafts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ...data.cache.cache import Cache
+from ...data.cache.drafts import FirstDrafts, list_drafts
+from ...data.cache.index import SequenceIndex
+from ...data.cache.manifest import CacheManifest
+from ...data.errors import CacheNotFoundError, ConfigError, DrafterError
+from ..config import ReadConfig
+from ..drafter.checkpoint import check_fits, drafter_fingerprint
+from ..drafter.shape import DrafterShape, rope_parameters
+from ..drafter.target_pieces import TargetPieces, choose_mask_token, load_target_config, load_tokenizer
+from ..evaluate.config import EvalConfig
+from ..evaluate.replay import Replay, require_all_anchors, require_replayable
+from ..holdout import split_rows
+from .checkpoints import find_drafter
+from .config import DrafterSection, TrainConfig
+from .samples import boundary_readers, require_anchor
+from .trainer import Evaluation, Trainer
+
+DEFAULT_MAX_POSITIONS = 32768
+
+
+def plan_shape(cache: Cache, section: DrafterSection) -> DrafterShape:
+    """The drafter's shape: the config's, and the target's where it says nothing.
+
+    Raises:
+        DrafterError: the shape is impossible.
+    """
+    mask_token_id = choose_mask_token(
+        section.mask_token_id, load_tokenizer(cache.target_folder), cache.manifest.vocab_size
+    )
+    return shape_for(cache.manifest, load_target_config(cache.target_folder), section, mask_token_id)
+
+
+def shape_for(
+    manifest: CacheManifest, target: dict[str, Any], section: DrafterSection, mask_token_id: int
+) -> DrafterShape:
+    """The drafter's shape for a cache of the target with this config."""
+
+    def own_or_target(name: str) -> int:
+        value = getattr(section, name) or target.get(name)
+        if value is None:
+            raise DrafterError(f"the target's config has no {name} to take over. Set drafter.{name}.")
+        return int(value)
+
+    num_heads = own_or_target("num_attention_heads")
+    return DrafterShape(
+        num_layers=section.num_layers,
+        hidden_size=manifest.hidden_size,
+        num_attention_heads=num_heads,
+        num_key_value_heads=section.num_key_value_heads or target.get("num_key_value_heads", num_heads),
+        head_dim=section.head_dim or target.get("head_dim") or manifest.hidden_size // num_heads,
+        intermediate_size=own_or_target("intermediate_size"),
+        rms_norm_eps=target.get("rms_norm_eps", 1e-6),
+        rope_theta=section.rope_theta or float(rope_parameters(target).get("rope_theta", 10000.0)),
+        max_position_embeddings=target.get("max_position_embeddings", DEFAULT_MAX_POSITIONS),
+        vocab_size=manifest.vocab_size,
+        block_size=section.block_size,
+        mask_token_id=mask_token_id,
+        target_layer_ids=manifest.layer_ids,
+        num_target_layers=manifest.num_target_layers,
+    )
+
+
+def plan_first_drafts(cache: Cache, shape: DrafterShape, config: TrainConfig) -> FirstDrafts | None:
+    """The first drafts that training reads; None if it needs none.
+
+    Raises:
+        CacheNotFoundError: it needs them, and the cache has none, or not for all its parts.
+        ConfigError: they were made with another block size.
+    """
+    readers = boundary_readers(config)
+    if not readers:
+        return None
+    if not list_drafts(cache.storage):
+        raise CacheNotFoundError(
+            f"{', '.join(readers)}: needs to know where the first draft fails, but {cache.place} holds no first "
+            f"drafts. Make them with vpd draft {cache.place} --first-drafter DIR, or choose --prefix-sampler geometric "
+            "and --anchor-sampler uniform."
+        )
+    drafts = FirstDrafts.open(cache, first_drafter_fingerprint(config))
+    if drafts.block_size != shape.block_size:
+        raise ConfigError(
+            f"the first drafts {drafts.fingerprint} have block size {drafts.block_size}, drafter.block_size is "
+            f"{shape.block_size}. Set drafter.block_size to {drafts.block_size}."
+        )
+    require_complete(drafts)
+    return drafts
+
+
+def require_complete(drafts: FirstDrafts) -> None:
+    """
+    Raises:
+        CacheNotFoundError: a part of the cache has no first drafts.
+    """
+    if missing := drafts.missing_parts():
+        cache = drafts.cache
+        raise CacheNotFoundError(
+            f"the first drafts {drafts.fingerprint} lack {len(missing)} of {len(cache.parts)} parts of "
+            f"{cache.place}. Complete them: vpd draft {cache.place} --first-drafter DIR."
+        )
+
+
+def make_trainer(
+    cache: Cache,
+    run: Path,
+    section: DrafterSection,
+    config: TrainConfig,
+    read: ReadConfig | None = None,
+    evaluation: EvalConfig | None = None,
+    pieces: TargetPieces | None = None,
+) -> Trainer:
+    """Checks everything that can be checked before the first step, and resumes the run if it has checkpoints.
+
+    Args:
+        pieces: the target's, where another trainer has loaded them.
+    """
+    read = read or ReadConfig()
+    shape = plan_shape(cache, section)
+    check_fits(shape, cache.manifest, run)
+    training, held_out = split_rows(cache, config.holdout)
+    drafts = plan_first_drafts(cache, shape, config)
+    require_anchor(cache, training, config.max_len)
+    judge = None
+    if config.eval_limit:
+        judge = plan_evaluation(cache, held_out, config, read, evaluation or EvalConfig())
+    trainer = Trainer(cache, training, drafts, shape, config, run, read, judge, pieces)
+    trainer.resume()
+    return trainer
+
+
+def plan_evaluation(
+    cache: Cache, rows: SequenceIndex, config: TrainConfig, read: ReadConfig, evaluation: EvalConfig
+) -> Evaluation:
+    """Judges by the acceptance length on held-out rows; a VP-Drafter's is beside the cached first drafts.
+
+    Raises:
+        CacheNotFoundError: the cache lacks first drafts, or there is nothing to replay.
+    """
+    settings = evaluation.model_copy(update={"limit": config.eval_limit, "max_k": evaluation.k})
+    drafts = plan_replay(cache, rows, config, settings)
+
+    def alpha_of(checkpoint: Path) -> float:
+        if drafts is None:
+            return Replay(cache, checkpoint, None, settings, read).run(rows).alpha["first"]
+        return Replay(cache, drafts, checkpoint, settings, read).run(rows).alpha["d2sd"]
+
+    measure = settings.model_dump(mode="json", exclude={"device", "live_prompts"})
+    return Evaluation(alpha_of, measure | {"first_drafts": None if drafts is None else drafts.fingerprint})
+
+
+def plan_replay(
+    cache: Cache, held_out: SequenceIndex, config: TrainConfig, evaluation: EvalConfig
+) -> FirstDrafts | None:
+    """The first drafts that a run's drafter is replayed beside; None if it is a first drafter itself.
+
+    Raises:
+        CacheNotFoundError: the cache lacks first drafts, or there is nothing to replay.
+        DrafterError: the first drafts leave out anchors.
+    """
+    require_replayable(cache, held_out[: evaluation.limit])
+    if config.objective != "vp":
+        return None
+    drafts = FirstDrafts.open(cache, first_drafter_fingerprint(config))
+    require_complete(drafts)
+    require_all_anchors(drafts)
+    return drafts
+
+
+def first_drafter_fingerprint(config: TrainConfig) -> str | None:
+    """Fingerprint of the first drafter that the config names by its folder, hub id or fingerprint."""
+    named = config.first_drafter
+    if named is None or not ("/" in named or Path(named).is_dir()):
+        return named
+    return drafter_fingerprint(find_drafter(named))

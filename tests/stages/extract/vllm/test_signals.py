@@ -1,0 +1,74 @@
+"""The engine's processes heed their driver alone: a signal of anybody else changes nothing."""
+
+import os
+import signal
+import subprocess
+from contextlib import suppress
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+from vpd.stages.extract.vllm.signals import heed_driver, shielded
+
+FORK = get_context("fork")
+HEEDED = 7
+"""Exit code of a process whose handler was called."""
+
+
+def work(driver: int, connection: Connection) -> None:
+    """An engine: it answers until it heeds a termination."""
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(HEEDED))
+    heed_driver(driver)
+    while True:
+        connection.send(os.getpid())
+        connection.recv()
+
+
+def drive(connection: Connection) -> None:
+    """A driver that starts an engine and is gone."""
+    with shielded():
+        FORK.Process(target=work, args=(os.getpid(), connection)).start()
+    os._exit(0)
+
+
+def has_waiting_signals(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return any(int(line.split()[1], 16) for line in status if line.startswith(("SigPnd", "ShdPnd")))
+
+
+def test_only_the_driver_ends_a_shielded_process():
+    ours, theirs = FORK.Pipe()
+    with shielded():
+        process = FORK.Process(target=work, args=(os.getpid(), theirs))
+        process.start()
+    pid = ours.recv()
+    for name in ("TERM", "INT"):
+        subprocess.run(["sh", "-c", f"kill -{name} {pid}"], check=True)
+        while has_waiting_signals(pid):
+            pass
+        ours.send(None)
+        assert ours.recv() == pid
+    process.terminate()
+    process.join()
+    assert process.exitcode == HEEDED
+
+
+def test_a_process_whose_driver_is_gone_ends(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("vpd.stages.extract.vllm.signals.SECONDS_BETWEEN_LOOKS", 0.05)
+    ours, theirs = FORK.Pipe()
+    driver = FORK.Process(target=drive, args=(theirs,))
+    driver.start()
+    theirs.close()
+    ours.recv()
+    driver.join()
+    with pytest.raises(EOFError):  # the engine held the other end
+        ours.recv()
+
+
+def test_signals_are_let_through_again_after_the_start():
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with suppress(RuntimeError), shielded():
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before | {signal.SIGINT, signal.SIGTERM}
+        raise RuntimeError("the engine does not start")
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before

@@ -1,0 +1,276 @@
+"""A tiny cache with drafters of several block sizes, and its slow decode at every anchor."""
+
+# K context layers, D context features (K x H), H hidden width, G block size, V vocabulary
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from vpd.data.cache.cache import Cache
+from vpd.data.cache.drafts import DraftedSequence, FirstDrafts
+from vpd.data.cache.index import SequenceRow
+from vpd.data.cache.reader import CachedSequence
+from vpd.data.cache.target_files import store_target_files
+from vpd.data.cache.writer import StateWriter
+from vpd.stages.draft.config import DraftConfig
+from vpd.stages.draft.first_draft import FirstDrafting
+from vpd.stages.drafter.checkpoint import load_drafter, save_drafter
+from vpd.stages.drafter.model import Drafter
+from vpd.stages.drafter.shape import DrafterShape
+from vpd.stages.evaluate.config import EvalConfig
+from vpd.stages.evaluate.replay import Replay
+from vpd.stages.evaluate.report import AnchorFacts, ReplayReport, Way
+
+from support.slow_decode import POLICIES, Ranked, SlowDrafter, slow_accept_length, slow_candidates
+from support.tiny import SHAPE as ANY_SHAPE
+from support.tiny import make_manifest
+
+V = 12
+SHAPE = replace(ANY_SHAPE, vocab_size=V, mask_token_id=V - 1)
+H, K, G = SHAPE.hidden_size, len(SHAPE.target_layer_ids), SHAPE.block_size
+MAX_K = 20
+"""More than the pairs of a first draft."""
+
+
+class Second(NamedTuple):
+    """A second drafter: its folder, and the block size that the configuration asks of it."""
+
+    name: str
+    block_size: int | None = None
+
+
+SECONDS = {
+    "same-block": Second("same"),
+    "larger-block": Second("larger"),
+    "smaller-block": Second("smaller"),
+    "stretched": Second("same", G + 2),
+    "cut": Second("larger", G - 2),
+}
+SHAPES = {
+    "first": SHAPE,
+    "same": replace(SHAPE, num_layers=1, mask_token_id=V - 2),
+    "larger": replace(SHAPE, block_size=G + 3),
+    "smaller": replace(SHAPE, block_size=G - 2, mask_token_id=V - 3),
+}
+TALKS = {
+    # Lengths of prompt and response in turn; the last response may end in a token without a state.
+    "one-answer": ([3, 60], True),
+    "answer-given-in-full": ([2, 11], False),
+    "two-answers": ([2, 9, 4, 20], True),
+    "short-answers": ([1, 1, 3, 2, 2, 3], False),
+}
+
+
+def responses_of(lengths: list[int]) -> list[tuple[int, int]]:
+    """Spans of the responses that hold something to draft."""
+    ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+    return [
+        (end - length, end) for i, (length, end) in enumerate(zip(lengths, ends, strict=True)) if i % 2 and length > 1
+    ]
+
+
+class Anchor(NamedTuple):
+    """An anchor, its token, and what the target goes on with."""
+
+    seq_id: str
+    position: int
+    token: int
+    continuation: list[int]
+
+
+@dataclass
+class Recorder(ReplayReport):
+    """A report that also keeps every accept length."""
+
+    accept_lens: list[np.ndarray] = field(default_factory=list)
+
+    def add(self, accept_lens_NC: np.ndarray, response_lens: Sequence[Sequence[int]], facts: AnchorFacts) -> None:
+        self.accept_lens.append(accept_lens_NC)
+        super().add(accept_lens_NC, response_lens, facts)
+
+    def by_way(self) -> dict[Way, list[int]]:
+        """Accept lengths at all anchors."""
+        return dict(zip(self.ways, np.concatenate(self.accept_lens).T.tolist(), strict=True))
+
+
+class World:
+    """Read-only; what the slow decode finds is kept."""
+
+    def __init__(self, folder: Path, pieces: dict[str, Tensor]):
+        self.folder, self.pieces = folder, pieces
+        self.cache = Cache.open(folder / "cache")
+        self.sequence: Callable[[str], CachedSequence] = cache(lambda seq_id: self.cache.read(self.row(seq_id)))
+        self.drafted: Callable[[str], DraftedSequence] = cache(lambda seq_id: self.drafts.read(self.row(seq_id)))
+        self.slow: Callable[[str, Second], SlowDrafter] = cache(self._slow)
+        self.expected: Callable[[Second, bool], dict[Way, list[int]]] = cache(self._expected)
+
+    def row(self, seq_id: str) -> SequenceRow:
+        (row,) = [row for row in self.cache.rows if row.seq_id == seq_id]
+        return row
+
+    @property
+    def talks(self) -> list[SequenceRow]:
+        return [self.row(seq_id) for seq_id in TALKS]
+
+    @cached_property
+    def drafts(self) -> FirstDrafts:
+        """Recorded first drafts."""
+        return FirstDrafting(self.folder / "first", DraftConfig(device="cpu")).run(self.cache)
+
+    def replay(self, second: Second | None = None, first: FirstDrafts | None = None, **config: Any) -> Replay:
+        settings = {"policies": list(POLICIES), "device": "cpu"} | config
+        if second is not None:
+            settings["second_block_size"] = second.block_size
+        path = None if second is None else self.folder / second.name
+        return Replay(self.cache, first or self.folder / "first", path, EvalConfig(**settings))
+
+    def run(self, rows: Sequence[SequenceRow], *args: Any, **config: Any) -> Recorder:
+        replay = self.replay(*args, **config)
+        replay.report = Recorder(list(replay.ways()), replay.report.policy, replay.report.k, replay.report.block_size)
+        replay.run(rows)
+        return replay.report
+
+    def anchors(self, seq_ids: Sequence[str] = tuple(TALKS)) -> list[Anchor]:
+        """The anchors of all responses, in order."""
+        found = []
+        for seq_id in seq_ids:
+            tokens = self.sequence(seq_id).token_ids_S.tolist()
+            for start, end in responses_of(TALKS[seq_id][0]):
+                found += [Anchor(seq_id, a, tokens[a], tokens[a + 1 : end]) for a in range(start, end - 1)]
+        return found
+
+    def _slow(self, seq_id: str, second: Second) -> SlowDrafter:
+        features_TD = self.sequence(seq_id).hidden_TKH.flatten(1).float()
+        return SlowDrafter(load_drafter(self.folder / second.name), self.pieces, features_TD, second.block_size)
+
+    def ranked(self, anchor: Anchor) -> Ranked:
+        """The first draft and its alternatives, best first."""
+        return self.slow(anchor.seq_id, Second("first")).ranked(anchor.position, (anchor.token,))
+
+    def recorded(self, anchor: Anchor) -> Ranked:
+        """The same as it was recorded, with the rounding of the probabilities."""
+        drafted = self.drafted(anchor.seq_id)
+        rows = zip(
+            drafted.probs_TGA[anchor.position].tolist(), drafted.tokens_TGA[anchor.position].tolist(), strict=True
+        )
+        return [list(zip(probs, tokens, strict=True)) for probs, tokens in rows]
+
+    def _expected(self, second: Second, recorded: bool) -> dict[Way, list[int]]:
+        """Accept lengths of every way at all anchors, by the slow decode."""
+        seconds = {"d2sd": second} if recorded else {"first_as_second": Second("first"), "d2sd": second}
+        ranked = self.recorded if recorded else self.ranked
+        found = [self.slow_lens(seconds, anchor, ranked(anchor)) for anchor in self.anchors()]
+        return {way: [lens[way] for lens in found] for way in found[0]}
+
+    def slow_lens(
+        self, seconds: dict[str, Second], anchor: Anchor, ranked: Ranked, max_k: int = MAX_K
+    ) -> dict[Way, int]:
+        """Accept lengths of every way of decoding."""
+        draft = [best[0][1] for best in ranked]
+        found = {Way("first", None, 0): slow_accept_length([draft], anchor.continuation)}
+        ways = [("first_tree", None), *((setting, policy) for setting in seconds for policy in POLICIES)]
+        for setting, policy in ways:
+            second = self.slow(anchor.seq_id, seconds[setting]) if policy else None
+            candidates = slow_candidates(ranked, second, policy or "runner-up", anchor.position, anchor.token)
+            for k in range(max_k + 1):
+                found[Way(setting, policy, k)] = slow_accept_length(candidates[: k + 1], anchor.continuation)
+        return found
+
+
+def write_drafter(folder: Path, shape: DrafterShape, seed: int) -> Path:
+    """A drafter whose drafts differ from place to place: its attention is far from uniform."""
+    generator = torch.Generator().manual_seed(seed)
+    drafter = Drafter(shape)
+    with torch.no_grad():
+        for parameter in drafter.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=1.5 * parameter.shape[1] ** -0.5, generator=generator)
+    save_drafter(drafter.state_dict(), folder, shape.to_json(training_mode="dflash", prefix_weight_base=None))
+    return folder
+
+
+def write_response(tokens: list[int], length: int, drafters: list[SlowDrafter], generator: torch.Generator) -> None:
+    """Appends a response that random drafters would partly get right: each stretch follows one of their candidates
+    for some tokens, then goes another way."""
+
+    def pick(n: int) -> int:
+        return int(torch.randint(n, (), generator=generator))
+
+    tokens.append(pick(V))
+    end = len(tokens) + length - 1
+    while len(tokens) < end:
+        anchor, token = len(tokens) - 1, tokens[-1]
+        ranked = drafters[0].ranked(anchor, (token,))
+        second = [None, *drafters][pick(len(drafters) + 1)]
+        policy = POLICIES[pick(len(POLICIES))] if second is not None else "runner-up"
+        candidates = slow_candidates(ranked, second, policy, anchor, token)[:5]
+        candidate = candidates[pick(len(candidates))]
+        tokens += candidate[: max(pick(len(candidate) + 1), pick(len(candidate) + 1))]
+        tokens.append(pick(V))
+    del tokens[end:]
+
+
+def make_world(folder: Path) -> World:
+    folders = [write_drafter(folder / name, shape, seed) for seed, (name, shape) in enumerate(SHAPES.items())]
+    generator = torch.Generator().manual_seed(3)
+    pieces = {
+        "embed_tokens.weight": torch.randn(V, H, generator=generator),
+        "lm_head.weight": torch.randn(V, H, generator=generator),
+        "norm.weight": torch.ones(H),
+    }
+    manifest = make_manifest(
+        layer_ids=SHAPE.target_layer_ids,
+        vllm_layer_ids=tuple(i + 1 for i in SHAPE.target_layer_ids),
+        num_target_layers=SHAPE.num_target_layers,
+        hidden_size=H,
+        vocab_size=V,
+    )
+    empty = Cache.create_or_open(folder / "cache", manifest)
+    (folder / "pieces").mkdir()
+    save_file(pieces, folder / "pieces/pieces.safetensors")
+    store_target_files(empty.storage, folder / "pieces")
+    writer = StateWriter(empty, part_bytes=1 << 20, facts={})
+
+    def add(seq_id: str, lengths: list[int], unseen_end: bool, greedy: Callable[[int], bool]) -> None:
+        """`greedy` says of each position of a response whether its token is the target's own choice."""
+        hidden_TKH = torch.randn(sum(lengths), K, H, generator=generator).bfloat16()
+        features_TD = hidden_TKH.flatten(1).float()
+        drafters = [SlowDrafter(load_drafter(path), pieces, features_TD) for path in folders]
+        tokens: list[int] = []
+        mask: list[int] = []
+        for i, length in enumerate(lengths):
+            if i % 2:
+                write_response(tokens, length, drafters, generator)
+            else:
+                tokens += torch.randint(V, (length,), generator=generator).tolist()
+            mask += [i % 2] * length
+        choices = [token if greedy(p) else (token + 1) % V for p, token in enumerate(tokens)]
+        argmax = [*choices[1:], 0]
+        T = len(tokens) - unseen_end
+        writer.append(
+            seq_id=seq_id,
+            source="prompts.jsonl",
+            source_row=0,
+            hidden_TKH=hidden_TKH[:T],
+            token_ids=tokens[:T],
+            loss_mask=mask[:T],
+            target_argmax=argmax[:T],
+            prompt_len=lengths[0],
+            final_token_id=tokens[-1] if unseen_end else None,
+            finish_reason="stop" if unseen_end else "given",
+        )
+
+    for seq_id, (lengths, unseen_end) in TALKS.items():
+        add(seq_id, lengths, unseen_end, lambda position: True)
+    add("second-answer-sampled", [2, 6, 1, 8], False, lambda position: position < 13)
+    add("not-greedy", [2, 6], False, lambda position: position != 5)
+    add("last-token-not-greedy", [2, 6], True, lambda position: position != 7)
+    writer.commit()
+    return World(folder, pieces)
