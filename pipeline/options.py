@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from ..stages.config import plain_types
+from ..stages.config import plain_types, registry_of
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -101,10 +101,12 @@ def _within(key: str, name: str) -> bool:
 def _click_type(field: FieldInfo) -> click.ParamType | None:
     """How the command line reads a field; None where it has no flag."""
     member = next(found for found in plain_types(field.annotation) if found is not NoneType)
+    registry = registry_of(field)
     if get_origin(member) in (list, tuple):
         item = _plain_click_type(plain_types(get_args(member)[0])[0])
+        item = item if registry is None else click.Choice([*registry])
         return None if item is None else ItemList(item)
-    return _plain_click_type(member)
+    return click.Choice([*registry]) if registry is not None and member is str else _plain_click_type(member)
 
 
 def _plain_click_type(kind: Any) -> click.ParamType | None:

@@ -3,10 +3,23 @@
 One field is the YAML key, the command-line flag and the documentation at once.
 """
 
+from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema, core_schema
+
+from ..data.registry import Registry
 
 
 def from_percentage(value: Any) -> Any:
@@ -17,6 +30,21 @@ def from_percentage(value: Any) -> Any:
         return float(value[:-1]) / 100
     except ValueError:
         return value
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """A field's value is the name of an entry of a registry: `Annotated[str, OneOf(CODECS)]`."""
+
+    registry: Registry[Any]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def _check(self, name: str) -> str:
+        if name not in self.registry:
+            raise ValueError(" or ".join(map(repr, self.registry)))
+        return name
 
 
 Count = Annotated[int, Field(ge=1)]
@@ -60,6 +88,18 @@ class ReadConfig(Section):
     """Folder that keeps parts of a remote cache on the local disk; none = every read is a request."""
     local_gib: PositiveFloat = 100.0
     """Size of that folder, in GiB, beyond which the parts not used for longest are removed; > 0."""
+
+
+def registry_of(field: FieldInfo) -> Registry[Any] | None:
+    """The registry that a field takes names of, alone or in a list; None: it takes other values."""
+    found = [each for each in (*field.metadata, *_nested_metadata(field.annotation)) if isinstance(each, OneOf)]
+    return found[0].registry if found else None
+
+
+def _nested_metadata(annotation: Any) -> list[Any]:
+    """What `Annotated` says anywhere in a type."""
+    own = list(getattr(annotation, "__metadata__", ()))
+    return own + [each for member in get_args(annotation) for each in _nested_metadata(member)]
 
 
 def plain_types(annotation: Any) -> tuple[Any, ...]:
