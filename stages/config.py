@@ -32,7 +32,7 @@ def from_percentage(value: Any) -> Any:
         return value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class OneOf:
     """A field's value is the name of an entry of a registry: `Annotated[str, OneOf(CODECS)]`."""
 
