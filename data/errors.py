@@ -1,4 +1,20 @@
-"""Errors that a user can act on: each message says what was expected, what was found and what to do."""
+"""Errors that a user can act on: each message states what was expected, what was found and what to do.
+
+VpdError
++-- ConfigError                a setting (also a ValueError)
++-- PromptError                a prompt file (ValueError)
++-- TargetError                the target (ValueError)
++-- DrafterError               a drafter (ValueError)
++-- CacheNotFoundError         no cache (FileNotFoundError)
++-- CacheCorruptError          damage to a cache
++-- FingerprintMismatchError   a cache of another origin (ValueError)
++-- StorageError               a disk or bucket (OSError)
++-- NonFiniteError             a training step
++-- ExtractionError            the engine's answers
+    +-- EngineDiedError        the engine's end
+"""
+
+REPAIR_ADVICE = "Find all that is damaged, and have it extracted again, with vpd verify --repair."
 
 
 class VpdError(Exception):
@@ -14,7 +30,7 @@ class PromptError(VpdError, ValueError):
 
 
 class TargetError(VpdError, ValueError):
-    """The target's folder lacks something, or does not fit what was asked of it."""
+    """The target's folder lacks something, or does not fit the settings."""
 
 
 class DrafterError(VpdError, ValueError):
@@ -22,11 +38,23 @@ class DrafterError(VpdError, ValueError):
 
 
 class CacheNotFoundError(VpdError, FileNotFoundError):
-    """There is no cache at the given place, or nothing in it is committed."""
+    """There is no cache at the given place, or the cache has no committed part."""
 
 
 class CacheCorruptError(VpdError):
-    """Bytes of the cache are not what its commit records say."""
+    """Bytes of the cache are not what its records say.
+
+    Args:
+        what: what was expected and found.
+        advice: what to do about it.
+    """
+
+    def __init__(self, what: str, advice: str = REPAIR_ADVICE):
+        super().__init__(what, advice)
+        self.what, self.advice = what, advice
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.advice}"
 
 
 class FingerprintMismatchError(VpdError, ValueError):
@@ -34,7 +62,7 @@ class FingerprintMismatchError(VpdError, ValueError):
 
 
 class StorageError(VpdError, OSError):
-    """The place of a cache does not answer, refuses, or is full."""
+    """The place of a cache does not answer, refuses a request, or is full."""
 
 
 class NonFiniteError(VpdError):
@@ -42,8 +70,8 @@ class NonFiniteError(VpdError):
 
 
 class ExtractionError(VpdError):
-    """The engine handed back something else than what was asked of it."""
+    """The engine returned something else than the requests asked for."""
 
 
 class EngineDiedError(ExtractionError):
-    """The engine's processes ended by themselves; another engine may go on."""
+    """The engine's processes have died; a new engine can continue."""

@@ -1,5 +1,7 @@
 """Named choices of one kind, such as samplers or codecs; whoever defines one registers it beside its definition."""
 
+import inspect
+import re
 from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
@@ -27,6 +29,11 @@ class Registry(Mapping[str, Entry]):
         if name in self._entries:
             raise ConfigError(f"expected a new name for a {self.kind}, found {name}, which is taken. Choose another.")
         self._entries[name] = entry
+
+    def describe(self) -> dict[str, str]:
+        """Name -> what the entry does: the first sentence of the entry's docstring, on one line."""
+        texts = {name: " ".join((inspect.getdoc(entry) or "").split()) for name, entry in self._entries.items()}
+        return {name: re.split(r"(?<=\.) (?=[A-Z])", text, maxsplit=1)[0] for name, text in texts.items()}
 
     def __getitem__(self, name: str) -> Entry:
         """

@@ -1,4 +1,4 @@
-"""First drafts over a cache: what a first drafter proposed at each anchor, and where it was rejected."""
+"""First drafts over a cache: what a first drafter proposed at each anchor, and how many tokens were accepted."""
 
 # T tokens, G block size, A alternatives kept per block position
 from __future__ import annotations
@@ -7,51 +7,43 @@ import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ..errors import CacheCorruptError, CacheNotFoundError
+from ..lazy import LazyModule
+from .arrays import ACCEPT_LEN, DRAFT_ARRAYS, PROBS, TOKENS, draft_specs, names_by_range
 from .cache import Cache
 from .index import SequenceRow
-from .part import OpenPart, PartWriter, committed_parts, open_part, remove_uncommitted
-from .reader import Slot, read_chunks
+from .open_parts import OpenParts
+from .part import OpenPart, PartWriter, committed_parts, remove_uncommitted
+from .reader import read_rows
 from .records import dump_record, parse_record
-from .shard import WHAT_TO_DO, ArraySpec
 from .storage.base import Storage
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = LazyModule("torch")
+
 DRAFTS, FACTS = "drafts", "drafter.json"
-ACCEPT_LEN, TOKENS, PROBS = "accept_len", "tokens", "probs"
-NUM_ALTERNATIVES = 5
-NOT_DRAFTED = 255
-OPEN_PARTS = 64
-LOOKING_SHARE = 0.05
-"""Share of the time that may go into looking at what others have drafted, which lists all parts."""
+MAX_OPEN_DRAFTS = 64
+LISTING_SHARE = 0.05
+"""Share of the time that may go into listing the parts that others have drafted."""
 
 
 @dataclass(frozen=True, slots=True)
 class DraftedSequence:
-    """The first drafts of a sequence, one row for each of its T tokens taken as the anchor."""
+    """The first drafts of a sequence: one row for each of its T tokens, with the token as the anchor."""
 
     accept_len_T: Tensor
     """uint8 [T]: leading draft tokens equal to the recorded ones; `NOT_DRAFTED` where the anchor was not drafted."""
     tokens_TGA: Tensor
     """int32 [T, G-1, A]: the most likely tokens of block positions 1..G-1, best first; the first is the draft."""
     probs_TGA: Tensor
-    """float16 [T, G-1, A]: their probabilities; the first is the confidence."""
-
-
-def draft_specs(block_size: int, chunk_tokens: int) -> dict[str, ArraySpec]:
-    """The arrays of a part of first drafts."""
-    shape = (block_size - 1, NUM_ALTERNATIVES)
-    specs = [
-        ArraySpec(ACCEPT_LEN, (), "uint8", chunk_tokens),
-        ArraySpec(TOKENS, shape, "int32", chunk_tokens),
-        ArraySpec(PROBS, shape, "float16", chunk_tokens),
-    ]
-    return {spec.name: spec for spec in specs}
+    """float16 [T, G-1, A]: the probabilities of these tokens; the first is the confidence."""
 
 
 class FirstDrafts:
@@ -65,9 +57,11 @@ class FirstDrafts:
         self.specs = draft_specs(self.block_size, cache.manifest.chunk_tokens)
         self.root = drafts_root(fingerprint)
         self.parts: dict[str, str] = {}
-        """Parts of the cache that are drafted, and the names of their parts of drafts."""
+        """Part of the cache -> its part of drafts, for the parts that are drafted."""
         self.renew()
-        self._open_parts: dict[str, OpenPart] = {}
+        self._open_parts = OpenParts(
+            cache.storage, self.root, self.specs.values(), names_by_range(DRAFT_ARRAYS), MAX_OPEN_DRAFTS
+        )
 
     @property
     def place(self) -> str:
@@ -75,7 +69,11 @@ class FirstDrafts:
 
     @classmethod
     def create_or_open(cls, cache: Cache, fingerprint: str, facts: Mapping[str, Any]) -> FirstDrafts:
-        """Opens a drafter's first drafts for adding to them; `facts` describe it and hold `block_size`, `stride`."""
+        """Opens a drafter's first drafts for writing.
+
+        Args:
+            facts: what describes the drafter, `block_size` and `stride` among them.
+        """
         if not cache.storage.exists(f"{drafts_root(fingerprint)}{FACTS}"):
             cache.storage.write(f"{drafts_root(fingerprint)}{FACTS}", dump_record(dict(facts)))
         remove_uncommitted(cache.storage, drafts_root(fingerprint))
@@ -86,7 +84,7 @@ class FirstDrafts:
         """Opens first drafts for reading: the only ones, or those whose fingerprint begins with `fingerprint`.
 
         Raises:
-            CacheNotFoundError: there are none, none of that name, or several to choose from.
+            CacheNotFoundError: there are no such drafts, or the drafts of several drafters.
         """
         names = list_drafts(cache.storage)
         found = [name for name in names if name.startswith(fingerprint or "")]
@@ -99,14 +97,14 @@ class FirstDrafts:
         return cls(cache, found[0], read_facts(cache.storage, found[0]))
 
     def renew(self) -> None:
-        """Finds what others have drafted since."""
+        """Looks for parts that others have drafted since."""
         began = time.monotonic()
         self.parts |= {part_of(name): name for name in committed_parts(self.cache.storage, self.root)}
-        self._next_look = began + (time.monotonic() - began) / LOOKING_SHARE
+        self._next_listing = began + (time.monotonic() - began) / LISTING_SHARE
 
     def is_drafted(self, part: str) -> bool:
-        """Whether anyone has drafted a part, as far as is known: what others draft is looked for now and then."""
-        if part not in self.parts and time.monotonic() >= self._next_look:
+        """Whether anyone has drafted a part. Others' parts are listed only now and then, so the answer may be late."""
+        if part not in self.parts and time.monotonic() >= self._next_listing:
             self.renew()
         return part in self.parts
 
@@ -115,35 +113,34 @@ class FirstDrafts:
         return [name for name in self.cache.parts if name not in self.parts]
 
     def writer(self, part: str) -> PartWriter:
-        """Writes a part's drafts, under a name of their own: two that draft at once write nothing over each other."""
+        """A writer of a part's drafts. The name is new, so that two drafters of one part do not disturb each other."""
         return PartWriter(self.cache.storage, self.root, self.specs.values(), f"{part}.{uuid.uuid4().hex[:8]}")
 
     def read(self, row: SequenceRow) -> DraftedSequence:
         """Reads the first drafts of a sequence, every checksum verified.
 
         Raises:
-            CacheNotFoundError: its part was not drafted.
-            CacheCorruptError: bytes are missing or do not match their checksum.
+            CacheNotFoundError: the sequence's part was not drafted.
+            CacheCorruptError: bytes are missing, or do not match their checksums.
         """
-        ranged = [self._read_range(row, self.specs[name]) for name in (TOKENS, PROBS)]
-        return DraftedSequence(self.accept_lengths(row), *ranged)
+        found = {name: torch.from_numpy(rows) for name, rows in self.read_arrays(row).items()}
+        return DraftedSequence(found[ACCEPT_LEN], found[TOKENS], found[PROBS])
+
+    def read_arrays(self, row: SequenceRow) -> dict[str, np.ndarray]:
+        """The same as it is stored: T rows for each array of `DRAFT_ARRAYS`, by name."""
+        return {name: self.read_array(row, name) for name in self.specs}
+
+    def read_array(self, row: SequenceRow, name: str) -> np.ndarray:
+        """One of these arrays alone. `accept_len` needs no read from the disk, once the part is open."""
+        return read_rows(self._open(row), self.specs[name], row)
 
     def accept_lengths(self, row: SequenceRow) -> Tensor:
-        """`DraftedSequence.accept_len_T` alone, which is kept in memory for whole parts."""
-        accept_len = self._open(row).resident[ACCEPT_LEN]
-        return torch.from_numpy(accept_len[row.first_row : row.first_row + row.num_tokens])
+        """`DraftedSequence.accept_len_T` alone; no read from the disk, once the part is open."""
+        return torch.from_numpy(self.read_array(row, ACCEPT_LEN))
 
     def close_parts(self) -> None:
-        """Lets go of the files of all parts; what is read of them later opens them again."""
-        self._open_parts.clear()
-
-    def _read_range(self, row: SequenceRow, spec: ArraySpec) -> Tensor:
-        part = self._open(row)
-        chunks = part.chunks_of(spec, row.first_row, row.num_tokens)
-        slot = Slot()
-        read_chunks(part, spec, row.first_row, chunks, slot)
-        rows = slot.rows.tensor[: len(chunks) * spec.chunk_bytes].view(getattr(torch, spec.dtype))
-        return rows.view(-1, *spec.row_shape)[: row.num_tokens]
+        """Closes the files of all parts; a later read opens them again."""
+        self._open_parts.close()
 
     def _open(self, row: SequenceRow) -> OpenPart:
         if row.part not in self.parts:
@@ -151,15 +148,7 @@ class FirstDrafts:
                 f"expected first drafts of {self.fingerprint} for {row.part}, found none. "
                 f"Complete them: vpd draft {self.cache.place} --first-drafter DIR."
             )
-        if row.part not in self._open_parts:
-            ranged = [self.specs[TOKENS], self.specs[PROBS]]
-            part = open_part(
-                self.cache.storage, self.root, self.parts[row.part], ranged, [self.specs[ACCEPT_LEN]], verify=True
-            )
-            while len(self._open_parts) >= OPEN_PARTS:
-                del self._open_parts[next(iter(self._open_parts))]
-            self._open_parts[row.part] = part
-        return self._open_parts[row.part]
+        return self._open_parts.open(self.parts[row.part], verify=True)
 
 
 def drafts_root(fingerprint: str) -> str:
@@ -177,7 +166,7 @@ def list_drafts(storage: Storage) -> list[str]:
 
 
 def read_facts(storage: Storage, fingerprint: str) -> dict[str, Any]:
-    """What is known of a first drafter whose drafts the cache holds.
+    """The description of a first drafter whose drafts the cache holds.
 
     Raises:
         CacheCorruptError: the record is missing or damaged.
@@ -187,12 +176,4 @@ def read_facts(storage: Storage, fingerprint: str) -> dict[str, Any]:
     try:
         return parse_record(storage.read(name), place, "the record of a first drafter")
     except FileNotFoundError:
-        raise CacheCorruptError(f"the record {place} of a first drafter is missing. {WHAT_TO_DO}") from None
-
-
-def empty_drafts(num_tokens: int, specs: Mapping[str, ArraySpec]) -> dict[str, np.ndarray]:
-    """Rows [num_tokens, ...] of a sequence none of whose tokens was drafted."""
-    return {
-        name: np.full((num_tokens, *spec.row_shape), NOT_DRAFTED if name == ACCEPT_LEN else 0, spec.dtype)
-        for name, spec in specs.items()
-    }
+        raise CacheCorruptError(f"the record {place} of a first drafter is missing.") from None

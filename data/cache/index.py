@@ -1,8 +1,8 @@
-"""The index of a cache: one row a sequence, kept in columns.
+"""The index of a cache: one row for each sequence, kept in columns.
 
 Every part has its own Parquet file, `index/<part>.parquet`. A snapshot, `index/all-<parts>-<hash>.parquet`, holds the
-rows of many parts at once, so that opening a cache takes one file for them. Its name ends with the hash of its content.
-Parts committed after the snapshot was made are read from their own files.
+rows of many parts, so that a reader opens one file for all of them. The snapshot's name ends with the hash of the file.
+Parts that were committed after the snapshot are read from their own files.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from typing import Any, overload
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import ArrayLike
 
 from ..errors import CacheCorruptError
 from .records import describe
-from .shard import WHAT_TO_DO
 from .storage.base import Storage
 
 INDEX = "index"
 SNAPSHOT = re.compile(r"all-(\d{8})-([0-9a-f]{16})\.parquet")
 REPEATED = ["source", "part", "finish_reason"]
-"""Columns whose values recur; kept as a dictionary and a number a row."""
+"""Columns whose values recur; kept in memory as a dictionary of values and one number for each row."""
 BATCH_ROWS = 4096
 SNAPSHOT_TRIES = 5
 SNAPSHOT_LAG = 8
-"""A writer that looks renews the snapshot if the parts that it lacks are more than one in this many."""
+"""A writer renews the snapshot when more than 1/SNAPSHOT_LAG of the parts are not in it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,13 +45,13 @@ class SequenceRow:
     first_row: int
     """Row of the sequence's first token in the part's arrays."""
     num_tokens: int
-    """T, the tokens that entered the target and have a state."""
+    """T, the number of tokens that entered the target and have a state."""
     prompt_len: int
     num_supervised: int
     final_token_id: int | None
-    """The last generated token: the target never saw it, so it has no state. None if the response was given."""
+    """The last generated token, which has no state because it never entered the target; None for a given response."""
     finish_reason: str
-    """`stop`, `length` (cut by a limit) or `given`."""
+    """`stop`, `length` (cut by a limit), `given`, or `given, cut`."""
     hidden_offset: int
     hidden_length: int
     """Byte range of the sequence's chunks in the shard of `hidden`."""
@@ -76,14 +76,14 @@ MEMORY_SCHEMA = pa.schema(
 )
 
 
-def hash_content(token_ids: list[int], loss_mask: list[int], final_token_id: int | None) -> str:
-    """What `SequenceRow.content_hash` holds."""
-    content = np.asarray([*token_ids, -1 if final_token_id is None else final_token_id], "<i8").tobytes()
-    return hashlib.sha256(content + np.asarray(loss_mask, np.uint8).tobytes()).hexdigest()[:16]
+def hash_content(token_ids: ArrayLike, loss_mask: ArrayLike, final_token_id: int | None) -> str:
+    """The value of `SequenceRow.content_hash`."""
+    ids = np.append(np.asarray(token_ids, "<i8"), -1 if final_token_id is None else final_token_id).astype("<i8")
+    return hashlib.sha256(ids.tobytes() + np.asarray(loss_mask, np.uint8).tobytes()).hexdigest()[:16]
 
 
 class SequenceIndex(Sequence[SequenceRow]):
-    """Rows of the index, about 120 bytes each; a `SequenceRow` is made when it is asked for."""
+    """Rows of the index, about 120 bytes each; a `SequenceRow` is made when somebody asks for the row."""
 
     def __init__(self, table: pa.Table):
         self._table = table.combine_chunks()
@@ -145,7 +145,7 @@ class SequenceIndex(Sequence[SequenceRow]):
         return {part: order[starts[i] : starts[i + 1]] for i, part in enumerate(names)}
 
     def in_order_of_parts(self) -> SequenceIndex:
-        """The rows by the names of their parts, so that which files they were read from does not matter."""
+        """The rows, sorted by the names of their parts: the order does not depend on the files that were read."""
         rows = self._rows_by_part
         order = np.concatenate([rows[name] for name in sorted(rows)]) if rows else np.empty(0, np.int64)
         return self if np.array_equal(order, np.arange(len(self))) else self.take(order)
@@ -155,7 +155,7 @@ class SequenceIndex(Sequence[SequenceRow]):
         return [name for name, rows in self._rows_by_part.items() if len(rows)]
 
     def without_repetitions(self) -> SequenceIndex:
-        """Of the rows with one `seq_id`, which two writers at once can both make, the first."""
+        """The rows without those whose `seq_id` came before: two writers at once can write the same sequence."""
         ids = self._table["seq_id"]
         if len(ids.unique()) == len(ids):
             return self
@@ -187,7 +187,7 @@ def read_part_index(storage: Storage, part: str, commit: dict[str, Any]) -> pa.T
     """A part's own rows, checked against its commit record.
 
     Raises:
-        CacheCorruptError: they are missing, or not what was written.
+        CacheCorruptError: the rows are missing, or not what was written.
     """
     file = part_index_file(part)
     try:
@@ -199,21 +199,22 @@ def read_part_index(storage: Storage, part: str, commit: dict[str, Any]) -> pa.T
     if content is None or found != expected:
         raise CacheCorruptError(
             f"the index {storage.place}/{file} of a committed part is not what was written: expected {expected}, found "
-            f"{found}. {WHAT_TO_DO}"
+            f"{found}."
         )
     return parse_rows(content, f"{storage.place}/{file}")
 
 
 def parse_rows(content: bytes, place: str) -> pa.Table:
-    """
+    """The rows in the content of a Parquet file.
+
     Raises:
-        CacheCorruptError: it is not an index of this schema.
+        CacheCorruptError: the content is not an index of this schema.
     """
     try:
         table = pq.read_table(io.BytesIO(content), read_dictionary=REPEATED)
         return table.cast(MEMORY_SCHEMA)
     except (pa.ArrowException, OSError, ValueError):
-        raise CacheCorruptError(f"{place} is not an index of sequences. {WHAT_TO_DO}") from None
+        raise CacheCorruptError(f"{place} is not an index of sequences.") from None
 
 
 def find_snapshot(storage: Storage) -> str | None:
@@ -226,7 +227,7 @@ def read_snapshot(storage: Storage) -> pa.Table | None:
     """The rows of the latest snapshot; None if there is none.
 
     Raises:
-        CacheCorruptError: it is not what was written.
+        CacheCorruptError: the snapshot is not what was written.
     """
     for _ in range(SNAPSHOT_TRIES):
         if (name := find_snapshot(storage)) is None:
@@ -234,16 +235,16 @@ def read_snapshot(storage: Storage) -> pa.Table | None:
         try:
             content = storage.read(f"{INDEX}/{name}")
         except FileNotFoundError:
-            continue  # a writer has renewed it meanwhile
+            continue  # a writer has renewed the snapshot meanwhile
         place = f"{storage.place}/{INDEX}/{name}"
         if not name.endswith(f"{_hash(content)}.parquet"):
-            raise CacheCorruptError(f"{place} is not what was written: its hash does not match its name. {WHAT_TO_DO}")
+            raise CacheCorruptError(f"{place} is not what was written: its hash does not match its name.")
         return parse_rows(content, place)
     return None
 
 
 def write_snapshot(storage: Storage, rows: SequenceIndex, num_parts: int) -> None:
-    """Writes a snapshot of these rows, and removes those with fewer parts."""
+    """Writes a snapshot of these rows, and removes the snapshots with fewer parts."""
     content = rows.to_parquet()
     name = f"all-{num_parts:08d}-{_hash(content)}.parquet"
     storage.write(f"{INDEX}/{name}", content)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from ..errors import CacheCorruptError, CacheNotFoundError, FingerprintMismatchError
-from .codecs import CodecName
+from .codecs import CODECS
 from .records import dump_record, parse_record
 from .storage.base import Storage
 
@@ -25,11 +25,11 @@ ORIGIN = [
     "codec",
     "chunk_tokens",
 ]
-"""The fields that must agree before anything is added to a cache."""
+"""The fields that must agree before a run adds anything to a cache."""
 
 
 class CacheManifest(BaseModel):
-    """Everything that a reader needs to know of a cache besides its parts."""
+    """Everything that a reader needs to know about a cache besides the parts."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -38,22 +38,22 @@ class CacheManifest(BaseModel):
     """Hash of the target's config and weight files."""
     tokenizer_hash: str
     template_hash: str
-    """Hash of the chat template and its arguments; token ids are stored, and never rendered again."""
+    """Hash of the chat template and its arguments. The cache stores token ids, so nothing is rendered again."""
     layer_ids: tuple[int, ...]
     """Captured layers, drafter convention: id i is the output of the target's 0-based layer i."""
     generation: dict[str, Any]
-    """Mode, sampling and lengths: what decides the tokens of a sequence."""
+    """Mode, sampling and lengths: the settings that decide the tokens of a sequence."""
     engine: dict[str, Any]
-    """Name, version, dtype and those arguments of the engine that can change what it computes."""
-    codec: CodecName = "raw"
-    """How the hidden states are stored."""
+    """Name, version, dtype, and the arguments that can change what the engine computes."""
+    codec: str = "raw"
+    """How the hidden states are stored: a name in `CODECS`."""
     chunk_tokens: int
-    """Tokens of an inner Zarr chunk; every sequence starts on a chunk."""
+    """Tokens of an inner Zarr chunk; every sequence starts a chunk."""
 
     vllm_layer_ids: tuple[int, ...]
     """The same layers in the convention of vLLM and of transformers' `hidden_states`: one more than `layer_ids`."""
     target: str
-    """The target as it was named when the cache was made."""
+    """The name of the target in the command that made the cache."""
     num_target_layers: int
     hidden_size: int
     vocab_size: int
@@ -61,11 +61,16 @@ class CacheManifest(BaseModel):
     rendered_sample: str
     """The first prompt as the template rendered it."""
 
+    @field_validator("codec")
+    @classmethod
+    def _known_codec(cls, value: str) -> str:
+        return CODECS[value].name
+
     def check_same_origin(self, found: CacheManifest, place: str) -> None:
-        """Refuses to add to a cache of another origin.
+        """Checks that a run with this manifest may add to the cache with the manifest `found`.
 
         Raises:
-            FingerprintMismatchError: names each field that differs.
+            FingerprintMismatchError: a field of `ORIGIN` differs; the message names each.
         """
         different = [
             f"{name}: the cache has {getattr(found, name)}, this run has {getattr(self, name)}"
@@ -74,8 +79,8 @@ class CacheManifest(BaseModel):
         ]
         if different:
             raise FingerprintMismatchError(
-                f"the cache {place} was made from something else, so nothing was added to it. "
-                f"Differing: {'; '.join(different)}. Use the settings it was made with, or another output folder."
+                f"the cache {place} was made with other settings or another target, so nothing was added to it. "
+                f"Differing: {'; '.join(different)}. Use the settings that made the cache, or another output folder."
             )
 
     def write(self, storage: Storage) -> None:
@@ -86,8 +91,8 @@ class CacheManifest(BaseModel):
         """Reads a cache's manifest.
 
         Raises:
-            CacheNotFoundError: there is none.
-            CacheCorruptError: it is not a manifest of this schema version, or not as it was written.
+            CacheNotFoundError: there is no manifest.
+            CacheCorruptError: the file is not a manifest of this schema version, or not as it was written.
         """
         try:
             content = storage.read(MANIFEST_NAME)
@@ -99,20 +104,21 @@ class CacheManifest(BaseModel):
         version = _schema_version(content)
         if version is not None and version != SCHEMA_VERSION:
             raise CacheCorruptError(
-                f"{place} is not of schema version {SCHEMA_VERSION}, but of {version}. "
-                "Use the vpd that made the cache, or extract anew."
+                f"expected schema version {SCHEMA_VERSION} in {place}, found version {version}.",
+                "Use the vpd that made the cache, or extract again.",
             )
         try:
             return cls.model_validate(parse_record(content, place, f"a manifest of schema version {SCHEMA_VERSION}"))
         except ValidationError as error:
             raise CacheCorruptError(
                 f"{place} is not a manifest of schema version {SCHEMA_VERSION}: {error.errors()[0]['msg']} at "
-                f"{'.'.join(map(str, error.errors()[0]['loc'])) or 'the top'}. Restore the file, or extract anew."
+                f"{'.'.join(map(str, error.errors()[0]['loc'])) or 'the top'}.",
+                "Restore the file, or extract again.",
             ) from None
 
 
 def _schema_version(content: bytes) -> int | None:
-    """The version that a record states, whatever else is wrong with it."""
+    """The schema version in a record that may be damaged otherwise; None if it can't be read."""
     try:
         record = json.loads(content)
     except ValueError:

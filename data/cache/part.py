@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import CacheCorruptError, StorageError
+from .array_spec import METADATA, ArraySpec
 from .records import describe, dump_record, parse_record
-from .shard import METADATA, WHAT_TO_DO, ArraySpec, ShardWriter, decode_whole, parse_footer
+from .shard import ShardWriter, decode_whole, parse_footer
 from .storage.base import RandomAccessFile, Storage
 
 PARTS, COMMITS = "parts", "commits"
@@ -23,7 +24,7 @@ RECORD = ".json"
 
 
 def part_folder(root: str, name: str) -> str:
-    """`root` is empty for parts of states, and `drafts/<fingerprint>/` for parts of first drafts."""
+    """The folder of a part; `root` is empty for states, and `drafts/<fingerprint>/` for first drafts."""
     return f"{root}{PARTS}/{name}.zarr"
 
 
@@ -41,30 +42,30 @@ def read_commit(storage: Storage, root: str, name: str) -> dict[str, Any]:
     """The commit record of a part.
 
     Raises:
-        CacheCorruptError: it is missing, or not what was written.
+        CacheCorruptError: the record is missing, or not what was written.
     """
     file = commit_file(root, name)
     place = f"{storage.place}/{file}"
     try:
         record = parse_record(storage.read(file), place, "the commit record of a part")
     except FileNotFoundError:
-        raise CacheCorruptError(f"the commit record {place} is missing. {WHAT_TO_DO}") from None
+        raise CacheCorruptError(f"the commit record {place} is missing.") from None
     if record.get("part") != name or not isinstance(record.get("files"), dict):
-        raise CacheCorruptError(f"{place} is not the commit record of the part {name}. {WHAT_TO_DO}")
+        raise CacheCorruptError(f"{place} is not the commit record of the part {name}.")
     return record
 
 
 def remove_uncommitted(storage: Storage, root: str = "") -> int:
-    """Removes what no commit lists and no living writer holds; returns the number of parts removed."""
+    """Removes the parts without a commit record that no living writer holds; returns their number."""
     return storage.remove_leftovers(
         f"{root}{PARTS}", lambda: {f"{name}.zarr" for name in committed_parts(storage, root)}
     )
 
 
 class PartWriter:
-    """Writes arrays of the same rows, then publishes them: the folder as a whole, then its commit record.
+    """Writes arrays of the same rows, then publishes them: first the folder as a whole, then the commit record.
 
-    As a context manager it drops what was written if an exception leaves the context.
+    As a context manager, a writer drops what it wrote if an exception leaves the context.
     """
 
     def __init__(
@@ -77,8 +78,8 @@ class PartWriter:
     ):
         """
         Args:
-            specs: arrays with one row a token, which `append` adds to.
-            constants: arrays that belong to the part as a whole, with their rows.
+            specs: arrays with one row for each token; `append` adds rows.
+            constants: arrays that belong to the part as a whole, and their rows.
         """
         self.name = name or f"part-{uuid.uuid4().hex[:12]}"
         self.num_rows = 0
@@ -125,17 +126,21 @@ class PartWriter:
         return Appended(first_row, offsets, lengths, crcs)
 
     def commit(self, facts: Mapping[str, Any], extra_files: Mapping[str, bytes] | None = None) -> None:
-        """Publishes the part. `extra_files` (name in the storage -> content) are written before the commit record.
+        """Publishes the part.
+
+        Args:
+            facts: what the commit record says besides the files.
+            extra_files: name in the storage -> content; written before the commit record.
 
         Raises:
             FileExistsError: another writer has published a part of this name.
-            StorageError: the disk is full; the part is then as good as never begun.
+            StorageError: the disk is full; nothing of the part is left.
         """
         try:
             with reporting_full_disk(self._storage.place):
                 self._commit(facts, extra_files or {})
         except BaseException:
-            # Once its record is there the part is whole, though an interruption came right after.
+            # A part with a commit record is whole, even if an interruption came right after the record.
             if self._is_published and self._storage.exists(commit_file(self._root, self.name)):
                 self._is_over = True
                 self._folder.release()
@@ -172,9 +177,10 @@ class PartWriter:
 
 @contextmanager
 def reporting_full_disk(place: str) -> Iterator[None]:
-    """
+    """Reports a full disk in plain words.
+
     Raises:
-        StorageError: in place of an OSError that says that no more can be written.
+        StorageError: in place of an OSError that says that the disk takes no more.
     """
     try:
         yield
@@ -182,15 +188,15 @@ def reporting_full_disk(place: str) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise StorageError(
-            f"{place} can't be written to: {error.strerror}. What was committed before is whole and can be used; make "
-            "room, and the same command continues."
+            f"{place} can't be written to: {error.strerror}. What was committed before is whole and can be used. Make "
+            "room; the same command continues."
         ) from error
 
 
 @dataclass(frozen=True, slots=True)
 class Appended:
-    """Where rows went: the first row's number (a chunk's start), and per array byte offset, byte length and the
-    CRC-32C over the checksums of the chunks."""
+    """Where appended rows are: the number of the first row, which starts a chunk; and for each array the byte offset,
+    the byte length and the CRC-32C over the checksums of the chunks."""
 
     first_row: int
     offsets: dict[str, int]
@@ -205,11 +211,11 @@ class OpenPart:
     place: str
     num_rows: int
     resident: dict[str, np.ndarray]
-    """Small arrays, read whole."""
+    """Small arrays, kept in memory."""
     files: dict[str, RandomAccessFile]
-    """Shards read by byte range."""
+    """Shards that are read by byte range."""
     chunks: dict[str, np.ndarray]
-    """Their chunk indices, uint64 [C, 2]: offset and length (checksum included) of every chunk."""
+    """The chunk index of each of these shards, uint64 [C, 2]: offset and length (checksum included) of every chunk."""
 
     def chunks_of(self, spec: ArraySpec, first_row: int, num_rows: int) -> np.ndarray:
         """Entries uint64 [C, 2] of the chunk index for these rows; `first_row` starts a chunk.
@@ -222,7 +228,7 @@ class OpenPart:
         if len(chunks) < spec.num_chunks(num_rows):
             raise CacheCorruptError(
                 f"{self.place}: expected rows {first_row} to {first_row + num_rows} of {spec.name}, found "
-                f"{self.num_rows} rows. {WHAT_TO_DO}"
+                f"{self.num_rows} rows."
             )
         return chunks
 
@@ -238,10 +244,10 @@ def open_part(
     """Opens a part.
 
     Args:
-        specs: arrays that will be read by byte range.
-        resident: arrays read whole, now.
-        verify: whether every file of the part is checked now: its size, and, but for the shards of `specs`, its
-            content. The chunks of those are checked as they are read.
+        specs: arrays that are read by byte range later.
+        resident: arrays that are read whole now.
+        verify: whether to check every file of the part now: the size, and the content of all files but the shards of
+            `specs`, whose chunks are checked when they are read.
 
     Raises:
         CacheCorruptError: a file is missing, or not what the commit record says.
@@ -265,26 +271,27 @@ def open_part(
             check_size(size, described.get(file), storage.locate(file))
             part.chunks[spec.name] = parse_footer(footer, storage.locate(file))
     except FileNotFoundError as error:
-        raise CacheCorruptError(f"a file of the committed part {name} is gone: {error}. {WHAT_TO_DO}") from None
+        raise CacheCorruptError(f"a file of the committed part {name} is gone: {error}.") from None
     return part
 
 
 def check_size(size: int, described: dict[str, Any] | None, place: str) -> None:
-    """
+    """Checks the size of a file.
+
     Raises:
         CacheCorruptError: the size is not what the commit record says.
     """
     expected = (described or {}).get("bytes")
     if size != expected:
-        raise CacheCorruptError(f"{place}: expected {expected} bytes, found {size}. {WHAT_TO_DO}")
+        raise CacheCorruptError(f"{place}: expected {expected} bytes, found {size}.")
 
 
 def check_described(content: bytes, described: dict[str, Any] | None, place: str, verify: bool) -> None:
-    """Checks the size and, to `verify`, the content.
+    """Checks the size of a file, and the content if `verify`.
 
     Raises:
-        CacheCorruptError: it is not what the commit record says.
+        CacheCorruptError: the size or the content is not what the commit record says.
     """
     check_size(len(content), described, place)
     if verify and described != (found := describe(content)):
-        raise CacheCorruptError(f"{place} is not what was written: expected {described}, found {found}. {WHAT_TO_DO}")
+        raise CacheCorruptError(f"{place} is not what was written: expected {described}, found {found}.")

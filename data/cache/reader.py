@@ -1,4 +1,4 @@
-"""Reads sequences: one byte range each, into reused page-aligned buffers that threads fill ahead of the consumer."""
+"""Reads sequences: one byte range each, into page-aligned buffers that threads fill ahead of the consumer."""
 
 # S tokens of a sequence, T with a state, K layers, H hidden width, W stored elements per token and layer
 from __future__ import annotations
@@ -7,62 +7,84 @@ import math
 import mmap
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from numcodecs import Blosc
-from torch import Tensor
 
 from ..errors import CacheCorruptError
+from ..lazy import LazyModule
+from .array_spec import CRC_BYTES, ArraySpec
+from .arrays import LOSS_MASK, TARGET_ARGMAX, TOKEN_ARRAYS, TOKEN_IDS
 from .codecs import CHANNEL_SCALE, HIDDEN, Codec
 from .index import SequenceRow
+from .open_parts import OpenStates
 from .part import OpenPart
 from .records import checksum
-from .shard import CRC_BYTES, WHAT_TO_DO, ArraySpec, corrupt_rows
+from .sequence import NewSequence
+from .shard import corrupt_rows
 
 if TYPE_CHECKING:
-    from .cache import Cache
+    import torch
+    from torch import Tensor
+else:
+    torch = LazyModule("torch")
 
 GROWTH = 2 << 20
-"""Buffers are multiples of this: a huge page on most machines."""
+"""The size of a buffer is a multiple of this, the size of a huge page on most machines."""
 VERIFY_AT_ONCE = 1 << 20
-"""Bytes that are read before their checksums are verified, so that they are still in the processor's cache."""
+"""Bytes to read before their checksums are verified; so few are still in the processor's cache then."""
+NUM_BUFFERS = 4
+"""Sequences that `read_ahead` keeps in memory, the one in use included."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CachedTokens:
     """A sequence without its states."""
 
     row: SequenceRow
+    arrays: Mapping[str, np.ndarray]
+    """Every array of `TOKEN_ARRAYS` as it is stored, by name: T rows each."""
     token_ids_S: Tensor
-    """int64 [S]: the T tokens, and the last generated one if there is one."""
+    """int64 [S]: the T tokens, then the final token if there is one."""
     loss_mask_S: Tensor
     """bool [S]: tokens that an assistant wrote."""
     target_argmax_T: Tensor
     """int64 [T]: the target's greedy choice for the position after each token."""
 
+    def as_new(self) -> NewSequence:
+        """The same sequence, to be written into another part."""
+        return NewSequence(
+            seq_id=self.row.seq_id,
+            source=self.row.source,
+            source_row=self.row.source_row,
+            arrays=self.arrays,
+            prompt_len=self.row.prompt_len,
+            final_token_id=self.row.final_token_id,
+            finish_reason=self.row.finish_reason,
+        )
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CachedSequence(CachedTokens):
-    """A sequence as stage two sees it."""
+    """A sequence with its states."""
 
     stored_TKW: Tensor
     """The states as they are stored; shares memory with the buffer that they were read into."""
     codec: Codec
     hidden_size: int
     channel_scale_KH: Tensor | None
+    """float32 [K, H], for a codec that scales every channel."""
 
     def hidden(self, device: torch.device | str = "cpu") -> Tensor:
-        """bfloat16 [T, K, H]: outputs of the captured layers; what is stored goes to the device and is decoded there.
+        """bfloat16 [T, K, H]: outputs of the captured layers. The device gets the stored bytes and decodes them.
 
-        With `raw`, `lossless` and the rounding codecs this copies nothing on a CPU.
+        Codecs that store bfloat16 copy nothing on a CPU.
         """
-        stored = self.stored_TKW.to(device)  # waits, as the buffer is filled again soon
+        stored = self.stored_TKW.to(device)  # waits for the copy, because a thread fills the buffer again soon
         return self.codec.decode(stored, self.hidden_size, self.channel_scale_KH)
 
     @property
@@ -71,14 +93,14 @@ class CachedSequence(CachedTokens):
 
 
 class Buffer:
-    """Page-aligned memory that grows to what is asked of it; pinned where there is a GPU."""
+    """Page-aligned memory that grows when somebody reserves more; pinned where there is a GPU."""
 
     def __init__(self) -> None:
         self.tensor = torch.empty(0, dtype=torch.uint8)
         self.view = memoryview(b"")
 
     def reserve(self, num_bytes: int) -> memoryview:
-        """Writable memory of that size; what it held is lost."""
+        """Writable memory of that size; earlier content is lost."""
         if len(self.view) < num_bytes:
             size = -(-num_bytes // GROWTH) * GROWTH
             if torch.cuda.is_available():
@@ -90,9 +112,9 @@ class Buffer:
 
 
 def allocate(size: int) -> mmap.mmap:
-    """Page-aligned memory of twice the size, as what is never touched costs nothing.
+    """Page-aligned memory of twice the size: memory that nobody touches costs nothing.
 
-    What is larger than a huge page is made of such pages, where the system has them: the first read into small ones
+    Memory larger than a huge page consists of huge pages, where the system has them: the first read into small pages
     takes four times as long.
     """
     memory = mmap.mmap(-1, 2 * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -119,14 +141,14 @@ class Slot:
         begin, end = int(chunks[0, 0]), int(chunks[-1].sum())
         if (begin, end - begin) != (row.hidden_offset, row.hidden_length):
             raise CacheCorruptError(
-                f"{place}: the index has the states of {row.seq_id} at byte {row.hidden_offset}, the shard at "
-                f"{begin}. {WHAT_TO_DO}"
+                f"{place}: the index says that the states of {row.seq_id} begin at byte {row.hidden_offset}, the "
+                f"shard says {begin}."
             )
         crc = read_chunks(part, spec, row.first_row, chunks, self, verify)
         if verify and crc != row.hidden_crc:
-            raise CacheCorruptError(f"{place}: the states of {row.seq_id} are not those of the index. {WHAT_TO_DO}")
-        words = self.rows.tensor.view(torch.uint16 if spec.dtype == "uint16" else torch.uint8)
-        return words[: row.num_tokens * math.prod(spec.row_shape)].view(row.num_tokens, *spec.row_shape)
+            raise CacheCorruptError(f"{place}: the states of {row.seq_id} are not those of the index.")
+        values = self.rows.tensor.view(getattr(torch, spec.dtype))
+        return values[: row.num_tokens * math.prod(spec.row_shape)].view(row.num_tokens, *spec.row_shape)
 
 
 def read_chunks(
@@ -135,7 +157,7 @@ def read_chunks(
     """Fills `slot.rows` with these chunks; returns the CRC-32C over the checksums stored with them.
 
     Args:
-        chunks: their entries in the chunk index, one after the other in the shard.
+        chunks: entries [C, 2] of the chunk index; the chunks lie one after the other in the shard.
     """
     lengths = (chunks[:, 1] - CRC_BYTES).tolist()
     offset = int(chunks[0, 0])
@@ -149,7 +171,7 @@ def read_chunks(
         buffers = [buffer for pair in zip(contents[begin:end], crcs[begin:end], strict=True) for buffer in pair]
         wanted = sum(map(len, buffers))
         if (found := file.read_into(buffers, offset)) != wanted:
-            raise CacheCorruptError(f"{place}: expected {wanted} bytes at offset {offset}, found {found}. {WHAT_TO_DO}")
+            raise CacheCorruptError(f"{place}: expected {wanted} bytes at offset {offset}, found {found}.")
         offset += wanted
         for i in range(begin, end) if verify else ():
             if checksum(contents[i]).to_bytes(CRC_BYTES, "little") != crcs[i]:
@@ -178,79 +200,108 @@ def batches(lengths: list[int], num_bytes: int) -> Iterator[tuple[int, int]]:
 
 
 def decompress(contents: list[memoryview], rows: memoryview, chunk_bytes: int, place: str) -> None:
+    from numcodecs import Blosc
+
+    codec = Blosc()
     for i, content in enumerate(contents):
         try:
-            Blosc().decode(content, rows[i * chunk_bytes : (i + 1) * chunk_bytes])
+            codec.decode(content, rows[i * chunk_bytes : (i + 1) * chunk_bytes])
         except (RuntimeError, ValueError):
-            raise CacheCorruptError(f"{place}: a compressed chunk can't be decoded. {WHAT_TO_DO}") from None
+            raise CacheCorruptError(f"{place}: a compressed chunk can't be decoded.") from None
 
 
-def read_tokens(part: OpenPart, row: SequenceRow) -> CachedTokens:
-    """A sequence's tokens, from the arrays that the opened part holds."""
-    rows = slice(row.first_row, row.first_row + row.num_tokens)
-    final = np.array([] if row.final_token_id is None else [row.final_token_id], np.int64)
-    token_ids = np.concatenate([part.resident["token_ids"][rows], final])
-    loss_mask = np.concatenate([part.resident["loss_mask"][rows].astype(bool), np.ones(len(final), bool)])
-    argmax = part.resident["target_argmax"][rows].astype(np.int64)
-    return CachedTokens(row, *map(torch.from_numpy, (token_ids, loss_mask, argmax)))
-
-
-def read_sequence(cache: Cache, row: SequenceRow, slot: Slot, verify: bool) -> CachedSequence:
-    """Reads one sequence into the slot, which it uses from then on.
+def read_rows(part: OpenPart, spec: ArraySpec, row: SequenceRow, verify: bool = True) -> np.ndarray:
+    """A sequence's rows [T, *row_shape] of an array: a view of the array in memory, or read by byte range.
 
     Raises:
-        CacheCorruptError: bytes are missing or do not match their checksum.
+        CacheCorruptError: bytes are missing, or do not match their checksums.
     """
-    return add_tokens(cache, row, *read_states(cache, row, slot, verify))
+    if spec.name in part.resident:
+        return part.resident[spec.name][row.first_row : row.first_row + row.num_tokens]
+    chunks, slot = part.chunks_of(spec, row.first_row, row.num_tokens), Slot()
+    read_chunks(part, spec, row.first_row, chunks, slot, verify)
+    values = slot.rows.tensor[: len(chunks) * spec.chunk_bytes].numpy().view(spec.dtype)
+    return values.reshape(-1, *spec.row_shape)[: row.num_tokens]
 
 
-def read_states(cache: Cache, row: SequenceRow, slot: Slot, verify: bool) -> tuple[OpenPart, Tensor]:
-    """What `read_sequence` needs the disk for: the opened part and the stored states [T, K, W], in the slot."""
-    part = cache.open_part(row.part, verify)
-    return part, slot.fill(part, cache.specs[HIDDEN], row, verify)
+def read_tokens(part: OpenPart, specs: Mapping[str, ArraySpec], row: SequenceRow, verify: bool = True) -> CachedTokens:
+    """A sequence's tokens.
+
+    Args:
+        specs: the arrays of the part, by name.
+    """
+    arrays = {name: read_rows(part, specs[name], row, verify) for name in TOKEN_ARRAYS}
+    final = np.array([] if row.final_token_id is None else [row.final_token_id], np.int64)
+    return CachedTokens(
+        row=row,
+        arrays=arrays,
+        token_ids_S=torch.from_numpy(np.concatenate([arrays[TOKEN_IDS], final])),
+        loss_mask_S=torch.from_numpy(np.concatenate([arrays[LOSS_MASK].astype(bool), np.ones(len(final), bool)])),
+        target_argmax_T=torch.from_numpy(arrays[TARGET_ARGMAX].astype(np.int64)),
+    )
 
 
-def add_tokens(cache: Cache, row: SequenceRow, part: OpenPart, stored_TKW: Tensor) -> CachedSequence:
-    """The sequence of these states; its tokens come from the arrays that the opened part holds."""
-    tokens = read_tokens(part, row)
+def read_sequence(states: OpenStates, row: SequenceRow, slot: Slot, verify: bool) -> CachedSequence:
+    """Reads one sequence into the slot, whose buffers the sequence uses from then on.
+
+    Raises:
+        CacheCorruptError: bytes are missing, or do not match their checksums.
+    """
+    return add_tokens(states, row, *read_states(states, row, slot, verify), verify)
+
+
+def read_states(states: OpenStates, row: SequenceRow, slot: Slot, verify: bool) -> tuple[OpenPart, Tensor]:
+    """The slow half of `read_sequence`: the opened part and the stored states [T, K, W], in the slot."""
+    part = states.open(row.part, verify)
+    return part, slot.fill(part, states.specs[HIDDEN], row, verify)
+
+
+def add_tokens(
+    states: OpenStates, row: SequenceRow, part: OpenPart, stored_TKW: Tensor, verify: bool
+) -> CachedSequence:
+    """The other half of `read_sequence`: the sequence with these states."""
+    tokens = read_tokens(part, states.specs, row, verify)
     scale = part.resident.get(CHANNEL_SCALE)
     return CachedSequence(
         row=row,
+        arrays=tokens.arrays,
         token_ids_S=tokens.token_ids_S,
         loss_mask_S=tokens.loss_mask_S,
         target_argmax_T=tokens.target_argmax_T,
         stored_TKW=stored_TKW,
-        codec=cache.codec,
-        hidden_size=cache.manifest.hidden_size,
+        codec=states.codec,
+        hidden_size=states.hidden_size,
         channel_scale_KH=None if scale is None else torch.from_numpy(scale),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A sequence to read, and whether its checksums are verified."""
+    """A sequence to read, and whether to verify its checksums."""
 
     row: SequenceRow
     verify: bool = True
 
 
 def read_ahead(
-    cache: Cache, requests: Iterable[Request], num_threads: int = 2, num_buffers: int = 4
+    states: OpenStates, requests: Iterable[Request], num_threads: int = 2, num_buffers: int = NUM_BUFFERS
 ) -> Generator[CachedSequence]:
     """Yields the sequences in the order of the requests while threads read the next ones.
 
-    A sequence is valid until the next is asked for: its buffer is then filled again. Closing the generator ends the
-    threads.
+    A sequence is valid until the caller takes the next one: a thread then fills its buffer again. Closing the
+    generator ends the threads.
 
     Args:
+        states: `Cache.states`.
         num_buffers: sequences in memory, the one in use included; >= 2.
 
     Raises:
-        CacheCorruptError: when the damaged sequence's turn comes.
+        CacheCorruptError: bytes of a sequence are missing, or do not match their checksums. The sequences before it
+            come first.
     """
     if num_buffers < 2:
         raise ValueError(f"expected at least 2 buffers, got {num_buffers}")
-    ring = _Ring(cache, requests, num_threads, num_buffers)
+    ring = _Ring(states, requests, num_threads, num_buffers)
     try:
         while (slot_and_sequence := ring.take()) is not None:
             slot, sequence = slot_and_sequence
@@ -261,10 +312,10 @@ def read_ahead(
 
 
 class _Ring:
-    """Free slots go to threads with the next request; filled ones come back in the requests' order."""
+    """Each free slot goes to a thread with the next request; filled slots come back in the order of the requests."""
 
-    def __init__(self, cache: Cache, requests: Iterable[Request], num_threads: int, num_buffers: int):
-        self._cache, self._requests = cache, iter(requests)
+    def __init__(self, states: OpenStates, requests: Iterable[Request], num_threads: int, num_buffers: int):
+        self._states, self._requests = states, iter(requests)
         self._free: queue.SimpleQueue[Slot | None] = queue.SimpleQueue()
         for _ in range(num_buffers):
             self._free.put(Slot())
@@ -308,12 +359,12 @@ class _Ring:
             if isinstance(request, BaseException):
                 raise request
             row = request.row
-            part, stored_TKW = read_states(self._cache, row, slot, request.verify)
+            part, stored_TKW = read_states(self._states, row, slot, request.verify)
         except BaseException as error:
             return _raising(error)
-        # The tokens are the consumer's work: after states larger than the processor's cache it takes as long as a
-        # tenth of reading, and the thread can read on meanwhile.
-        return lambda: (slot, add_tokens(self._cache, row, part, stored_TKW))
+        # The consumer adds the tokens, which takes a tenth of the time of reading; this thread can read on meanwhile.
+        verify = request.verify
+        return lambda: (slot, add_tokens(self._states, row, part, stored_TKW, verify))
 
 
 _Outcome = Callable[[], tuple[Slot, CachedSequence] | None]

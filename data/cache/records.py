@@ -14,15 +14,19 @@ CHECKSUM = "crc32c"
 
 
 def checksum(content: bytes | memoryview, so_far: int = 0) -> int:
-    """CRC-32C of the content, or of what gave `so_far` and the content after it. Other threads go on meanwhile."""
+    """CRC-32C of the content; other threads run meanwhile.
+
+    Args:
+        so_far: the CRC-32C of the content before, if the result shall cover both.
+    """
     return crc32c(content, so_far)
 
 
 class FileDigest:
-    """Size and XXH3 (64 bits) of a file, as it is written or read.
+    """Size and XXH3 (64 bits) of a file, computed while the file is written or read.
 
-    Not CRC-32C: a shard's chunks are each followed by their own, and the CRC-32C of the whole is then the same
-    whatever they hold.
+    CRC-32C would not do: a shard's chunks are each followed by their CRC-32C, and the CRC-32C of such a shard is the
+    same whatever the chunks hold.
     """
 
     def __init__(self) -> None:
@@ -34,12 +38,12 @@ class FileDigest:
         self._hash.update(content)
 
     def describe(self) -> dict[str, Any]:
-        """What a record says of the file."""
+        """The description of the file in a record: size and hash."""
         return {"bytes": self.num_bytes, "xxh3": self._hash.hexdigest()}
 
 
 def describe(content: bytes | memoryview) -> dict[str, Any]:
-    """What a record says of a file with this content."""
+    """The description, in a record, of a file with this content."""
     digest = FileDigest()
     digest.update(content)
     return digest.describe()
@@ -54,11 +58,11 @@ def parse_record(content: bytes, place: str, kind: str) -> dict[str, Any]:
     """Reads a record and checks it.
 
     Args:
-        place: where it was found.
-        kind: what it should be, such as "the commit record of a part".
+        place: where the content was found.
+        kind: what the record should be, such as "the commit record of a part".
 
     Raises:
-        CacheCorruptError: it is no record, or its checksum does not hold.
+        CacheCorruptError: the content is no record, or the record's checksum does not hold.
     """
     try:
         record = json.loads(content)
@@ -66,12 +70,9 @@ def parse_record(content: bytes, place: str, kind: str) -> dict[str, Any]:
         record = None
     if isinstance(record, dict):
         record.pop(CHECKSUM, None)
-    # Compared as a whole: some flipped bits change the spelling alone (1e-6, 1E-6).
+    # Compare the whole text: some flipped bits change only the spelling (1e-6, 1E-6).
     if not isinstance(record, dict) or dump_record(record) != content:
-        raise CacheCorruptError(
-            f"{place} is not {kind} as it was written: its checksum does not hold. See what is affected, and mend it, "
-            "with vpd verify --repair."
-        )
+        raise CacheCorruptError(f"{place} is not {kind} as it was written: its checksum does not hold.")
     return record
 
 

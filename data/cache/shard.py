@@ -1,102 +1,23 @@
 """One Zarr v3 array as one shard, written chunk by chunk and read by byte range.
 
-The array is spec-valid: codec `sharding_indexed`, inner chunks of `chunk_tokens` whole tokens, each followed by
-its crc32c, and the chunk index (with its own crc32c) at the end of the file. So any Zarr library opens it, and a
-sequence, whose chunks lie together, is one byte range.
+The array follows Zarr's specification, so that any Zarr library opens it: codec `sharding_indexed`, inner chunks of
+`chunk_tokens` whole tokens, each followed by its crc32c, and the chunk index (with its own crc32c) at the end of the
+file. The chunks of a sequence lie together, so a sequence is one byte range.
 """
 
 # C chunks
 from __future__ import annotations
 
-import json
-import math
-from dataclasses import asdict, dataclass
-
 import numpy as np
-from numcodecs import Blosc
 
 from ..errors import CacheCorruptError
+from .array_spec import CRC_BYTES, INDEX_ENTRY_BYTES, ArraySpec
 from .records import FileDigest, checksum
 from .storage.base import FolderWriter
 
-CRC_BYTES = 4
-INDEX_ENTRY_BYTES = 16
-METADATA = "zarr.json"
-
-
-@dataclass(frozen=True, slots=True)
-class BloscSettings:
-    """Zarr's `blosc` codec."""
-
-    typesize: int
-    cname: str
-    clevel: int
-    shuffle: str
-    blocksize: int
-
-    def compressor(self) -> Blosc:
-        return Blosc(self.cname, self.clevel, Blosc.SHUFFLE, self.blocksize)
-
-
-@dataclass(frozen=True, slots=True)
-class ArraySpec:
-    """A per-token array: `row_shape` is the shape of one token's values."""
-
-    name: str
-    row_shape: tuple[int, ...]
-    dtype: str
-    chunk_tokens: int
-    compression: BloscSettings | None = None
-
-    @property
-    def chunk_bytes(self) -> int:
-        """Bytes of one inner chunk, not compressed and without its checksum."""
-        return self.chunk_tokens * math.prod(self.row_shape) * np.dtype(self.dtype).itemsize
-
-    def num_chunks(self, num_rows: int) -> int:
-        return math.ceil(num_rows / self.chunk_tokens)
-
-    def footer_bytes(self, num_rows: int) -> int:
-        """Bytes of the chunk index at the end of the shard, its checksum included."""
-        return self.num_chunks(num_rows) * INDEX_ENTRY_BYTES + CRC_BYTES
-
-    @property
-    def shard_name(self) -> str:
-        """The shard's name within the part."""
-        return "/".join([self.name, "c", *["0"] * (1 + len(self.row_shape))])
-
-    @property
-    def metadata_name(self) -> str:
-        return f"{self.name}/{METADATA}"
-
-    def metadata(self, num_rows: int) -> bytes:
-        """The array's `zarr.json`."""
-        to_bytes = {"name": "bytes", "configuration": {"endian": "little"}}
-        crc = {"name": "crc32c"}
-        shape = [num_rows, *self.row_shape]
-        compress = [] if self.compression is None else [{"name": "blosc", "configuration": asdict(self.compression)}]
-        sharding = {
-            "chunk_shape": [self.chunk_tokens, *self.row_shape],
-            "codecs": [to_bytes if np.dtype(self.dtype).itemsize > 1 else {"name": "bytes"}, *compress, crc],
-            "index_codecs": [to_bytes, crc],
-            "index_location": "end",
-        }
-        metadata = {
-            "zarr_format": 3,
-            "node_type": "array",
-            "shape": shape,
-            "data_type": self.dtype,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shape}},
-            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-            "fill_value": 0,
-            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-            "attributes": {},
-        }
-        return json.dumps(metadata, indent=2).encode()
-
 
 class ShardWriter:
-    """Appends rows to one array; each append starts a new chunk, its last chunk is padded with zeros."""
+    """Appends rows to one array; each append starts a new chunk, and zeros pad the append's last chunk."""
 
     def __init__(self, folder: FolderWriter, spec: ArraySpec):
         self.spec = spec
@@ -120,7 +41,7 @@ class ShardWriter:
             if len(chunk) < spec.chunk_tokens:
                 padding = np.zeros((spec.chunk_tokens - len(chunk), *spec.row_shape), spec.dtype)
                 chunk = np.concatenate([chunk, padding])
-            # One dimension, as a memoryview of several is not a buffer of bytes to everybody.
+            # One dimension: some libraries do not take a memoryview of several as bytes.
             content = chunk.reshape(-1).view(np.uint8).data
             if self._compressor is not None:
                 content = memoryview(self._compressor.encode(chunk))
@@ -143,11 +64,11 @@ class ShardWriter:
         self._folder.write(self.spec.metadata_name, self.spec.metadata(self.num_rows))
 
     def abandon(self) -> None:
+        """Closes the file without an index."""
         try:
             self._file.close()
         except OSError:
-            # Of what could not be written, nothing is wanted any more.
-            return
+            return  # the file is dropped in any case
 
     def _write(self, content: memoryview | bytes) -> None:
         self._file.write(content)
@@ -158,28 +79,28 @@ def parse_footer(footer: bytes, place: str) -> np.ndarray:
     """The chunk index, uint64 [C, 2]: offset and length (checksum included) of every chunk.
 
     Raises:
-        CacheCorruptError: its checksum does not hold, or its chunks do not lie one after the other.
+        CacheCorruptError: the checksum of the chunk index does not hold, or the chunks do not lie one after the other.
     """
     index, crc = footer[:-CRC_BYTES], footer[-CRC_BYTES:]
     chunks = np.frombuffer(index, "<u8").reshape(-1, 2) if len(index) % INDEX_ENTRY_BYTES == 0 else None
     if chunks is None or checksum(index).to_bytes(CRC_BYTES, "little") != crc:
-        raise CacheCorruptError(f"{place}: the checksum of its chunk index does not hold. {WHAT_TO_DO}")
+        raise CacheCorruptError(f"{place}: the checksum of its chunk index does not hold.")
     if (chunks[1:, 0] != chunks[:-1].sum(axis=1)).any() or (chunks[:, 1] <= CRC_BYTES).any():
-        raise CacheCorruptError(f"{place}: its chunks do not lie one after the other. {WHAT_TO_DO}")
+        raise CacheCorruptError(f"{place}: its chunks do not lie one after the other.")
     return chunks
 
 
 def decode_whole(content: bytes, spec: ArraySpec, place: str) -> np.ndarray:
-    """All rows [C * chunk_tokens, *row_shape] of an array that is not compressed, from its whole shard, verified.
+    """All rows [C * chunk_tokens, *row_shape] of an array without compression, from the whole shard, verified.
 
     Raises:
-        CacheCorruptError: it is too short or too long, or a checksum does not hold.
+        CacheCorruptError: the shard is too short or too long, or a checksum does not hold.
     """
     stride = spec.chunk_bytes + CRC_BYTES
     num_chunks = (len(content) - CRC_BYTES) // (stride + INDEX_ENTRY_BYTES)
     index = parse_footer(content[max(0, num_chunks) * stride :], place)
     if not np.array_equal(index, [(i * stride, stride) for i in range(num_chunks)]):
-        raise CacheCorruptError(f"{place}: its chunk index does not fit its {len(content)} bytes. {WHAT_TO_DO}")
+        raise CacheCorruptError(f"{place}: its chunk index does not fit its {len(content)} bytes.")
     chunks = np.frombuffer(content, np.uint8, num_chunks * stride).reshape(num_chunks, stride)
     crcs = chunks[:, spec.chunk_bytes :].copy().view("<u4")[:, 0]
     values = chunks[:, : spec.chunk_bytes].copy()
@@ -189,8 +110,6 @@ def decode_whole(content: bytes, spec: ArraySpec, place: str) -> np.ndarray:
     return values.reshape(-1).view(np.dtype(spec.dtype)).reshape(-1, *spec.row_shape)
 
 
-WHAT_TO_DO = "Find all that is affected, and have it extracted again, with vpd verify --repair."
-
-
 def corrupt_rows(place: str, first_row: int) -> CacheCorruptError:
-    return CacheCorruptError(f"{place}: the checksum of rows {first_row} and on does not hold. {WHAT_TO_DO}")
+    """The error for a chunk whose checksum does not hold."""
+    return CacheCorruptError(f"{place}: the checksum of rows {first_row} and on does not hold.")

@@ -1,8 +1,7 @@
-"""What stage two needs of the target, stored with the cache: `target/`, described by `target.json`."""
+"""The target's config, tokenizer and pieces, stored with the cache: `target/`, described by `target.json`."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -10,19 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CacheCorruptError
+from ..hashing import hash_text
 from .part import reporting_full_disk
 from .records import FileDigest, dump_record, parse_record
 from .storage.base import Storage
-from .storage.local import LocalStorage
 
 TARGET, RECORD_NAME = "target", "target.json"
+PIECES = "pieces.safetensors"
+"""The file of weights among them."""
 BLOCK_BYTES = 8 << 20
 BLOCKS_AT_ONCE = 4
-WHAT_TO_DO = "Run the cache's vpd extract command again: it stores the target's pieces anew."
+TARGET_ADVICE = "Run the cache's vpd extract command again: it stores the target's pieces again."
 
 
 def store_target_files(storage: Storage, folder: Path) -> None:
-    """Copies a folder's files into the cache; the record that describes them comes last."""
+    """Copies a folder's files into the cache; `target.json`, which describes the files, comes last."""
     storage.remove(RECORD_NAME)
     storage.remove(TARGET)
     writer = storage.write_folder(TARGET)
@@ -47,50 +48,51 @@ def store_target_files(storage: Storage, folder: Path) -> None:
 
 
 def read_target_record(storage: Storage) -> dict[str, Any]:
-    """What `target/` must hold: name -> size and CRC-32C.
+    """The files that `target/` must hold: name -> size and hash.
 
     Raises:
-        CacheCorruptError: there is no such record, or it is damaged.
+        CacheCorruptError: the record is missing or damaged.
     """
     place = f"{storage.place}/{RECORD_NAME}"
     try:
         return parse_record(storage.read(RECORD_NAME), place, "the record of the target's pieces")["files"]
     except FileNotFoundError:
-        raise CacheCorruptError(f"expected the target's pieces in {storage.place}, found none. {WHAT_TO_DO}") from None
+        raise CacheCorruptError(
+            f"expected the target's pieces in {storage.place}, found none.", TARGET_ADVICE
+        ) from None
 
 
 def target_folder(storage: Storage, without: str | None = None) -> Path:
-    """A local folder with the target's pieces, every file verified; a bucket's are downloaded once.
+    """A local folder with the target's pieces, every file verified; the pieces of a bucket are downloaded once.
 
     Args:
-        without: name of a file that is not needed, such as a large one.
+        without: name of a file that the caller does not need, such as a large one.
 
     Raises:
         CacheCorruptError: a file is missing, or not what was written.
     """
     files = read_target_record(storage)
-    if isinstance(storage, LocalStorage):
-        local = storage.root
-    else:
+    local = storage.local_folder
+    if is_remote := local is None:
         user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        # By content, so that caches of one target share it, and what another cache left is never taken for this one's.
-        local = user_cache / "vpd" / hashlib.sha256(dump_record(files)).hexdigest()[:16]
+        # The name is a hash of the content: caches of one target share a folder, caches of two targets never do.
+        local = user_cache / "vpd" / hash_text(dump_record(files).decode())
     for name, described in files.items():
         path = local / name
         if name == f"{TARGET}/{without}" or describe_file(path) == described:
             continue
-        if not isinstance(storage, LocalStorage):
+        if is_remote:
             try:
                 download(storage, name, path, described["bytes"])
             except FileNotFoundError:
-                raise CacheCorruptError(f"{storage.locate(name)} is missing. {WHAT_TO_DO}") from None
+                raise CacheCorruptError(f"{storage.locate(name)} is missing.", TARGET_ADVICE) from None
         if describe_file(path) != described:
-            raise CacheCorruptError(f"{storage.locate(name)} is not what was written. {WHAT_TO_DO}")
+            raise CacheCorruptError(f"{storage.locate(name)} is not what was written.", TARGET_ADVICE)
     return local / TARGET
 
 
 def describe_file(path: Path) -> dict[str, Any] | None:
-    """What a record would say of a file; None if there is none."""
+    """The description of a local file in a record: size and hash; None if there is no file."""
     if not path.is_file():
         return None
     digest = FileDigest()
@@ -101,11 +103,11 @@ def describe_file(path: Path) -> dict[str, Any] | None:
 
 
 def download(storage: Storage, name: str, path: Path, size: int) -> None:
-    """Copies a file of this size to the local disk, several blocks at once; it appears as a whole.
+    """Copies a file of this size to the local disk, several blocks at once; the copy appears as a whole.
 
     Raises:
-        FileNotFoundError: it is not there.
-        CacheCorruptError: it is shorter.
+        FileNotFoundError: the file is not there.
+        CacheCorruptError: the file is shorter.
         StorageError: the local disk is full.
     """
     file = storage.open(name)
@@ -115,7 +117,7 @@ def download(storage: Storage, name: str, path: Path, size: int) -> None:
     def copy_block(target: int, offset: int) -> None:
         block = memoryview(bytearray(min(BLOCK_BYTES, size - offset)))
         if file.read_into([block], offset) < len(block):
-            raise CacheCorruptError(f"{storage.locate(name)}: expected {size} bytes, found fewer. See vpd verify.")
+            raise CacheCorruptError(f"{storage.locate(name)}: expected {size} bytes, found fewer.")
         os.pwrite(target, block, offset)
 
     try:

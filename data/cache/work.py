@@ -1,4 +1,4 @@
-"""What an extraction notes beside its data: finished work units, audits, the probe. No reader of states needs it."""
+"""Notes of an extraction: finished work units, audits, the probe. Readers of states need none of them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .storage.base import Storage
 
 WORK, DONE = "work", ".done.json"
 AUDITS = "audits"
-"""One record for each run that looked at some of its sequences a second time."""
+"""Folder with one record for each run that audited some of its sequences."""
 PROBE = "probe.json"
-"""States of a short text, with which every later engine is compared."""
+"""States of a short text; every later engine must compute the same states."""
 
 
 def finished_units(storage: Storage) -> list[str]:
@@ -22,10 +22,10 @@ def finished_units(storage: Storage) -> list[str]:
 
 
 def read_units(storage: Storage, unit_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The records of these finished units; `skipped` in each: the prompts that never give a sequence, id -> reason.
+    """The records of these finished units. `skipped` in each holds the prompts without a sequence, id -> reason.
 
     Raises:
-        CacheCorruptError: one is damaged.
+        CacheCorruptError: a record is damaged.
     """
     names = _unit_files(unit_ids)
     contents = storage.read_all(names)
@@ -40,7 +40,8 @@ def note_audit(storage: Storage, record: dict[str, Any]) -> None:
 
 
 def read_audits(storage: Storage) -> list[dict[str, Any]]:
-    """
+    """The records of all audits.
+
     Raises:
         CacheCorruptError: a record is damaged.
     """
@@ -53,7 +54,8 @@ def note_probe(storage: Storage, record: dict[str, Any]) -> None:
 
 
 def read_probe(storage: Storage) -> dict[str, Any] | None:
-    """
+    """The record of the probe; None if there is none.
+
     Raises:
         CacheCorruptError: the record is damaged.
     """
@@ -61,7 +63,7 @@ def read_probe(storage: Storage) -> dict[str, Any] | None:
 
 
 def damaged_notes(storage: Storage) -> Iterator[tuple[str, CacheCorruptError]]:
-    """Files of notes that are not as they were written, and what is wrong."""
+    """The damaged files of notes, and what is wrong with each."""
     names = [*_unit_files(finished_units(storage)), *_audit_files(storage), *([PROBE] if storage.exists(PROBE) else [])]
     for name, content in zip(names, storage.read_all(names), strict=True):
         try:

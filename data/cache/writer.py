@@ -3,40 +3,39 @@
 # T tokens with a state, K layers, H hidden width, W stored elements per token and layer
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
-from .cache import TOKEN_ARRAYS, Cache, channel_scale_spec, state_specs
-from .codecs import HIDDEN, measure_channels
-from .index import (
-    INDEX,
-    SNAPSHOT,
-    SNAPSHOT_LAG,
-    SequenceRow,
-    hash_content,
-    part_index_file,
-    rows_to_table,
-    write_rows,
-)
+from .arrays import TOKEN_ARRAYS, constant_specs, state_specs
+from .cache import Cache
+from .codecs import CHANNEL_SCALE, HIDDEN
+from .index import INDEX, SNAPSHOT, SNAPSHOT_LAG, SequenceRow, part_index_file, rows_to_table, write_rows
 from .manifest import CacheManifest
 from .part import PartWriter, committed_parts
+from .sequence import NewSequence
 from .storage.base import Storage
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class StatePartWriter:
-    """Writes one part of states and its index; as a context manager it drops the part if an exception leaves it."""
+    """Writes one part of states and the part's index.
+
+    As a context manager, a writer drops the part if an exception leaves the context.
+    """
 
     def __init__(self, storage: Storage, manifest: CacheManifest, channel_scale_KH: np.ndarray | None):
         """
         Args:
-            channel_scale_KH: float32 [K, H], for a codec that needs it.
+            channel_scale_KH: float32 [K, H], for a codec that needs a scale for each channel.
         """
-        constants = {} if channel_scale_KH is None else {channel_scale_spec(manifest): channel_scale_KH}
-        self._part = PartWriter(storage, "", state_specs(manifest).values(), constants=constants)
+        self._specs = state_specs(manifest)
+        scales = {} if channel_scale_KH is None else {constant_specs(manifest)[CHANNEL_SCALE]: channel_scale_KH}
+        self._part = PartWriter(storage, "", self._specs.values(), constants=scales)
         self._rows: list[SequenceRow] = []
 
     def __enter__(self) -> StatePartWriter:
@@ -51,38 +50,28 @@ class StatePartWriter:
     def name(self) -> str:
         return self._part.name
 
-    def append(
-        self,
-        row: SequenceRow,
-        stored_TKW: np.ndarray,
-        token_ids: np.ndarray,
-        target_argmax: np.ndarray,
-        loss_mask: np.ndarray,
-    ) -> SequenceRow:
-        """Writes a sequence; returns its row with the place that it was given.
+    def append(self, sequence: NewSequence, stored_TKW: np.ndarray) -> SequenceRow:
+        """Writes a sequence with these stored states; returns its row in the index.
 
         Raises:
-            StorageError: no more can be written.
+            ValueError: the sequence lacks an array, or has one of another length or shape.
+            StorageError: the disk takes no more.
         """
-        arrays = {"token_ids": token_ids, "target_argmax": target_argmax, "loss_mask": loss_mask}
-        tokens = {name: np.asarray(arrays[name], dtype) for name, dtype in TOKEN_ARRAYS.items()}
+        if sequence.arrays.keys() != TOKEN_ARRAYS.keys():
+            raise ValueError(f"expected the arrays {sorted(TOKEN_ARRAYS)}, got {sorted(sequence.arrays)}")
+        tokens = {name: np.asarray(values, self._specs[name].dtype) for name, values in sequence.arrays.items()}
         where = self._part.append({HIDDEN: stored_TKW, **tokens})
-        placed = replace(
-            row,
-            part=self.name,
-            first_row=where.first_row,
-            hidden_offset=where.offsets[HIDDEN],
-            hidden_length=where.lengths[HIDDEN],
-            hidden_crc=where.crcs[HIDDEN],
-        )
-        self._rows.append(placed)
-        return placed
+        self._rows.append(sequence.row(self.name, where))
+        return self._rows[-1]
 
     def commit(self, facts: dict[str, Any]) -> str:
         """Publishes the part; returns its name.
 
+        Args:
+            facts: how the states were made; the commit record holds them.
+
         Raises:
-            StorageError: no more can be written; the part is then dropped.
+            StorageError: the disk takes no more; the part is dropped.
         """
         table = rows_to_table([asdict(row) for row in self._rows])
         counts = {"num_sequences": len(self._rows), "num_tokens": sum(row.num_tokens for row in self._rows)}
@@ -90,99 +79,76 @@ class StatePartWriter:
         return self.name
 
     def abandon(self) -> None:
+        """Drops the part."""
         self._part.abandon()
 
 
-COMMITS_UNSEEN = 128
-"""A writer looks at what others have committed, which lists all parts, for each of its own in so many that it knows."""
+COMMITS_PER_LISTING = 128
+"""A listing of all parts is slow when they are many, so a writer lists them only when its own commits since the last
+listing are more than 1/COMMITS_PER_LISTING of the parts it knows."""
 
 
 class StateWriter:
-    """Adds sequences to a cache; starts a new part when one is full."""
+    """Adds sequences to a cache; starts a new part when a part is full."""
 
     def __init__(self, cache: Cache, part_bytes: int, facts: dict[str, Any]):
         """
         Args:
-            part_bytes: size of a part's stored hidden states at which it is committed.
-            facts: what made the states; goes into every commit record.
+            part_bytes: size of a part's stored hidden states at which the part is full.
+            facts: how the states are made; every commit record holds them.
         """
         self.cache = cache
         self._part_bytes = part_bytes
         self._facts = facts
         self._part: StatePartWriter | None = None
         self._channel_scale_KH: Tensor | None = None
-        self._num_parts = self._num_unseen = 0
+        self._num_known_parts = self._num_commits = 0
 
-    def append(
-        self,
-        *,
-        seq_id: str,
-        source: str,
-        source_row: int,
-        hidden_TKH: Tensor,
-        token_ids: list[int],
-        loss_mask: list[int],
-        target_argmax: list[int],
-        prompt_len: int,
-        final_token_id: int | None,
-        finish_reason: str,
-    ) -> str | None:
-        """Writes a sequence of T tokens; returns the part's name if it was full and has been committed.
+    def append(self, sequence: NewSequence, hidden_TKH: Tensor) -> str | None:
+        """Writes a sequence with these states, bfloat16 [T, K, H].
+
+        Returns:
+            The part's name if the part is full, and thus committed; else None.
 
         Raises:
-            StorageError: no more can be written; what was committed before is whole.
+            StorageError: the disk takes no more; earlier commits are whole.
         """
         part = self._part or self._begin_part(hidden_TKH)
-        row = SequenceRow(
-            seq_id=seq_id,
-            source=source,
-            source_row=source_row,
-            part=part.name,
-            first_row=0,
-            num_tokens=len(token_ids),
-            prompt_len=prompt_len,
-            num_supervised=sum(loss_mask) + (final_token_id is not None),
-            final_token_id=final_token_id,
-            finish_reason=finish_reason,
-            hidden_offset=0,
-            hidden_length=0,
-            hidden_crc=0,
-            content_hash=hash_content(token_ids, loss_mask, final_token_id),
-        )
         stored_TKW = self.cache.codec.encode(hidden_TKH, self._channel_scale_KH)
         try:
-            placed = part.append(row, stored_TKW, np.array(token_ids), np.array(target_argmax), np.array(loss_mask))
+            row = part.append(sequence, stored_TKW)
         except BaseException:
-            part.abandon()  # its arrays are no longer of one length
+            part.abandon()  # its arrays may differ in length now
             self._part = None
             raise
-        return self.commit() if placed.hidden_offset + placed.hidden_length >= self._part_bytes else None
+        return self.commit() if row.hidden_offset + row.hidden_length >= self._part_bytes else None
 
     def commit(self) -> str | None:
-        """Publishes what was appended since the last commit; returns the part's name."""
+        """Publishes the sequences since the last commit; returns the part's name, or None without a sequence."""
         if self._part is None:
             return None
         part, self._part = self._part, None
         name = part.commit(self._facts)
-        self._num_unseen += 1
-        if self._num_unseen * COMMITS_UNSEEN > self._num_parts:
-            self._num_parts, self._num_unseen = renew_snapshot(self.cache.storage, self.cache.manifest), 0
+        self._num_commits += 1
+        if self._num_commits * COMMITS_PER_LISTING > self._num_known_parts:
+            self._num_known_parts = renew_snapshot(self.cache.storage, self.cache.manifest)
+            self._num_commits = 0
         return name
 
     def finish(self) -> None:
-        """Commits, and puts all that the cache holds into one snapshot."""
+        """Commits, and writes a snapshot of the index with all parts."""
         self.commit()
         renew_snapshot(self.cache.storage, self.cache.manifest, lag=0)
 
     def _begin_part(self, hidden_TKH: Tensor) -> StatePartWriter:
-        self._channel_scale_KH = measure_channels(hidden_TKH) if self.cache.codec.needs_channel_scale else None
+        self._channel_scale_KH = self.cache.codec.channel_scale(hidden_TKH)
         scale = None if self._channel_scale_KH is None else self._channel_scale_KH.numpy()
         self._part = StatePartWriter(self.cache.storage, self.cache.manifest, scale)
         return self._part
 
 
 def renew_snapshot(storage: Storage, manifest: CacheManifest, lag: int = SNAPSHOT_LAG) -> int:
-    """Renews the snapshot once it lacks too many parts: more than one in `lag` of all, or any at all with 0.
+    """Renews the snapshot of the index if more than 1/lag of all parts are not in it; with lag 0, if any is not in it.
 
     Returns:
         The number of parts.

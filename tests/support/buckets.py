@@ -1,4 +1,4 @@
-"""A small cache for tests of buckets, and what they do with it."""
+"""A small cache for tests of buckets, and functions that write and check it."""
 
 # T tokens, K layers, H hidden width
 from contextlib import closing
@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from vpd.data.cache.arrays import empty_drafts
 from vpd.data.cache.cache import CHUNK_TOKENS, Cache
-from vpd.data.cache.drafts import FirstDrafts, empty_drafts
+from vpd.data.cache.drafts import FirstDrafts
 from vpd.data.cache.reader import Request, read_ahead
 from vpd.data.cache.storage.base import Storage
 from vpd.data.cache.storage.places import open_storage
 from vpd.data.cache.writer import StateWriter
 
-from support.tiny import make_manifest, make_sequence, same_bits
+from support.tiny import append, make_manifest, make_sequence, same_bits
 
 K, H = 2, 8
 CHUNK_BYTES = CHUNK_TOKENS * K * H * 2 + 4
@@ -21,7 +22,7 @@ LENGTHS = [40, 70, 64, 1, 130]
 SEQUENCES = [make_sequence(f"s{i}", length, K, H) for i, length in enumerate(LENGTHS)]
 PART_BYTES = 3 * CHUNK_BYTES
 PARTS_MADE = 2
-"""The sequences have one chunk, two, one, one and three: s0 and s1 fill a part, and the others the next one."""
+"""The sequences have 1, 2, 1, 1 and 3 chunks: s0 and s1 fill the first part, the others fill the second."""
 FACTS: dict[str, Any] = {"block_size": 4, "stride": 1}
 FINGERPRINT = "abcd0001"
 
@@ -49,7 +50,7 @@ def write_cache(
 ) -> None:
     writer = StateWriter(Cache.create_or_open(place, make_manifest(**changes)), part_bytes, {})
     for sequence in sequences:
-        writer.append(**sequence)
+        append(writer, **sequence)
     writer.finish()
 
 
@@ -58,7 +59,7 @@ def check_sequences(cache: Cache, sequences: list[dict[str, Any]]) -> None:
     rows = sorted(cache.rows, key=lambda row: row.seq_id)
     assert [row.seq_id for row in rows] == sorted(sequence["seq_id"] for sequence in sequences)
     expected = {sequence["seq_id"]: sequence for sequence in sequences}
-    with closing(read_ahead(cache, map(Request, rows))) as found:
+    with closing(read_ahead(cache.states, map(Request, rows))) as found:
         for read in found:
             written = expected[read.row.seq_id]
             assert same_bits(read.hidden_TKH, written["hidden_TKH"])

@@ -13,13 +13,13 @@ from typing import Any
 from vpd.data.cache.cache import Cache
 from vpd.data.cache.writer import StateWriter
 
-from support.tiny import make_manifest, make_sequence
+from support.tiny import append, make_manifest, make_sequence
 
 NUM_LAYERS, WIDTH = 2, 8
 LENGTHS = [5, 64, 70, 130, 1, 200, 63, 65]
 PART_BYTES = 12_000
 
-# Children start from a server that has imported what takes long once, and that no thread of ours lives in.
+# Children are forks of a server process, which has done the slow imports once and has no threads.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
@@ -36,13 +36,13 @@ def sequences(prefix: str, number: int) -> list[dict[str, Any]]:
 
 
 def write(folder: Path, prefix: str, number: int) -> None:
-    """What an extraction does: whatever the cache lacks is written."""
+    """Writes the sequences that the cache lacks, as an extraction does."""
     cache = Cache.create_or_open(folder, make_manifest())
     present = set(cache.rows.strings("seq_id"))
     writer = StateWriter(cache, PART_BYTES, {})
     for sequence in sequences(prefix, number):
         if sequence["seq_id"] not in present:
-            writer.append(**sequence)
+            append(writer, **sequence)
     writer.finish()
 
 

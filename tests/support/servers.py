@@ -1,4 +1,4 @@
-"""Local servers that speak S3: one that keeps objects in memory, one that serves a folder and counts requests."""
+"""Local S3 servers: one keeps objects in memory, the other serves a folder and counts requests."""
 
 import logging
 import os
@@ -35,7 +35,7 @@ class S3Server:
     def __init__(self) -> None:
         from moto.server import ThreadedMotoServer
 
-        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # or every request is a line on standard error
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # otherwise every request is a line on standard error
         self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
 
     def __enter__(self) -> Self:
@@ -60,7 +60,7 @@ class S3Server:
 
 
 class Request(NamedTuple):
-    """A request that a `RangeServer` was sent."""
+    """A request to a `RangeServer`."""
 
     method: str
     key: str
@@ -86,7 +86,7 @@ class RangeServer:
         self.folder, self.latency_s, self.page_size = folder, latency_s, page_size
         self.requests: list[Request] = []
         self.num_failing = 0
-        """Number of the next requests that are carried out, but answered with an error."""
+        """Number of the next requests that the server carries out, but answers with an error."""
         self.lock = threading.Lock()
         self._server: _Server | None = None
 
@@ -123,13 +123,13 @@ class RangeServer:
         return len(self.requests)
 
     def take_requests(self) -> list[Request]:
-        """What was sent since the last call."""
+        """The requests since the last call."""
         with self.lock:
             taken, self.requests = self.requests, []
         return taken
 
     def list_entries(self, prefix: str, delimiter: str) -> list[str]:
-        """Keys below a prefix, or, up to the next slash, keys and shorter prefixes."""
+        """The keys below a prefix; with a delimiter, the keys and prefixes up to the next slash."""
         folder = self.folder / prefix.rpartition("/")[0]
         if not folder.is_dir():
             return []
@@ -264,6 +264,6 @@ class _Answer(NamedTuple):
     headers: dict[str, str] = {}  # noqa: RUF012 - never changed
     body: bytes = b""
     path: Path | None = None
-    """File that the body is from `start` to `end`."""
+    """The file whose bytes from `start` to `end` are the body."""
     start: int = 0
     end: int = 0

@@ -1,4 +1,4 @@
-"""What must not be trained on: bad sequences are listed, bad parts put aside."""
+"""The quarantine: damaged parts, and lists of bad sequences. Training reads neither."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 from ..storage.base import Storage
 
 QUARANTINE = "quarantine"
-"""Folder of parts that were taken out of the cache, and of lists of sequences."""
+"""Folder of the parts that a repair took out of the cache, and of lists of sequences."""
 LISTS = f"{QUARANTINE}/sequences"
-"""One line a sequence: `seq_id`, `source`, `row`, `reason`. Each list has one writer."""
+"""Folder of the lists. A line of a list is a sequence: `seq_id`, `source`, `row`, `reason`. A list has one writer."""
 
 
 def list_quarantined(storage: Storage, entries: list[dict[str, Any]]) -> None:
-    """Adds a list of sequences; with none, there is no list."""
+    """Writes a list with these sequences, if there are any."""
     if entries:
         content = "".join(json.dumps(entry) + "\n" for entry in entries).encode()
         storage.write(f"{LISTS}/{uuid.uuid4().hex[:12]}.jsonl", content)
 
 
 def read_quarantined(storage: Storage) -> list[dict[str, Any]]:
-    """The entries of all lists; a sequence that was tried again may be there twice, or in the cache by now."""
+    """The entries of all lists. A sequence that was tried again may be listed twice, or be in the cache now."""
     contents = storage.read_all([f"{LISTS}/{name}" for name in storage.list_folder(LISTS)])
     return [json.loads(line) for content in contents for line in content.splitlines()]

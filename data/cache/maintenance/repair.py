@@ -1,48 +1,50 @@
-"""Takes what is damaged out of a cache, and keeps what is whole."""
+"""Takes damaged parts out of a cache, and keeps the whole sequences of these parts."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..cache import TOKEN_ARRAYS, Cache, state_specs
+from ..arrays import state_specs
+from ..cache import Cache
 from ..codecs import CHANNEL_SCALE, HIDDEN
 from ..drafts import drafts_root, list_drafts, part_of
 from ..index import INDEX, SNAPSHOT, SequenceIndex, part_index_file, read_part_index
 from ..manifest import CacheManifest
 from ..part import commit_file, committed_parts, part_folder, read_commit
-from ..reader import Slot
+from ..reader import Slot, read_tokens
 from ..storage.base import Storage
 from ..target_files import RECORD_NAME, TARGET
 from ..writer import StatePartWriter
 from .quarantine import QUARANTINE, list_quarantined
-from .verify import PartState, VerifyReport, read_part, verify_snapshot, verify_target
+from .verify import VerifyReport, verify_snapshot, verify_target
+from .verify_part import PartState, read_part
 
 
 @dataclass(slots=True)
 class RepairReport:
-    """What was taken out, and what was kept."""
+    """What a repair took out, and what it kept."""
 
     parts: list[str] = field(default_factory=list)
     """Parts moved to `quarantine/`."""
     num_kept: int = 0
-    """Whole sequences of those, written into new parts."""
+    """Whole sequences of these parts, written into new parts."""
     lost: list[str] = field(default_factory=list)
-    """`seq_id`s that the cache lacks now."""
-    num_untold: int = 0
-    """Of the parts, those whose sequences no index tells any more: the cache lacks these, too."""
+    """`seq_id`s of the sequences that the cache has lost."""
+    num_unknown: int = 0
+    """Number of the parts whose index is lost too, so that nobody knows which sequences they held."""
     num_drafts_parts: int = 0
     """Parts of first drafts that were removed."""
     target_removed: bool = False
 
 
 def repair(storage: Storage, found: VerifyReport) -> RepairReport:
-    """Mends what `verify` found, as far as it can be mended; nobody may write to the cache meanwhile.
+    """Repairs what `verify` found, as far as possible; nobody may write to the cache meanwhile.
 
-    A damaged part goes to quarantine, and its whole sequences into a new part. What is lost, `vpd extract` makes
-    again, as it does for every record that the cache lacks; `vpd draft` does the same for first drafts.
+    A damaged part goes to quarantine, and its whole sequences go into a new part. `vpd extract` extracts the lost
+    sequences again, as it extracts all records that the cache lacks. `vpd draft` completes the first drafts.
 
     Raises:
-        CacheCorruptError: the cache's manifest is damaged: nothing can be told without it.
+        CacheCorruptError: the cache's manifest is damaged; no part can be read without it.
     """
     manifest = CacheManifest.read(storage)
     report = RepairReport()
@@ -54,7 +56,7 @@ def repair(storage: Storage, found: VerifyReport) -> RepairReport:
         _keep_whole(storage, manifest, name, state, whole, report)
         _put_aside(storage, name)
         report.parts.append(name)
-        report.num_untold += not len(state.rows)
+        report.num_unknown += not len(state.rows)
     _remove_drafts(storage, found, bad, report)
     for problem in found.problems:
         if problem.note is not None:
@@ -85,12 +87,11 @@ def _keep_whole(
     kept = [row for row in state.rows if row.seq_id not in reasons and row.seq_id not in whole]
     if kept:
         scale = state.part.resident.get(CHANNEL_SCALE)
-        spec, slot = state_specs(manifest)[HIDDEN], Slot()
+        specs, slot = state_specs(manifest), Slot()
         with StatePartWriter(storage, manifest, scale) as writer:
             for row in kept:
-                stored_TKW = slot.fill(state.part, spec, row, verify=True).numpy()
-                tokens = slice(row.first_row, row.first_row + row.num_tokens)
-                writer.append(row, stored_TKW, **{name: state.part.resident[name][tokens] for name in TOKEN_ARRAYS})
+                stored_TKW = slot.fill(state.part, specs[HIDDEN], row, verify=True).numpy()
+                writer.append(read_tokens(state.part, specs, row).as_new(), stored_TKW)
             writer.commit({"kept_of": name})
     lost = [row for row in state.rows if row.seq_id in reasons and row.seq_id not in whole]
     list_quarantined(
@@ -102,7 +103,7 @@ def _keep_whole(
 
 
 def _put_aside(storage: Storage, name: str) -> None:
-    """Takes a part out of the cache: its commit record first, as nothing exists without it."""
+    """Takes a part out of the cache: first the commit record, because a part without one does not count."""
     for file, aside in (
         (commit_file("", name), f"{name}.json"),
         (part_index_file(name), f"{name}.parquet"),
@@ -113,7 +114,7 @@ def _put_aside(storage: Storage, name: str) -> None:
 
 
 def _remove_drafts(storage: Storage, found: VerifyReport, bad: list[str], report: RepairReport) -> None:
-    """Removes damaged first drafts, and those of parts that are no more."""
+    """Removes damaged first drafts, and the first drafts of parts that the repair took out."""
     damaged = {(p.drafts, p.drafts_part) for p in found.problems if p.drafts is not None}
     for fingerprint in list_drafts(storage):
         names = committed_parts(storage, drafts_root(fingerprint))

@@ -1,4 +1,4 @@
-"""Reads what is left of damaged shards."""
+"""Reads the whole chunks of damaged shards."""
 
 # C chunks
 from __future__ import annotations
@@ -7,18 +7,18 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from ..array_spec import CRC_BYTES, ArraySpec
 from ..index import SequenceRow
 from ..records import checksum
-from ..shard import CRC_BYTES, ArraySpec
 from ..storage.base import RandomAccessFile
 
 BLOSC_HEADER_BYTES = 16
 BLOSC_LENGTH = slice(12, 16)
-"""Where a Blosc frame says how long it is."""
+"""The bytes of a Blosc header that hold the length of the frame."""
 
 
 def whole_chunks(content: bytes, spec: ArraySpec, num_chunks: int) -> tuple[np.ndarray, set[int]]:
-    """The rows of a small array that is not compressed, with zeros in place of damaged chunks, and those chunks."""
+    """The rows of a small array without compression, with zeros for damaged chunks; and the numbers of these chunks."""
     stride = spec.chunk_bytes + CRC_BYTES
     values = np.zeros((num_chunks, spec.chunk_bytes), np.uint8)
     bad: set[int] = set()
@@ -33,7 +33,7 @@ def whole_chunks(content: bytes, spec: ArraySpec, num_chunks: int) -> tuple[np.n
 
 
 def locate_chunks(file: RandomAccessFile, spec: ArraySpec, rows: Iterable[SequenceRow]) -> np.ndarray:
-    """The chunk index, uint64 [C, 2], from the index of sequences: what can't be located has length 0."""
+    """The chunk index, uint64 [C, 2], made from the index of sequences; a chunk that is not found has length 0."""
     chunks: list[tuple[int, int]] = []
     for row in rows:
         offset, end = row.hidden_offset, row.hidden_offset + row.hidden_length

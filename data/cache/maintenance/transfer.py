@@ -1,4 +1,4 @@
-"""Caches made from caches: with another codec, or of several."""
+"""Makes caches from caches: one with another codec, or one of several."""
 
 from __future__ import annotations
 
@@ -11,36 +11,39 @@ from typing import Any
 import numpy as np
 
 from ...errors import FingerprintMismatchError
+from ..arrays import ACCEPT_LEN, NOT_DRAFTED
 from ..cache import Cache
-from ..codecs import CHANNEL_SCALE, CodecName, whitened_cosine
-from ..drafts import ACCEPT_LEN, NOT_DRAFTED, PROBS, TOKENS, FirstDrafts, list_drafts
+from ..codecs import CHANNEL_SCALE, CODECS, whitened_cosine
+from ..drafts import FirstDrafts, list_drafts
 from ..index import SequenceIndex, SequenceRow
 from ..manifest import ORIGIN
 from ..part import PartWriter, read_commit
-from ..reader import CachedSequence, Request, read_ahead
+from ..reader import Request, read_ahead
 from ..storage.base import Storage
 from ..target_files import RECORD_NAME, store_target_files, target_folder
 from ..writer import StatePartWriter, StateWriter, renew_snapshot
 
 WORST_SHARE = 0.001
 OF_THE_PART = ("part", "files", "num_rows", "num_sequences", "num_tokens", "copied_from", "kept_of")
-"""What a commit record says of the part itself; the rest is how the states were made."""
+"""The keys of a commit record that describe the part itself; the other keys say how the states were made."""
 SequenceKey = tuple[str, str]
-"""`seq_id` and `content_hash`: two machines can give one prompt different answers."""
+"""`seq_id` and `content_hash`: two machines may have different answers to one prompt."""
 
 
 @dataclass(slots=True)
 class TransferReport:
-    """What was copied."""
+    """What a transfer copied."""
 
     num_copied: int = 0
+    """Sequences."""
     num_present: int = 0
-    """Sequences that the new cache held already, or that an earlier source brought."""
+    """Sequences that the new cache held before, or that came from an earlier source."""
     num_same_content: int = 0
-    """Sequences left out because others have the same tokens and mask."""
+    """Sequences left out because another sequence has the same tokens and mask."""
     num_drafts_parts: int = 0
+    """Parts whose first drafts were copied."""
     num_drafts_missing: int = 0
-    """Parts that still lack the first drafts of a drafter that the sources have drafts of."""
+    """Parts without the first drafts of a drafter whose drafts the sources hold."""
     cosines: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
     """Whitened cosine between the states before and after, of every token and layer of some sequences."""
 
@@ -50,28 +53,30 @@ class TransferReport:
 
     @property
     def cosine_worst(self) -> float | None:
-        """What all but one in a thousand exceed."""
+        """The cosine that 99.9 % of the tokens and layers exceed."""
         return float(np.quantile(self.cosines, WORST_SHARE)) if len(self.cosines) else None
 
 
 def recode(
     source: Cache,
     place: str | Path,
-    codec: CodecName,
+    codec: str,
     part_bytes: int,
     num_measured: int = 64,
     on_sequence: Callable[[int], None] = lambda num_tokens: None,
 ) -> TransferReport:
-    """Writes a cache's sequences and first drafts into a new cache, or one to be continued, with another codec.
+    """Copies a cache's sequences and first drafts with another codec, to a new cache or one to be continued.
 
     Args:
-        num_measured: sequences whose states are compared before and after.
-        on_sequence: called with the number of tokens copied: 0 for a sequence that is there.
+        codec: a name in `CODECS`.
+        num_measured: number of sequences whose states are compared before and after.
+        on_sequence: called with the number of tokens copied, which is 0 for a sequence that is there already.
 
     Raises:
+        ConfigError: there is no such codec.
         FingerprintMismatchError: the place holds a cache of another origin, or with another codec.
     """
-    target = Cache.create_or_open(place, source.manifest.model_copy(update={"codec": codec}))
+    target = Cache.create_or_open(place, source.manifest.model_copy(update={"codec": CODECS[codec].name}))
     copy_target(source.storage, target.storage)
     report = TransferReport()
     present = set(target.rows.strings("seq_id"))
@@ -82,9 +87,9 @@ def recode(
     facts = {"recoded_from": source.manifest.codec, "made_by": _distinct_facts(source)}
     writer = StateWriter(target, part_bytes, facts)
     try:
-        with closing(read_ahead(source, map(Request, source.rows.take(missing)))) as sequences:
+        with closing(read_ahead(source.states, map(Request, source.rows.take(missing)))) as sequences:
             for sequence in sequences:
-                append_sequence(writer, sequence)
+                writer.append(sequence.as_new(), sequence.hidden_TKH)
                 report.num_copied += 1
                 on_sequence(sequence.row.num_tokens)
     finally:
@@ -100,13 +105,13 @@ def merge(
     place: str | Path,
     on_sequence: Callable[[int], None] = lambda num_tokens: None,
 ) -> TransferReport:
-    """Joins caches of one origin, made on several machines: part by part, the stored bytes as they are.
+    """Joins caches of one origin, made on several machines: part by part, with the stored bytes as they are.
 
-    A sequence is taken from the first cache that has it; so is one of several with the same tokens and mask. What the
-    place holds already comes first.
+    Of several sequences with one `seq_id`, or with the same tokens and mask, only the first is copied. The order is:
+    what the place holds, then the sources one after the other.
 
     Args:
-        on_sequence: called with the number of tokens copied: 0 for a sequence that is left out.
+        on_sequence: called with the number of tokens copied, which is 0 for a sequence that is left out.
 
     Raises:
         FingerprintMismatchError: the caches, or what is at the place, are of different origins.
@@ -133,7 +138,7 @@ def merge(
                 on_sequence(0)
             if kept:
                 copy_part(source, name, kept, target, on_sequence)
-                source.close_parts()  # of many caches, few files may be open
+                source.states.close()  # otherwise many caches have too many files open
                 report.num_copied += len(kept)
     renew_snapshot(target.storage, target.manifest, lag=0)
     report.num_drafts_parts, report.num_drafts_missing = copy_drafts(sources, Cache.open(target.storage))
@@ -147,24 +152,24 @@ def copy_part(
     target: Cache,
     on_sequence: Callable[[int], None] = lambda num_tokens: None,
 ) -> None:
-    """Writes these sequences of a part into a new part of another cache with the same codec, without decoding them."""
+    """Copies these sequences of a part, without decoding them, into a new part of another cache with the same codec."""
     facts = {**_facts(read_commit(source.storage, "", name)), "copied_from": name}
-    scale = source.open_part(name, verify=True).resident.get(CHANNEL_SCALE)
+    scale = source.states.open(name, verify=True).resident.get(CHANNEL_SCALE)
     with (
         StatePartWriter(target.storage, target.manifest, scale) as writer,
-        closing(read_ahead(source, map(Request, rows))) as sequences,
+        closing(read_ahead(source.states, map(Request, rows))) as sequences,
     ):
         for sequence in sequences:
-            writer.append(sequence.row, sequence.stored_TKW.numpy(), *_token_arrays(sequence))
+            writer.append(sequence.as_new(), sequence.stored_TKW.numpy())
             on_sequence(sequence.row.num_tokens)
         writer.commit(facts)
 
 
 def copy_drafts(sources: Sequence[Cache], target: Cache) -> tuple[int, int]:
-    """Copies first drafts to the target's parts all of whose sequences have them.
+    """Copies first drafts to those parts of the target all of whose sequences have first drafts in the sources.
 
     Returns:
-        The number of parts that got first drafts, and of those that still lack a drafter's.
+        The number of parts that got first drafts, and the number of parts that still lack them, over all drafters.
     """
     num_copied = num_missing = 0
     for fingerprint in sorted({name for source in sources for name in list_drafts(source.storage)}):
@@ -173,7 +178,7 @@ def copy_drafts(sources: Sequence[Cache], target: Cache) -> tuple[int, int]:
         ]
         copies = FirstDrafts.create_or_open(target, fingerprint, drafted[0].facts)
         where: dict[SequenceKey, tuple[FirstDrafts, int]] = {}
-        for drafts in reversed(drafted):  # so that the first counts
+        for drafts in reversed(drafted):  # an earlier source overrides a later one
             if _how_drafted(drafts) == _how_drafted(copies):
                 where |= _drafted_sequences(drafts)
         for name in copies.missing_parts():
@@ -187,7 +192,7 @@ def copy_drafts(sources: Sequence[Cache], target: Cache) -> tuple[int, int]:
 
 
 def _drafted_sequences(drafts: FirstDrafts) -> dict[SequenceKey, tuple[FirstDrafts, int]]:
-    """The sequences that have first drafts, by their number among the cache's rows."""
+    """The sequences that have first drafts, with their numbers among the cache's rows."""
     rows = drafts.cache.rows
     parts = rows.strings("part")
     return {key: (drafts, i) for i, key in enumerate(_keys(rows)) if parts[i] in drafts.parts}
@@ -201,17 +206,16 @@ def _copy_drafts_part(
     with writer:
         for key in keys:
             drafts, i = where[key]
-            found = drafts.read(drafts.cache.rows[i])
-            arrays = {ACCEPT_LEN: found.accept_len_T, TOKENS: found.tokens_TGA, PROBS: found.probs_TGA}
-            writer.append({name: values.numpy() for name, values in arrays.items()})
-            num_anchors += int((found.accept_len_T != NOT_DRAFTED).sum())
+            arrays = drafts.read_arrays(drafts.cache.rows[i])
+            writer.append(arrays)
+            num_anchors += int((arrays[ACCEPT_LEN] != NOT_DRAFTED).sum())
         writer.commit({"num_anchors": num_anchors})
     for key in keys:
         where[key][0].close_parts()
 
 
 def _how_drafted(drafts: FirstDrafts) -> dict[str, Any]:
-    """What must agree for first drafts of one drafter to be mixed: all but the name of its folder."""
+    """The facts that must agree before first drafts of one drafter are mixed: all but the name of its folder."""
     return {name: value for name, value in drafts.facts.items() if name != "name"}
 
 
@@ -220,16 +224,17 @@ def _keys(rows: SequenceIndex) -> list[SequenceKey]:
 
 
 def _check_same_origin(first: Cache, other: Cache) -> None:
-    """
+    """Checks that two caches may be joined.
+
     Raises:
-        FingerprintMismatchError: names each field that differs.
+        FingerprintMismatchError: a field of `ORIGIN` differs; the message names each.
     """
     one, two = first.manifest.model_dump(), other.manifest.model_dump()
     different = [f"{name}: {one[name]} and {two[name]}" for name in ORIGIN if one[name] != two[name]]
     if different:
         raise FingerprintMismatchError(
             f"expected caches of one origin, found that {first.place} and {other.place} differ in "
-            f"{'; '.join(different)}. Leave one out; if the codec alone differs, vpd recode makes them alike."
+            f"{'; '.join(different)}. Leave one out. If only the codec differs, change it with vpd recode."
         )
 
 
@@ -239,7 +244,7 @@ def _facts(commit: dict[str, Any]) -> dict[str, Any]:
 
 
 def _distinct_facts(cache: Cache) -> list[dict[str, Any]]:
-    """How the states of a cache's parts were made, each way once."""
+    """How the states of a cache's parts were made, without repetitions."""
     distinct: list[dict[str, Any]] = []
     for commit in cache.commits().values():
         if _facts(commit) not in distinct:
@@ -258,31 +263,7 @@ def _compare(source: Cache, recoded: Cache, num_measured: int) -> np.ndarray:
     return np.concatenate(cosines)
 
 
-def append_sequence(writer: StateWriter, sequence: CachedSequence) -> None:
-    row = sequence.row
-    token_ids, argmax, mask = (array.tolist() for array in _token_arrays(sequence))
-    writer.append(
-        seq_id=row.seq_id,
-        source=row.source,
-        source_row=row.source_row,
-        hidden_TKH=sequence.hidden_TKH,
-        token_ids=token_ids,
-        loss_mask=mask,
-        target_argmax=argmax,
-        prompt_len=row.prompt_len,
-        final_token_id=row.final_token_id,
-        finish_reason=row.finish_reason,
-    )
-
-
-def _token_arrays(sequence: CachedSequence) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Token ids, argmax and mask of the tokens that have a state."""
-    num_tokens = sequence.row.num_tokens
-    token_ids, mask = sequence.token_ids_S[:num_tokens].numpy(), sequence.loss_mask_S[:num_tokens].numpy()
-    return token_ids, sequence.target_argmax_T.numpy(), mask.astype(np.uint8)
-
-
 def copy_target(source: Storage, target: Storage) -> None:
-    """Copies the target's pieces, unless they are there."""
+    """Copies the target's pieces, unless the other cache has them."""
     if not target.exists(RECORD_NAME):
         store_target_files(target, target_folder(source))

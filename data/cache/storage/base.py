@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Protocol
 
 REQUESTS_AT_ONCE = 16
-"""Requests side by side, where a store answers many at once."""
+"""Requests that are sent side by side to a store, which answers many at once."""
 
 
 class RandomAccessFile(Protocol):
-    """An opened file that is read by byte range."""
+    """An open file that is read by byte range."""
 
     is_local: bool
     """Whether many small ranges are as fast as one large one."""
 
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> int:
-        """Fills the buffers one after the other with one byte range; returns the number of bytes there were."""
+        """Fills the buffers one after the other with one byte range; returns the number of bytes found."""
         ...
 
     def tail(self, length: int) -> tuple[int, bytes]:
-        """Size of the file, and its last `length` bytes."""
+        """The size of the file, and its last `length` bytes."""
         ...
 
 
 class AppendedFile(Protocol):
-    """A file being written from start to end."""
+    """A file that is written from start to end."""
 
     def write(self, content: bytes | memoryview, /) -> object: ...
 
@@ -33,7 +34,7 @@ class AppendedFile(Protocol):
 
 
 class FolderWriter(Protocol):
-    """A folder that appears as a whole, or whose files nothing lists until a commit record does."""
+    """A folder that appears as a whole, or whose files count only once a commit record lists them."""
 
     def open(self, name: str) -> AppendedFile: ...
 
@@ -48,33 +49,49 @@ class FolderWriter(Protocol):
         ...
 
     def release(self) -> None:
-        """Ends the writer's claim to the folder, after its commit record is there."""
+        """Ends the writer's claim to the folder, once the commit record is there."""
         ...
 
-    def abandon(self) -> None: ...
+    def abandon(self) -> None:
+        """Removes what was written."""
+        ...
 
 
 class Storage(Protocol):
-    """What the cache needs of a place. A name that is not there raises FileNotFoundError."""
+    """What a cache needs from a place. A name that is not there raises FileNotFoundError."""
 
     place: str
     """The place as a user would write it."""
 
+    @property
+    def local_folder(self) -> Path | None:
+        """The folder of this machine that holds the files; None for a bucket."""
+        ...
+
+    def identity(self) -> str:
+        """A name of the place; two names of one folder have the same identity."""
+        ...
+
+    def free_bytes(self) -> int | None:
+        """Free space on the disk that holds, or will hold, the place; None for a bucket."""
+        ...
+
     def locate(self, name: str) -> str:
-        """Where a file or folder is, for a message."""
+        """The full name of a file or folder, for a message."""
         ...
 
     def require_folder(self) -> None:
-        """
+        """Checks that the place is a folder, or free.
+
         Raises:
-            ConfigError: there is something else than a folder.
+            ConfigError: something else is there.
         """
         ...
 
     def read(self, name: str) -> bytes: ...
 
     def read_all(self, names: Sequence[str]) -> list[bytes]:
-        """Several whole files, side by side where each is a request."""
+        """Several whole files; a bucket sends the requests side by side."""
         ...
 
     def open(self, name: str) -> RandomAccessFile: ...
@@ -84,8 +101,10 @@ class Storage(Protocol):
     def exists(self, name: str) -> bool: ...
 
     def list_folder(self, name: str) -> list[str]:
-        """Names of the files and folders directly in a folder, sorted, without what is being written; none if it is
-        not there."""
+        """Names of the files and folders directly in a folder, sorted; empty if there is no such folder.
+
+        Folders that a writer has not published yet are left out.
+        """
         ...
 
     def walk(self, name: str) -> Iterator[str]:
@@ -100,7 +119,7 @@ class Storage(Protocol):
         """Writes a file that must not exist yet, durably.
 
         Raises:
-            FileExistsError: it exists.
+            FileExistsError: the file exists.
         """
         ...
 
@@ -111,13 +130,14 @@ class Storage(Protocol):
         ...
 
     def remove(self, name: str) -> None:
-        """Removes a file or a folder; nothing happens if it is not there."""
+        """Removes a file or a folder, if it is there."""
         ...
 
     def remove_leftovers(self, name: str, listed: Callable[[], set[str]]) -> int:
         """Removes the folders in `name` that are not listed and that no living writer holds; returns their number.
 
         Args:
-            listed: called once it is known which folders nobody holds, as a writer lets go of what it has listed.
+            listed: gives the names of the listed folders. It is called after the check for living writers, because a
+                writer lists its folder and then releases it.
         """
         ...

@@ -20,12 +20,12 @@ from .locks import SECONDS_UNTIL_ABANDONED
 RETRIES = 10
 RETRY_TIMEOUT = timedelta(minutes=3)
 UPLOAD_BYTES = 10 << 20
-"""Size of the pieces of a multipart upload; stores take up to 10000 pieces."""
+"""Size of a piece of a multipart upload; stores take up to 10,000 pieces."""
 AZURE_ACCOUNT = "AZURE_STORAGE_ACCOUNT_NAME"
 PAST_END = ("416 Range Not Satisfiable", "non-partial response")
-"""How stores refuse a range that begins at the end of an object or after it."""
+"""Texts in a store's answer to a range that begins at the end of an object, or after the end."""
 NO_BUCKET = "404 Not Found"
-"""How they refuse to list one that is not there."""
+"""Text in a store's answer when the bucket is missing."""
 Result = TypeVar("Result")
 
 
@@ -36,13 +36,13 @@ class ObjectStorage:
     def __init__(self, place: str, max_retries: int = RETRIES, retry_timeout: timedelta = RETRY_TIMEOUT):
         """
         Args:
-            retry_timeout: how long after a request's start it is tried again.
+            retry_timeout: time after the start of a request during which it is tried again.
 
         Raises:
-            StorageError: the place, or what the environment says of it, makes no sense.
+            StorageError: the place, or the environment's settings for it, are not valid.
         """
         self.place = place.rstrip("/")
-        # Of the account alone obstore wants to be told.
+        # obstore takes everything but the account's name from the environment.
         azure = self.place.startswith("az://") and AZURE_ACCOUNT in os.environ
         config: Any = {"account_name": os.environ[AZURE_ACCOUNT]} if azure else None
         retry: Any = {"max_retries": max_retries, "retry_timeout": retry_timeout}
@@ -54,8 +54,18 @@ class ObjectStorage:
     def locate(self, name: str) -> str:
         return f"{self.place}/{name}"
 
+    @property
+    def local_folder(self) -> None:
+        return None
+
+    def identity(self) -> str:
+        return self.place
+
+    def free_bytes(self) -> None:
+        return None
+
     def require_folder(self) -> None:
-        """A bucket knows no files in place of folders."""
+        """Nothing to check: a bucket has no folders."""
 
     def read(self, name: str) -> bytes:
         return bytes(self._call(name, lambda: obstore.get(self._store, name).bytes()))
@@ -93,7 +103,7 @@ class ObjectStorage:
         try:
             self._call_bucket(name, lambda: obstore.put(self._store, name, content, mode="create"))
         except (AlreadyExistsError, PreconditionError, StorageError) as error:
-            # An earlier try may have done it, and only its answer was lost.
+            # An earlier try may have created the object although its answer was lost.
             with suppress(FileNotFoundError):
                 if self.read(name) == content:
                     return
@@ -115,7 +125,7 @@ class ObjectStorage:
                 self._call(path, lambda path=path: obstore.delete(self._store, path))
 
     def remove_leftovers(self, name: str, listed: Callable[[], set[str]]) -> int:
-        """A bucket has no locks: a folder is a dead writer's once nothing was added to it for a day."""
+        """A bucket has no locks, so a folder counts as a dead writer's when nothing was added to it for a day."""
         latest: dict[str, datetime] = {}
         for entry in self._entries(name):
             folder, slash, _ = entry["path"].removeprefix(f"{name}/").partition("/")
@@ -132,10 +142,10 @@ class ObjectStorage:
         return memoryview(self._call(name, lambda: obstore.get_range(self._store, name, start=start, length=length)))
 
     def get_tail(self, name: str, length: int) -> tuple[int, bytes]:
-        """Size of an object, and its last `length` bytes.
+        """The size of an object, and its last `length` bytes.
 
         Raises:
-            NotSupportedError: the store does not count from the end.
+            NotSupportedError: the store does not support ranges from the end.
         """
 
         def get() -> tuple[int, bytes]:
@@ -145,7 +155,7 @@ class ObjectStorage:
         return self._call(name, get)
 
     def upload(self, name: str) -> Any:
-        """A multipart upload, to be written to; the object is there once it is closed."""
+        """A multipart upload to write to; the object appears when the upload is closed."""
         return obstore.open_writer(self._store, name, buffer_size=UPLOAD_BYTES)
 
     def send(self, name: str, request: Callable[[], object]) -> None:
@@ -174,12 +184,17 @@ class ObjectStorage:
             raise
         except (BaseError, OSError) as error:
             raise StorageError(
-                f"{self.locate(name)}: the store did not do what was asked: {_reason(error)}. Check credentials, "
-                "endpoint (plain http only with AWS_ALLOW_HTTP=true) and network; the same command continues."
+                f"{self.locate(name)}: the store refused a request, or did not answer: {_reason(error)}. Check "
+                "the credentials, the endpoint (plain http only with AWS_ALLOW_HTTP=true) and the network; the same "
+                "command continues."
             ) from None
 
     def _call_bucket(self, name: str, request: Callable[[], Result]) -> Result:
-        """Sends a request that needs no object to be there: only the bucket can be missing."""
+        """Sends a request that needs no object, so that only the bucket can be missing.
+
+        Raises:
+            StorageError: there is no such bucket, or the store did not answer, or refused.
+        """
         try:
             return self._call(name, request)
         except (FileNotFoundError, StorageError) as error:
@@ -191,7 +206,7 @@ class ObjectStorage:
 
 
 def _reason(error: Exception) -> str:
-    """What a user can make use of in an error of obstore."""
+    """The part of obstore's error that helps a user."""
     return f"{' '.join(str(error).partition('Debug source:')[0].split()):.300}"
 
 
@@ -232,17 +247,17 @@ class ObjectFile:
             return 0, b""
 
     def _is_past_end(self, error: StorageError, offset: int) -> bool:
-        """Whether a range was refused because there is nothing in it."""
+        """Whether a store refused a range because the object ends before the range."""
         return any(text in str(error) for text in PAST_END) and self._storage.size(self._name) <= offset
 
 
 class ObjectFolderWriter:
-    """Uploads under the final name, which is unique; readers see nothing of it before its commit record."""
+    """Uploads under the final name, which is unique; readers see nothing of the folder before its commit record."""
 
     def __init__(self, storage: ObjectStorage, name: str):
         self.storage = storage
         self.failed = False
-        """Whether the store has given up an upload; the others then need not be completed to be removed."""
+        """Whether an upload failed; the other uploads are then left incomplete, because all are removed."""
         self._name = name
         self._published = False
 
@@ -260,8 +275,10 @@ class ObjectFolderWriter:
         """A bucket has no locks."""
 
     def abandon(self) -> None:
-        """What is published stays: where the answer was lost, a commit record may list it. It is removed as a leftover,
-        as is what can't be removed now."""
+        """Removes the uploads, unless they are published: if only the answer was lost, a commit record may list them.
+
+        What is left here goes later, in `remove_leftovers`.
+        """
         if not self._published:
             with suppress(StorageError):
                 self.storage.remove(self._name)

@@ -1,4 +1,4 @@
-"""Durable files: write aside, fsync, rename, fsync the folder."""
+"""Durable files: write under another name, sync the file, rename it, sync the folder."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def fsync_tree(folder: Path) -> None:
 
 
 def write_bytes_durably(path: Path, content: bytes) -> None:
-    """Replaces a file as a whole: a reader sees the old content or the new, also after a crash."""
+    """Replaces a file as a whole: a reader sees the old content or the new content, even after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     with open(aside, "wb") as file:

@@ -18,7 +18,7 @@ ASIDE = ".writing-"
 
 
 class LocalFile:
-    """A file opened for reading; closed when nothing refers to it any more."""
+    """A file open for reading; closed when nothing refers to it any more."""
 
     is_local = True
 
@@ -31,7 +31,7 @@ class LocalFile:
         for start in range(0, len(buffers), os.sysconf("SC_IOV_MAX")):
             batch = buffers[start : start + os.sysconf("SC_IOV_MAX")]
             found = os.preadv(self._descriptor, batch, offset + count)
-            # A read may end early (at 2 GiB, or by a signal) with more to come.
+            # A read may end early (at 2 GiB, or by a signal) although there are more bytes.
             while 0 < found < sum(map(len, batch)):
                 more = os.preadv(self._descriptor, _after(batch, found), offset + count + found)
                 if not more:
@@ -65,6 +65,19 @@ class LocalStorage:
 
     def locate(self, name: str) -> str:
         return f"{self.place}/{name}"
+
+    @property
+    def local_folder(self) -> Path:
+        return self.root
+
+    def identity(self) -> str:
+        return str(self.root.resolve())
+
+    def free_bytes(self) -> int:
+        folder = self.root.absolute()
+        while not folder.exists():
+            folder = folder.parent
+        return shutil.disk_usage(folder).free
 
     def require_folder(self) -> None:
         require_folder(self.root)
@@ -106,7 +119,8 @@ class LocalStorage:
         try:
             os.link(aside, path)
         except FileExistsError:
-            if aside.stat().st_nlink == 1:  # else it was made, and a server has answered the repeated request
+            # With two links the file was created: a file server got the request twice, and this is the second answer.
+            if aside.stat().st_nlink == 1:
                 raise
         except OSError:  # a file system without hard links
             if path.exists():
@@ -129,7 +143,7 @@ class LocalStorage:
     def remove(self, name: str) -> None:
         path = self.root / name
         while path.is_dir():
-            with suppress(FileNotFoundError):  # another process removes it too
+            with suppress(FileNotFoundError):  # another process removes the folder at the same time
                 shutil.rmtree(path)
         path.unlink(missing_ok=True)
 
@@ -138,13 +152,13 @@ class LocalStorage:
         kept = listed()
         dead = [folder for folder in held_by_nobody if folder.name not in kept]
         for folder in dead:
-            # Not all may go: another process removes it too, or its writer has just published it.
+            # Ignore errors: another process may remove the folder too, or its writer may have just published it.
             shutil.rmtree(folder, ignore_errors=True)
         return len(dead)
 
 
 class LocalFolderWriter:
-    """Writes aside, then fsync, rename, fsync of the parent."""
+    """Writes a folder under another name, syncs every file, renames the folder, and syncs its parent."""
 
     def __init__(self, path: Path):
         self._path = path

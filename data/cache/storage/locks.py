@@ -1,4 +1,4 @@
-"""Whether the writer of a folder is still alive."""
+"""Locks that show whether the writer of a folder is still alive."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 LOCK = "writer.lock"
 SECONDS_UNTIL_ABANDONED = 24 * 3600
 SECONDS_TO_LOCK = 300.0
-"""How long a new folder may lack its lock: its writer is about to take it."""
+"""Time that the writer of a new folder has to take the lock."""
 
 
 class FolderLock:
-    """Held while a writer lives, so that another process does not take its folder for a dead writer's."""
+    """A lock that a writer holds while it lives; a folder without it is a dead writer's."""
 
     def __init__(self, folder: Path):
         self._file = open(folder / LOCK, "w")  # noqa: SIM115 - open for the writer's life
@@ -29,10 +29,10 @@ class FolderLock:
 
 
 def is_alive(folder: Path) -> bool:
-    """Whether a writer holds the folder.
+    """Whether a living writer holds the folder.
 
-    A lock tells on the host that took it. What another host left counts as alive until nothing in it has changed
-    for a day, as not every shared file system carries locks between hosts.
+    On the writer's host, the lock answers. Not every shared file system passes locks on to other hosts, so a folder of
+    another host counts as alive until nothing in it has changed for a day.
     """
     host = ""
     try:
@@ -49,9 +49,9 @@ def is_alive(folder: Path) -> bool:
 
 
 def last_change(folder: Path) -> float:
-    """When anything in a folder has changed last, in seconds; 0 if it has gone meanwhile."""
+    """The time of the last change in a folder, in seconds; 0 if the folder is gone."""
     latest = 0.0
-    for parent, _, files in os.walk(folder):  # which leaves out what goes meanwhile
+    for parent, _, files in os.walk(folder):  # os.walk ignores folders that disappear
         for name in (".", *files):
             with suppress(FileNotFoundError):
                 latest = max(latest, os.stat(os.path.join(parent, name)).st_mtime)

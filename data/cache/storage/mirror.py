@@ -1,8 +1,7 @@
-"""Parts of a remote cache kept on the local disk, up to a size; those not used for longest make room."""
+"""Copies, on the local disk, of the parts of a remote cache. The parts not used for longest make room for new ones."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import threading
@@ -13,48 +12,49 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
+from ...hashing import hash_text
 from ..part import PARTS
 from ..target_files import download
 from .base import REQUESTS_AT_ONCE, FolderWriter, RandomAccessFile, Storage
 from .local import LocalFile
 
 PLACES = (f"*/{PARTS}/*", f"*/*/*/{PARTS}/*")
-"""Where parts of states and of first drafts are, below the folder for all caches."""
+"""The places of parts of states and of first drafts, below the folder for all caches."""
 TRIES = 4
 SLICES = 64
-"""Room is made, and the folder measured, for one in so many of its bytes at a time: it may hold 100,000 files."""
+"""To measure the folder is slow (it may hold 100,000 files), so each measurement frees 1/SLICES of its size."""
 Used = TypeVar("Used")
 
 
 class MirroredStorage:
-    """A storage whose parts are read from local copies, each file fetched once.
+    """A storage whose parts are read from local copies; each file is fetched once.
 
-    Several processes and several caches can share the folder; a file that other processes remove again and again is
-    read from the storage itself. A copy's bytes are verified against the same checksums as those that it was made
-    from. Whoever has a file of a removed part open reads on, and its space comes back when all have closed it.
+    Several processes and several caches can share the folder. A file that other processes remove again and again is
+    read from the remote storage. Readers verify a copy against the same checksums as the original. A reader that has a
+    file of a removed part open can still read the file; the disk space is free when all readers have closed the file.
     """
 
     def __init__(self, remote: Storage, folder: Path, max_bytes: int):
         """
         Args:
-            max_bytes: size of the folder beyond which parts are removed; what is being fetched may exceed it, and
-                each process by one in `SLICES`.
+            max_bytes: size of the folder beyond which parts are removed. Files that are being fetched may exceed the
+                size, and every process may exceed it by 1/SLICES.
         """
         self.place = remote.place
         self._remote, self._folder, self._max_bytes = remote, folder, max_bytes
-        self._copies = folder / hashlib.sha256(remote.place.encode()).hexdigest()[:16]
+        self._copies = folder / hash_text(remote.place)
         self._locks: dict[str, threading.Lock] = {}
         self._in_use: Counter[Path] = Counter()
         """Parts that a thread of this process is about to read."""
         self._lock = threading.Lock()
         self._room = 0
-        """Bytes that may still be fetched before the folder is measured again: other processes fill it too."""
+        """Bytes to fetch before the folder is measured again; other processes fill the folder too."""
         self._making_room = threading.Lock()
 
     def locate(self, name: str) -> str:
         if not is_part_file(name):
             return self._remote.locate(name)
-        return f"the local copy (remove it first: the next run fetches it anew) {self._copies / name}"
+        return f"the local copy (remove it first: the next run fetches it again) {self._copies / name}"
 
     def read(self, name: str) -> bytes:
         return self._use_copy(name, Path.read_bytes, self._remote.read)
@@ -67,10 +67,10 @@ class MirroredStorage:
         return self._use_copy(name, LocalFile, self._remote.open)
 
     def _use_copy(self, name: str, use: Callable[[Path], Used], directly: Callable[[str], Used]) -> Used:
-        """What `use` makes of the local copy of a file, which is fetched if it is not there.
+        """The result of `use` on the local copy of a file; fetches the copy if there is none.
 
         Args:
-            directly: used for what belongs to no part.
+            directly: takes the file's name, for a file of no part or one that can't be kept.
 
         Raises:
             FileNotFoundError: the storage has no such file.
@@ -90,7 +90,7 @@ class MirroredStorage:
                         return used
                     size = self._remote.size(name)
                     self._make_room(size)
-                    with suppress(FileNotFoundError, FileExistsError):  # another process has just made room
+                    with suppress(FileNotFoundError, FileExistsError):  # another process removes folders at this time
                         download(self._remote, name, path, size)
         finally:
             with self._lock:
@@ -102,7 +102,7 @@ class MirroredStorage:
         return self._copies.joinpath(*names[: names.index(PARTS) + 2])
 
     def _make_room(self, num_bytes: int) -> None:
-        """Removes the parts not used for longest, but none in use, until there is room for this many bytes."""
+        """Removes the parts not used for longest until `num_bytes` are free; leaves parts in use."""
         with self._making_room:
             self._room -= num_bytes
             if self._room >= 0:
@@ -115,7 +115,7 @@ class MirroredStorage:
             self._room = min(self._max_bytes - total, self._max_bytes // SLICES)
 
     def _remove_oldest(self, measured: list[tuple[Path, tuple[int, int]]], total: int) -> int:
-        """Removes parts until a slice is free; returns the number of bytes that are left."""
+        """Removes parts until 1/SLICES of the folder is free; returns the bytes of the parts that are left."""
         for part, (_, size) in sorted(measured, key=lambda entry: entry[1]):
             if total <= self._max_bytes - self._max_bytes // SLICES:
                 break
@@ -132,6 +132,16 @@ class MirroredStorage:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+    @property
+    def local_folder(self) -> Path | None:
+        return self._remote.local_folder
+
+    def identity(self) -> str:
+        return self._remote.identity()
+
+    def free_bytes(self) -> int | None:
+        return self._remote.free_bytes()
 
     def require_folder(self) -> None:
         self._remote.require_folder()
@@ -173,7 +183,7 @@ class MirroredStorage:
 
 
 def _last_use_and_size(part: Path) -> tuple[int, int] | None:
-    """When a part was used last (ns), and its size in bytes; None if another process removes it."""
+    """The time of a part's last use (ns), and its size in bytes; None if another process has removed the part."""
     try:
         return part.stat().st_mtime_ns, sum(file.stat().st_size for file in part.rglob("*") if file.is_file())
     except FileNotFoundError:

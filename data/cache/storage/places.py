@@ -11,10 +11,10 @@ from .local import LocalStorage
 
 
 def open_storage(place: str | Path) -> Storage:
-    """A folder (a path, or `file://`), or a bucket with a prefix (`s3://`, `gs://`, `az://`).
+    """The storage of a folder (a path, or `file://`), or of a prefix in a bucket (`s3://`, `gs://`, `az://`).
 
     Raises:
-        ConfigError: another scheme, or a `file://` with a host.
+        ConfigError: the place has another scheme, or is `file://` with a host.
     """
     url = urlsplit(str(place)) if "://" in str(place) else urlsplit("")
     if not url.scheme:

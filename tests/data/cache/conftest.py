@@ -1,4 +1,4 @@
-"""Local stores that answer as buckets do."""
+"""Local servers in place of buckets, and a cache for them."""
 
 import shutil
 import uuid
@@ -16,7 +16,7 @@ from vpd.data.cache.target_files import store_target_files
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[S3Server]:
-    """A local S3 that a module's storages talk to, unless a test says otherwise."""
+    """A local S3 server, which the storages of a module's tests use."""
     with S3Server() as server, pytest.MonkeyPatch.context() as patch:
         for name, value in server.environment.items():
             patch.setenv(name, value)

@@ -1,4 +1,4 @@
-"""The cache: what was written is what is read, and damage is an error."""
+"""The cache: readers get what was written, and damage is an error."""
 
 # T tokens, K layers, H hidden width
 import hashlib
@@ -8,7 +8,7 @@ import tempfile
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,8 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tiny import Damage, chunk_bytes, fill_cache, make_manifest, make_sequence, same_bits, snapshot
 from torch import Tensor
-from vpd.data.cache.cache import Cache, state_specs
-from vpd.data.cache.codecs import HIDDEN, CodecName, measure_channels
+from vpd.data.cache.arrays import state_specs
+from vpd.data.cache.cache import Cache
+from vpd.data.cache.codecs import CODECS, HIDDEN, measure_channels
 from vpd.data.cache.index import hash_content
 from vpd.data.cache.reader import CachedSequence, Request, read_ahead
 from vpd.data.errors import CacheCorruptError
@@ -30,7 +31,7 @@ from xxhash import xxh3_64_hexdigest
 K, H = 2, 8
 CHUNK_BYTES = chunk_bytes(K, H)
 SEQUENCES = [make_sequence(name, length, K, H) for name, length in [("a", 40), ("b", 70), ("c", 64)]]
-"""Of one chunk, two chunks, and one chunk again."""
+"""The sequences have one chunk, two chunks, and one chunk."""
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def part_of(folder: Path, seq_id: str) -> str:
 
 
 def random_states(num_tokens: int, num_layers: int, width: int, any_bits: bool, seed: int) -> Tensor:
-    """Any bits, NaNs among them, or finite states one of whose channels is massive."""
+    """States of any bits, NaNs among them; or finite states with one massive channel."""
     generator = torch.Generator().manual_seed(seed)
     shape = (num_tokens, num_layers, width)
     if any_bits:
@@ -69,7 +70,7 @@ def random_states(num_tokens: int, num_layers: int, width: int, any_bits: bool, 
 
 
 def expected_states(sequences: dict[str, dict[str, Any]], cache: Cache) -> dict[str, Tensor]:
-    """Every sequence's states, put through the codec here; a part's channels are measured on its first sequence."""
+    """The states of every sequence, encoded and decoded here; a part's first sequence gives the channels' scales."""
     written = {seq_id: sequence["hidden_TKH"] for seq_id, sequence in sequences.items()}
     if cache.codec.is_exact:
         return written
@@ -98,7 +99,7 @@ def check_tokens(read: CachedSequence, written: dict[str, Any]) -> None:
     num_layers=st.integers(1, 4),
     width=st.integers(1, 40),
     part_chunks=st.integers(1, 6),
-    codec=st.sampled_from(get_args(CodecName)),
+    codec=st.sampled_from([*CODECS]),
 )
 @settings(max_examples=20, deadline=None)
 def test_what_was_written_is_what_is_read(sizes, num_layers, width, part_chunks, codec):
@@ -115,7 +116,7 @@ def test_what_was_written_is_what_is_read(sizes, num_layers, width, part_chunks,
         cache = Cache.open(folder)
         assert sorted(row.seq_id for row in cache.rows) == sorted(written)
         expected = expected_states(written, cache)
-        with closing(read_ahead(cache, map(Request, cache.rows))) as ahead:
+        with closing(read_ahead(cache.states, map(Request, cache.rows))) as ahead:
             for row, read in zip(cache.rows, ahead, strict=True):
                 assert read.row == row
                 alone = cache.read(row)
@@ -156,7 +157,7 @@ def test_index_rows_say_what_was_written(folder: Path):
         assert asdict(row) in pq.read_table(folder / "index" / f"{row.part}.parquet").to_pylist()
 
 
-def test_a_content_hash_tells_tokens_masks_and_ends_apart():
+def test_content_hashes_differ_by_tokens_mask_and_end():
     sequences = [([1, 2], [0, 1], 3), ([1, 2, 3], [0, 1, 1], None), ([1, 2], [1, 1], 3), ([1, 2], [0, 1], None)]
     sequences += [([2, 1], [0, 1], 3), ([1], [0], 3), ([1, 2], [0, 1], 4)]
     hashes = {hash_content(*sequence) for sequence in sequences}
@@ -239,7 +240,7 @@ def test_damaged_states_are_an_error_that_names_the_file(damage: Damage, name: s
 
 
 def test_states_of_another_sequence_are_an_error_though_every_checksum_holds(folder: Path):
-    """The index says which states a sequence has; the shard of another part of the same sizes does not."""
+    """A shard of the same sizes from another part is not taken for the sequence's states."""
     cache = Cache.open(folder)
     fill_cache(folder, [make_sequence("d", 64, K, H)])
     (row,) = (row for row in cache.rows if row.seq_id == "c")

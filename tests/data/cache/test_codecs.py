@@ -1,9 +1,9 @@
-"""Codecs against slow references: what is lost is what they say, and the many small channels are kept."""
+"""Codecs against slow references: a codec loses no more than it states, and keeps the many small channels."""
 
 # T tokens, K layers, H hidden width
 import math
 import struct
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,21 +14,16 @@ from support.tiny import same_bits
 from torch import Tensor
 from vpd.data.cache import codecs
 from vpd.data.cache.codecs import (
+    CODECS,
     E4M3_MAX,
     GROUP,
     INT4_MAX,
-    Codec,
-    CodecName,
-    decode_fp8,
-    decode_int4,
-    encode_fp8,
-    encode_int4,
     measure_channels,
     round_mantissa,
     whitened_cosine,
 )
 
-NAMES: tuple[CodecName, ...] = get_args(CodecName)
+NAMES, FP8, INT4 = [*CODECS], CODECS["fp8"], CODECS["int4"]
 INFINITY = 0x7F80
 BFLOAT16_STEP = 2.0**-8
 """Largest relative error of rounding to bfloat16."""
@@ -45,8 +40,8 @@ def value_of(word: int) -> float:
 
 
 def massive_states(num_tokens: int, num_layers: int, width: int, seed: int = 0) -> Tensor:
-    """States as they are: every channel has a scale of its own, and two are hundreds of times larger than the rest at
-    every token."""
+    """States like those of real models: the channels have different scales, and two are hundreds of times larger than
+    the others."""
     generator = torch.Generator().manual_seed(seed)
     states = torch.randn(num_tokens, num_layers, width, generator=generator)
     states *= torch.rand(width, generator=generator) + 0.5
@@ -59,7 +54,7 @@ def massive_states(num_tokens: int, num_layers: int, width: int, seed: int = 0) 
 
 
 def slow_round(word: int, bits: int) -> int:
-    """The nearest of all values with that many bits of mantissa; of two as near, the one with the even last bit."""
+    """The nearest value with that many bits of mantissa; of two equally near values, the one with an even last bit."""
     sign, magnitude = word & 0x8000, word & 0x7FFF
     if magnitude >= INFINITY:
         return word
@@ -79,7 +74,7 @@ def test_rounding_gives_the_nearest_value_for_every_bfloat16(bits: int):
     largest = 0x7F80 - (1 << (7 - bits))
     usual = [word for word in range(1 << 16) if word & 0x7FFF <= largest]
     at_the_end = [[word] for word in (*range(0x7F60, 0x8000), *range(0xFF60, 1 << 16))]
-    for words in (range(1 << 16), usual, *at_the_end):  # with and without what would become infinity, and it alone
+    for words in (range(1 << 16), usual, *at_the_end):  # with and without values near infinity, and these alone
         found = round_mantissa(to_states([*words]), bits).view(torch.uint16).flatten().tolist()
         assert found == [slow_round(word, bits) for word in words]
 
@@ -108,16 +103,16 @@ def test_every_float8_comes_back_as_torch_casts_it():
         stored_scale = torch.tensor([scale]).view(torch.uint8)
         rows = torch.cat([codes, stored_scale]).view(1, 1, -1)
         expected = (codes.view(torch.float8_e4m3fn).float() * torch.tensor([scale])).bfloat16()
-        assert same_bits(decode_fp8(rows, len(codes)).flatten(), expected)
+        assert same_bits(FP8.decode_block(rows, len(codes)).flatten(), expected)
 
 
 @given(st.integers(1, 70), st.integers(1, 3), st.integers(1, 5), st.integers(0, 99))
 @settings(max_examples=30, deadline=None)
 def test_fp8_is_off_by_a_sixteenth_at_most(width: int, num_layers: int, num_tokens: int, seed: int):
     states = massive_states(num_tokens, num_layers, width + 2, seed)
-    rows = encode_fp8(states)
+    rows = FP8.encode_block(states)
     assert (rows.dtype, rows.shape) == (torch.uint8, (num_tokens, num_layers, width + 2 + 4))
-    decoded = decode_fp8(rows, width + 2)
+    decoded = FP8.decode_block(rows, width + 2)
     assert (decoded.dtype, decoded.shape) == (torch.bfloat16, states.shape)
     largest_TK1 = states.double().abs().amax(dim=-1, keepdim=True)
     # Half a unit in the last of three places; below the smallest normal value the unit no longer shrinks.
@@ -129,7 +124,7 @@ def test_fp8_is_off_by_a_sixteenth_at_most(width: int, num_layers: int, num_toke
 @pytest.mark.parametrize("value", [0.0, 1e-38, -3e-20, 1.0, 3e38])
 def test_fp8_of_equal_values_is_close_and_finite(value: float):
     states = torch.full((2, 1, 8), value).bfloat16()
-    decoded = decode_fp8(encode_fp8(states), 8)
+    decoded = FP8.decode_block(FP8.encode_block(states), 8)
     assert torch.isfinite(decoded).all()
     torch.testing.assert_close(decoded, states, rtol=2 * BFLOAT16_STEP, atol=1e-14)
 
@@ -138,7 +133,7 @@ def test_fp8_of_equal_values_is_close_and_finite(value: float):
 
 
 def slow_int4(states_H: list[float], scale_H: list[float]) -> tuple[list[float], list[float]]:
-    """One token and layer: what comes back, and the largest error that each channel may have."""
+    """For one token and layer: the decoded values, and the largest error that each channel may have."""
     decoded: list[float] = []
     allowed: list[float] = []
     for start in range(0, len(states_H), GROUP):
@@ -159,10 +154,10 @@ def slow_int4(states_H: list[float], scale_H: list[float]) -> tuple[list[float],
 def test_int4_is_within_half_a_step_in_every_group(width: int, num_layers: int, num_tokens: int, seed: int):
     states = massive_states(num_tokens, num_layers, width + 2, seed)
     scale_KH = measure_channels(states)
-    rows = encode_int4(states, scale_KH)
+    rows = INT4.encode_block(states, scale_KH)
     num_groups = math.ceil((width + 2) / GROUP)
     assert (rows.dtype, rows.shape) == (torch.uint8, (num_tokens, num_layers, 18 * num_groups))
-    decoded = decode_int4(rows, width + 2, scale_KH)
+    decoded = INT4.decode_block(rows, width + 2, scale_KH)
     assert (decoded.dtype, decoded.shape) == (torch.bfloat16, states.shape)
     for t in range(num_tokens):
         for k in range(num_layers):
@@ -176,7 +171,7 @@ def test_int4_is_within_half_a_step_in_every_group(width: int, num_layers: int, 
 
 def test_channels_are_measured_by_their_root_mean_square_and_never_far_below_the_usual():
     states = torch.tensor([[[3.0, -2.0, 0.0, 500.0]], [[4.0, 2.0, 0.0, 0.0]]]).bfloat16()
-    usual = 2.0  # of the sizes 0, 2, 12.5 ** 0.5 and 125_000 ** 0.5 the lower one of the two in the middle
+    usual = 2.0  # the lower median of the sizes 0, 2, 12.5 ** 0.5 and 125_000 ** 0.5
     expected = [12.5**0.5, 2.0, 0.1 * usual, 125_000**0.5]
     assert measure_channels(states)[0].tolist() == pytest.approx(expected, rel=1e-6)
     assert (measure_channels(torch.zeros(3, 2, 4).bfloat16()) > 0).all()
@@ -186,7 +181,7 @@ def test_channels_are_measured_by_their_root_mean_square_and_never_far_below_the
 
 
 def slow_whitened_cosine(original: list[list[float]], decoded: list[list[float]]) -> list[float]:
-    """Tokens of one layer."""
+    """The cosines of the tokens of one layer."""
     width = len(original[0])
     rms = [math.sqrt(sum(token[c] ** 2 for token in original) / len(original)) for c in range(width)]
     found = []
@@ -208,7 +203,7 @@ def test_the_whitened_cosine_is_the_cosine_after_division_by_each_channel_s_size
 
 
 def naive_int8(states_TKH: Tensor) -> Tensor:
-    """One scale a token: twice the bits of int4."""
+    """One scale for each token, and twice the bits of int4."""
     scale_TK1 = states_TKH.float().abs().amax(dim=-1, keepdim=True) / 127
     return ((states_TKH.float() / scale_TK1).round() * scale_TK1).bfloat16()
 
@@ -217,13 +212,13 @@ def naive_int8(states_TKH: Tensor) -> Tensor:
     ("name", "least"),
     [("raw", 1), ("lossless", 1), ("round4", 0.9995), ("round3", 0.999), ("fp8", 0.999), ("int4", 0.98)],
 )
-def test_codecs_keep_the_small_channels_beside_massive_ones(name: CodecName, least: float):
+def test_codecs_keep_the_small_channels_beside_massive_ones(name: str, least: float):
     states = massive_states(200, 2, 128)
-    codec, scale_KH = Codec(name), measure_channels(states)
+    codec, scale_KH = CODECS[name], measure_channels(states)
     decoded = codec.decode(torch.from_numpy(codec.encode(states, scale_KH)), 128, scale_KH)
     cosine_TK = whitened_cosine(states, decoded)
     assert cosine_TK.min() >= least - 1e-5
-    # Of the naive one most channels are lost, though the plain cosine does not show it.
+    # The naive codec loses most channels, but the plain cosine does not show this.
     naive = naive_int8(states)
     assert torch.cosine_similarity(states.float(), naive.float(), dim=-1).min() > 0.999
     assert whitened_cosine(states, naive).mean() < 0.7 < 0.99 < cosine_TK.mean()
@@ -235,9 +230,9 @@ def test_codecs_keep_the_small_channels_beside_massive_ones(name: CodecName, lea
 @given(st.integers(1, 40), st.integers(1, 3), st.integers(1, 5), st.sampled_from(NAMES))
 @settings(max_examples=40, deadline=None)
 def test_stored_rows_fit_the_array_and_exact_codecs_keep_every_bit(
-    width: int, num_layers: int, num_tokens: int, name: CodecName
+    width: int, num_layers: int, num_tokens: int, name: str
 ):
-    codec, generator = Codec(name), torch.Generator().manual_seed(width)
+    codec, generator = CODECS[name], torch.Generator().manual_seed(width)
     shape = (num_tokens, num_layers, width)
     states = torch.randn(shape, generator=generator).bfloat16()
     if codec.is_exact:
@@ -255,10 +250,10 @@ def test_stored_rows_fit_the_array_and_exact_codecs_keep_every_bit(
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("num_tokens", [1, 6, 7, 23])
 def test_a_long_sequence_is_encoded_and_decoded_as_if_at_once(
-    num_tokens: int, name: CodecName, monkeypatch: pytest.MonkeyPatch
+    num_tokens: int, name: str, monkeypatch: pytest.MonkeyPatch
 ):
     states = massive_states(num_tokens, 3, 40)
-    codec, scale_KH = Codec(name), measure_channels(states)
+    codec, scale_KH = CODECS[name], measure_channels(states)
     found = []
     for block in (1 << 20, 6 * 3 * 40, 1):
         monkeypatch.setattr(codecs, "BLOCK_ELEMENTS", block)
@@ -275,6 +270,6 @@ def test_states_that_do_not_lie_in_a_row_are_encoded_too():
     states = massive_states(5, 6, 8)[:, ::2].transpose(0, 1)
     scale_KH = measure_channels(states)
     for name in NAMES:
-        arguments: tuple[Any, ...] = (scale_KH,) if Codec(name).needs_channel_scale else ()
-        found, expected = (Codec(name).encode(x, *arguments) for x in (states, states.clone()))
+        arguments: tuple[Any, ...] = (scale_KH,) if CODECS[name].needs_channel_scale else ()
+        found, expected = (CODECS[name].encode(x, *arguments) for x in (states, states.clone()))
         assert found.tobytes() == expected.tobytes()

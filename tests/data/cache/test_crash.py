@@ -1,4 +1,4 @@
-"""Writers that are killed, run out of disk, or work side by side: nothing is lost, doubled, or torn."""
+"""Writers that are killed, run out of disk, or work at the same time: nothing is lost, doubled, or torn."""
 
 import random
 import resource
@@ -22,9 +22,9 @@ Contents = dict[str, tuple[bytes, list[int], list[int]]]
 
 
 def contents(cache: Cache) -> Contents:
-    """Every sequence's bytes, all checksums verified; a sequence that is there twice is an error."""
+    """The bytes of every sequence, all checksums verified; no sequence may be there twice."""
     found: Contents = {}
-    with closing(read_ahead(cache, map(Request, cache.rows))) as sequences:
+    with closing(read_ahead(cache.states, map(Request, cache.rows))) as sequences:
         for sequence in sequences:
             assert sequence.row.seq_id not in found
             states = sequence.stored_TKW.numpy().tobytes()
@@ -35,7 +35,7 @@ def contents(cache: Cache) -> Contents:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Contents, float]:
-    """What a run writes that nothing disturbs, and its seconds."""
+    """What an undisturbed run writes, and its seconds."""
     folder = tmp_path_factory.mktemp("undisturbed") / "cache"
     crash.start(crash.write, folder.with_name("warm-up"), "s", 1).join()
     started = time.monotonic()
@@ -68,7 +68,7 @@ def test_a_killed_writer_loses_nothing_that_a_resume_does_not_write(
 
 
 def check_not_torn(folder: Path, expected: Contents) -> None:
-    """What a reader sees after a kill is a part of what an undisturbed run writes."""
+    """After a kill, a reader sees some of the sequences of an undisturbed run, and nothing else."""
     try:
         found = contents(Cache.open(folder, allow_empty=True))
     except CacheNotFoundError:

@@ -1,4 +1,4 @@
-"""First drafts beside the states: read as written, one folder a drafter, and named when one must choose."""
+"""First drafts: readers get what was written, each drafter has a folder, and a choice of several must be named."""
 
 # T tokens, G block size, A alternatives
 import os
@@ -14,18 +14,11 @@ import pytest
 import torch
 import zarr
 from support.tiny import Damage, chunk_bytes, fill_cache, make_manifest, make_sequence, same_bits, snapshot
+from vpd.data.cache.array_spec import ArraySpec
+from vpd.data.cache.arrays import NOT_DRAFTED, NUM_ALTERNATIVES, draft_specs, empty_drafts
 from vpd.data.cache.cache import CHUNK_TOKENS, Cache
-from vpd.data.cache.drafts import (
-    LOOKING_SHARE,
-    NOT_DRAFTED,
-    NUM_ALTERNATIVES,
-    FirstDrafts,
-    draft_specs,
-    empty_drafts,
-    list_drafts,
-)
+from vpd.data.cache.drafts import LISTING_SHARE, FirstDrafts, list_drafts
 from vpd.data.cache.part import committed_parts
-from vpd.data.cache.shard import ArraySpec
 from vpd.data.cache.storage.base import Storage
 from vpd.data.errors import CacheCorruptError, CacheNotFoundError
 
@@ -67,7 +60,7 @@ def random_drafts(num_tokens: int, specs: Mapping[str, ArraySpec], seed: int) ->
 
 
 def write_drafts(cache: Cache, fingerprint: str, block_size: int = 4, num_parts: int = 2) -> dict[str, Any]:
-    """Drafts of `num_parts` parts; the arrays written, by sequence."""
+    """Writes drafts of `num_parts` parts; returns the arrays written, by sequence."""
     drafts = FirstDrafts.create_or_open(cache, fingerprint, FACTS | {"block_size": block_size})
     written: dict[str, Any] = {}
     for part in drafts.missing_parts()[:num_parts]:
@@ -205,34 +198,32 @@ def test_a_part_without_commit_record_is_not_drafted_and_removed(cache: Cache):
     assert not left.exists()
 
 
-def test_looks_at_what_others_have_drafted_take_a_small_share_of_the_time(
-    cache: Cache, monkeypatch: pytest.MonkeyPatch
-):
-    now, looks = 0.0, list[float]()
+def test_listings_of_drafted_parts_take_a_small_share_of_the_time(cache: Cache, monkeypatch: pytest.MonkeyPatch):
+    now, listings = 0.0, list[float]()
 
-    def slow_look(storage: Storage, root: str) -> list[str]:
+    def slow_listing(storage: Storage, root: str) -> list[str]:
         nonlocal now
-        looks.append(now)
+        listings.append(now)
         now += 2
         return committed_parts(storage, root)
 
     monkeypatch.setattr("vpd.data.cache.drafts.time", SimpleNamespace(monotonic=lambda: now))
-    monkeypatch.setattr("vpd.data.cache.drafts.committed_parts", slow_look)
+    monkeypatch.setattr("vpd.data.cache.drafts.committed_parts", slow_listing)
     drafts = FirstDrafts.create_or_open(cache, ONE, FACTS)
     write_drafts(cache, ONE, num_parts=1)
-    looks.clear()
+    listings.clear()
     begin = now
     found_at = 0.0
     while now < begin + 1000:
         found_at = found_at or now * drafts.is_drafted(cache.parts[0])
         assert not drafts.is_drafted(cache.parts[1])
         now += 3
-    assert begin < found_at <= begin + 2 / LOOKING_SHARE + 3
-    assert LOOKING_SHARE / 2 <= 2 * len(looks) / 1000 <= LOOKING_SHARE
-    looks.clear()
+    assert begin < found_at <= begin + 2 / LISTING_SHARE + 3
+    assert LISTING_SHARE / 2 <= 2 * len(listings) / 1000 <= LISTING_SHARE
+    listings.clear()
     now += 1000
     assert drafts.is_drafted(cache.parts[0])
-    assert looks == []  # it is known
+    assert listings == []  # the part is known to be drafted
 
 
 def test_the_facts_of_the_first_run_stay(cache: Cache):

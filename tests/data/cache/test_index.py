@@ -1,4 +1,4 @@
-"""The index: a cache opens with one file however many parts it has, and is a stable view of them."""
+"""The index: to open a cache of many parts takes one file, and an open cache is a stable view."""
 
 # K layers, H hidden width
 import io
@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from support.tiny import Damage, make_index, make_manifest, make_row, make_sequence, same_bits, snapshot
+from support.tiny import Damage, append, make_index, make_manifest, make_row, make_sequence, same_bits, snapshot
 from vpd.data.cache.cache import Cache
 from vpd.data.cache.index import SequenceIndex, SequenceRow, parse_rows, read_snapshot, write_snapshot
 from vpd.data.cache.storage.local import LocalFile, LocalStorage
@@ -24,7 +24,7 @@ NAMES = "abcdefghij"
 
 
 class RecordingStorage(LocalStorage):
-    """A folder that notes what is asked of it."""
+    """A folder that records the calls."""
 
     def __init__(self, root: Path):
         super().__init__(root)
@@ -45,10 +45,10 @@ class RecordingStorage(LocalStorage):
 
 
 def add_parts(folder: Path, names: str, *, finish: bool) -> list[str]:
-    """One part a sequence; with `finish` the snapshot covers them all, else it stays as it is."""
+    """Writes each sequence into its own part; with `finish`, the snapshot covers all parts."""
     writer = StateWriter(Cache.create_or_open(folder, make_manifest()), 1, {})
     before = {name: (folder / "index" / name).read_bytes() for name in snapshots(folder)}
-    parts = [writer.append(**make_sequence(name, 5 + ord(name) % 7, K, H)) for name in names]
+    parts = [append(writer, **make_sequence(name, 5 + ord(name) % 7, K, H)) for name in names]
     if finish:
         writer.finish()
     else:
@@ -136,7 +136,7 @@ def test_an_open_cache_is_a_view_of_what_was_committed_then(finish: bool, folder
 
 
 def test_the_order_of_the_rows_does_not_depend_on_the_snapshots(folder: Path):
-    """A resumed run must find sequence i at the same place, whatever became of the snapshot meanwhile."""
+    """A resumed run must find sequence i at the same place, with any snapshot."""
     add_parts(folder, "uvwxyz", finish=False)
     with_a_part = Cache.open(folder)
     remove_snapshots(folder)
@@ -153,7 +153,7 @@ def test_a_sequence_that_two_writers_made_is_read_once(tmp_path: Path):
     writers = [StateWriter(Cache.create_or_open(tmp_path, manifest), 1 << 20, {}) for _ in range(2)]
     for writer, names in zip(writers, ("abc", "cbd"), strict=True):
         for name in names:
-            writer.append(**make_sequence(name, 30, K, H))
+            append(writer, **make_sequence(name, 30, K, H))
     parts = sorted(str(writer.commit()) for writer in writers)
     cache = Cache.open(tmp_path)
     assert sorted(cache.rows.strings("seq_id")) == ["a", "b", "c", "d"]
@@ -173,7 +173,7 @@ def test_the_snapshot_follows_the_parts_and_lacks_few_of_them(tmp_path: Path):
     num_renewed = 0
     for count in range(1, 41):
         before = snapshots(tmp_path)
-        writer.append(**make_sequence(f"s{count}", 3, K, H))
+        append(writer, **make_sequence(f"s{count}", 3, K, H))
         (name,) = snapshots(tmp_path)
         num_renewed += [name] != before
         assert 0 <= count - int(name.split("-")[1]) <= count / 8

@@ -1,4 +1,4 @@
-"""What a cache says of itself: a broken manifest, no cache and another origin are errors."""
+"""The manifest: a damaged manifest, no cache, and a cache of another origin are errors."""
 
 import shutil
 from pathlib import Path
@@ -43,9 +43,9 @@ def rewrite(text: str, **changes: Any) -> str:
         ),
         pytest.param(lambda text: rewrite(text, more=1), "not permitted at more", id="other-key-well-recorded"),
         pytest.param(
-            lambda text: text.replace('"schema_version": 3', '"schema_version": 4'), "of 4", id="later-schema"
+            lambda text: text.replace('"schema_version": 3', '"schema_version": 4'), "version 4", id="later-schema"
         ),
-        pytest.param(lambda text: rewrite(text, schema_version=1), "of 1", id="earlier-schema"),
+        pytest.param(lambda text: rewrite(text, schema_version=1), "version 1", id="earlier-schema"),
     ],
 )
 def test_a_broken_manifest_is_an_error_that_names_it(change, words: str, folder: Path):
@@ -69,7 +69,7 @@ def test_a_broken_manifest_is_an_error_that_names_it(change, words: str, folder:
         pytest.param(lambda folder: folder.write_text("a file"), id="file"),
     ],
 )
-def test_what_is_no_cache_is_said_to_be_none(make, tmp_path: Path):
+def test_a_place_without_a_cache_is_reported(make, tmp_path: Path):
     make(tmp_path / "cache")
     with pytest.raises(CacheNotFoundError, match=r"cache, found no dataset\.json there.*vpd extract"):
         Cache.open(tmp_path / "cache")

@@ -1,4 +1,4 @@
-"""Reading ahead: in order, into few reused buffers, with errors at the sequence that they belong to."""
+"""Reading ahead: in order, into few buffers, and an error comes at the turn of the damaged sequence."""
 
 # T tokens, K layers, H hidden width, W stored elements per token and layer
 import gc
@@ -16,7 +16,6 @@ from support.tiny import fill_cache, make_sequence, same_bits
 from torch import Tensor
 from vpd.data.cache import reader as reader_module
 from vpd.data.cache.cache import Cache
-from vpd.data.cache.codecs import CodecName
 from vpd.data.cache.reader import CachedSequence, Request, Slot, batches, read_ahead
 from vpd.data.cache.storage.local import LocalFile
 from vpd.data.errors import CacheCorruptError
@@ -27,7 +26,7 @@ LENGTHS = [40, 70, 64, 1, 200, 3, 129, 65, 10, 11, 12, 13]
 NAMES = [f"s{i:02d}" for i in range(len(LENGTHS))]
 
 
-def make_cache(folder: Path, codec: CodecName = "raw", part_bytes: int = 6000) -> Cache:
+def make_cache(folder: Path, codec: str = "raw", part_bytes: int = 6000) -> Cache:
     sequences = [make_sequence(name, length, K, H) for name, length in zip(NAMES, LENGTHS, strict=True)]
     fill_cache(folder, sequences, part_bytes, codec=codec)
     return Cache.open(folder)
@@ -35,7 +34,7 @@ def make_cache(folder: Path, codec: CodecName = "raw", part_bytes: int = 6000) -
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
-    """Several parts; nothing in it is changed."""
+    """A cache of several parts, which no test changes."""
     cache = make_cache(tmp_path_factory.mktemp("reader") / "cache")
     assert len(cache.parts) > 3
     return cache
@@ -57,7 +56,7 @@ def shuffled_requests(cache: Cache, times: int = 3) -> list[Request]:
 
 @pytest.fixture
 def slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every read takes another time, so threads overtake each other."""
+    """Every read takes a different time, so that threads overtake each other."""
     read_into, chance = LocalFile.read_into, random.Random(0)
 
     def sleep_then_read(file: LocalFile, buffers: Sequence[memoryview], offset: int) -> int:
@@ -75,7 +74,7 @@ def slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sequences_come_in_the_order_of_the_requests(num_threads: int, num_buffers: int, cache: Cache):
     requests = shuffled_requests(cache)
     found = []
-    for sequence in read_ahead(cache, iter(requests), num_threads, num_buffers):
+    for sequence in read_ahead(cache.states, iter(requests), num_threads, num_buffers):
         found.append(sequence.row)
         assert same_bits(sequence.hidden_TKH, written(sequence))
     assert found == [request.row for request in requests]
@@ -83,14 +82,14 @@ def test_sequences_come_in_the_order_of_the_requests(num_threads: int, num_buffe
 
 
 def test_nothing_asked_for_is_nothing_read(cache: Cache):
-    assert list(read_ahead(cache, [])) == []
+    assert list(read_ahead(cache.states, [])) == []
     assert reading_threads() == []
 
 
 @pytest.mark.parametrize("num_buffers", [2, 3, 5])
 def test_buffers_are_page_aligned_and_used_again(num_buffers: int, cache: Cache):
     places = []
-    for sequence in read_ahead(cache, shuffled_requests(cache, times=5), 2, num_buffers):
+    for sequence in read_ahead(cache.states, shuffled_requests(cache, times=5), 2, num_buffers):
         places.append(sequence.stored_TKW.data_ptr())
         assert same_bits(sequence.hidden_TKH, written(sequence))
     assert all(place % PAGE == 0 for place in places)
@@ -116,7 +115,7 @@ def test_no_more_buffers_are_made_than_asked_for_and_none_is_filled_while_in_use
             taken += 1
             yield request
 
-    with closing(read_ahead(cache, requests(), num_threads=3, num_buffers=3)) as sequences:
+    with closing(read_ahead(cache.states, requests(), num_threads=3, num_buffers=3)) as sequences:
         for count, sequence in enumerate(sequences, start=1):
             time.sleep(0.003)  # the threads read as far ahead as they may
             assert taken <= count + 2
@@ -131,21 +130,21 @@ def test_a_buffer_grows_to_the_longest_sequence(tmp_path: Path):
     cache = Cache.open(tmp_path)
     for verify in (True, False):
         requests = [Request(row, verify) for row in cache.rows]
-        for sequence, expected in zip(read_ahead(cache, requests, 1, 2), sequences, strict=True):
+        for sequence, expected in zip(read_ahead(cache.states, requests, 1, 2), sequences, strict=True):
             assert same_bits(sequence.hidden_TKH, expected["hidden_TKH"])
             assert sequence.stored_TKW.data_ptr() % PAGE == 0
 
 
 def test_one_buffer_is_not_enough(cache: Cache):
     with pytest.raises(ValueError, match="at least 2 buffers, got 1"):
-        next(read_ahead(cache, map(Request, cache.rows), num_buffers=1))
+        next(read_ahead(cache.states, map(Request, cache.rows), num_buffers=1))
     assert reading_threads() == []
 
 
 @pytest.mark.parametrize("codec", ["raw", "lossless", "round4"])
-def test_states_are_decoded_where_they_were_read(codec: CodecName, tmp_path: Path):
+def test_states_are_decoded_where_they_were_read(codec: str, tmp_path: Path):
     cache = make_cache(tmp_path, codec)
-    for sequence in read_ahead(cache, map(Request, cache.rows)):
+    for sequence in read_ahead(cache.states, map(Request, cache.rows)):
         assert sequence.hidden_TKH.data_ptr() == sequence.stored_TKW.data_ptr()
 
 
@@ -157,7 +156,7 @@ def test_an_unverified_sequence_is_one_read(cache: Cache, monkeypatch: pytest.Mo
         return read_into(file, buffers, offset)
 
     monkeypatch.setattr(LocalFile, "read_into", count_then_read)
-    for _ in read_ahead(cache, [Request(row, verify=False) for row in cache.rows], num_threads=1):
+    for _ in read_ahead(cache.states, [Request(row, verify=False) for row in cache.rows], num_threads=1):
         pass
     assert offsets == [row.hidden_offset for row in cache.rows]
 
@@ -175,7 +174,7 @@ def test_batches_cover_all_chunks_and_are_no_larger_than_needed(lengths: list[in
 
 
 def flip(cache: Cache, name: str, share: float = 0.0) -> Path:
-    """Flips a bit in the states of a sequence, and of no other."""
+    """Flips a bit in the states of one sequence."""
     (row,) = (row for row in cache.rows if row.seq_id == name)
     path = Path(cache.place) / "parts" / f"{row.part}.zarr" / cache.specs["hidden"].shard_name
     content = bytearray(path.read_bytes())
@@ -190,7 +189,7 @@ def test_an_error_comes_at_the_turn_of_the_damaged_sequence(damaged: int, num_th
     cache = make_cache(tmp_path)
     rows = sorted(cache.rows, key=lambda row: row.seq_id)
     path = flip(cache, NAMES[damaged])
-    sequences = read_ahead(cache, map(Request, rows), num_threads)
+    sequences = read_ahead(cache.states, map(Request, rows), num_threads)
     for name in NAMES[:damaged]:
         sequence = next(sequences)
         assert sequence.row.seq_id == name
@@ -212,7 +211,7 @@ def test_an_error_of_the_requests_comes_at_its_turn(damaged: int, cache: Cache):
             yield Request(row)
         raise Broken
 
-    sequences = read_ahead(cache, requests(), 3)
+    sequences = read_ahead(cache.states, requests(), 3)
     assert [next(sequences).row for _ in range(damaged)] == list(cache.rows[:damaged])
     with pytest.raises(Broken):
         next(sequences)
@@ -228,7 +227,7 @@ def divide_by_zero(sequences: Generator[CachedSequence]) -> None:
 @pytest.mark.usefixtures("slow_disk")
 @pytest.mark.parametrize("how", ["closed", "error-of-the-consumer", "forgotten"])
 def test_whoever_stops_early_ends_the_threads(how: str, cache: Cache):
-    sequences = read_ahead(cache, map(Request, cache.rows), 4, 6)
+    sequences = read_ahead(cache.states, map(Request, cache.rows), 4, 6)
     next(sequences)
     assert len(reading_threads()) == 4
     if how == "closed":
@@ -250,10 +249,10 @@ def test_only_a_verified_sequence_minds_a_flipped_bit(share: float, tmp_path: Pa
     cache = make_cache(tmp_path)
     flip(cache, "s04", share)
     (row,) = (row for row in cache.rows if row.seq_id == "s04")
-    (found,) = (sequence.hidden_TKH.clone() for sequence in read_ahead(cache, [Request(row, verify=False)]))
+    (found,) = (sequence.hidden_TKH.clone() for sequence in read_ahead(cache.states, [Request(row, verify=False)]))
     differing = found.view(torch.uint8) != make_sequence("s04", 200, K, H)["hidden_TKH"].view(torch.uint8)
     assert differing.sum() == (1 if share < 0.9 else 0)  # the end is padding, and the last checksum
-    for read in (lambda: list(read_ahead(cache, [Request(row)])), lambda: cache.read(row)):
+    for read in (lambda: list(read_ahead(cache.states, [Request(row)])), lambda: cache.read(row)):
         with pytest.raises(CacheCorruptError, match="the checksum of rows"):
             read()
     for other in cache.rows:
@@ -263,7 +262,7 @@ def test_only_a_verified_sequence_minds_a_flipped_bit(share: float, tmp_path: Pa
 
 @pytest.mark.parametrize("chunk", [0, 12, 25])
 def test_a_long_sequence_is_verified_to_its_end(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """It is read in several batches, here of four chunks."""
+    """The reader takes the sequence in several batches, here of four chunks."""
     sequence = make_sequence("s", 26 * 64 - 5, K, H)
     fill_cache(tmp_path, [sequence])
     monkeypatch.setattr(reader_module, "VERIFY_AT_ONCE", 4 * 64 * K * H * 2)
@@ -281,7 +280,7 @@ def test_a_row_that_does_not_fit_the_shard_is_an_error(change: dict[str, Any], v
     values = {name: getattr(row, name) + more for name, more in change.items()}
     other = type(row)(**{name: getattr(row, name) for name in type(row).__slots__} | values)
     with pytest.raises(CacheCorruptError, match=r"parts/.*hidden"):
-        list(read_ahead(cache, [Request(other, verify)]))
+        list(read_ahead(cache.states, [Request(other, verify)]))
 
 
 def test_damaged_compressed_states_are_an_error_or_other_states_but_no_crash(tmp_path: Path):
@@ -292,7 +291,7 @@ def test_damaged_compressed_states_are_an_error_or_other_states_but_no_crash(tmp
         with pytest.raises(CacheCorruptError, match="the checksum of rows"):
             cache.read(row)
         with suppress(CacheCorruptError):
-            (found,) = (sequence.hidden_TKH for sequence in read_ahead(cache, [Request(row, verify=False)]))
+            (found,) = (sequence.hidden_TKH for sequence in read_ahead(cache.states, [Request(row, verify=False)]))
             assert found.shape == (200, K, H)
         flip(cache, "s04", position / row.hidden_length)
     assert same_bits(cache.read(row).hidden_TKH, make_sequence("s04", 200, K, H)["hidden_TKH"])

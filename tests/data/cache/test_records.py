@@ -1,6 +1,7 @@
-"""Records: what was written comes back, and nothing else is taken for it."""
+"""Records: a reader gets what was written, or an error."""
 
 import json
+import pickle
 from typing import Any
 
 import pytest
@@ -28,8 +29,8 @@ def test_the_checksum_is_crc32c():
     assert describe(b"") == {"bytes": 0, "xxh3": "2d06800538d394c2"}  # XXH3's
 
 
-def test_files_with_the_same_crc_as_their_chunks_cancel_out_are_told_apart():
-    """Content followed by its own CRC-32C has one CRC-32C, whatever it is."""
+def test_files_of_chunks_with_checksums_have_different_hashes():
+    """Content followed by its CRC-32C always has the same CRC-32C."""
     files = [content + checksum(content).to_bytes(4, "little") for content in (b"states", b"others")]
     assert checksum(files[0]) == checksum(files[1])
     assert describe(files[0]) != describe(files[1])
@@ -81,3 +82,9 @@ def test_the_checksum_of_another_record_does_not_do(record: Record, other: Recor
 def test_other_json_is_no_record(content: str):
     with pytest.raises(CacheCorruptError):
         parse(content.encode())
+
+
+def test_an_error_is_the_same_in_another_process():
+    for error in (CacheCorruptError("a is damaged."), CacheCorruptError("a is damaged.", "Copy it again.")):
+        copy = pickle.loads(pickle.dumps(error))
+        assert (str(copy), copy.what, copy.advice) == (str(error), "a is damaged.", error.advice)

@@ -1,4 +1,4 @@
-"""Parts on disk: valid Zarr, described by their commit record, and never misread when damaged."""
+"""Parts on disk: valid Zarr, described by the commit record, and never misread after damage."""
 
 # T tokens, K layers, H hidden width
 import errno
@@ -15,11 +15,12 @@ from crc32c import crc32c
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.tiny import Damage
+from vpd.data.cache.array_spec import ArraySpec
 from vpd.data.cache.codecs import COMPRESSION
 from vpd.data.cache.part import OpenPart, PartWriter, open_part, part_folder
 from vpd.data.cache.reader import Slot, read_chunks
 from vpd.data.cache.records import checksum, parse_record
-from vpd.data.cache.shard import ArraySpec, decode_whole, parse_footer
+from vpd.data.cache.shard import decode_whole, parse_footer
 from vpd.data.cache.storage.local import LocalStorage
 from vpd.data.errors import CacheCorruptError, StorageError
 from xxhash import xxh3_64_hexdigest
@@ -39,7 +40,7 @@ def make_specs(num_layers: int, width: int, chunk_tokens: int = CHUNK_TOKENS) ->
 
 
 def random_rows(specs: list[ArraySpec], num_rows: int, seed: int) -> Rows:
-    """Rows of random bits, so NaNs are among the floats; every other seed gives rows that compress well."""
+    """Rows of random bits, with NaNs among the floats; odd seeds give rows that compress well."""
     rng = np.random.default_rng(seed)
     rows = {}
     for spec in specs:
@@ -50,7 +51,7 @@ def random_rows(specs: list[ArraySpec], num_rows: int, seed: int) -> Rows:
 
 
 def write_part(root: Path, specs: list[ArraySpec], lengths: list[int]) -> tuple[str, list[int], list[Rows]]:
-    """A committed part; its name, each sequence's first row, and what was written."""
+    """Writes and commits a part; returns its name, each sequence's first row, and the rows written."""
     writer = PartWriter(LocalStorage(root), "", specs)
     written = [random_rows(specs, length, seed) for seed, length in enumerate(lengths, start=1)]
     first_rows = [writer.append(rows).first_row for rows in written]
@@ -65,7 +66,7 @@ def open_for(
 
 
 def read_rows(part: OpenPart, spec: ArraySpec, first_row: int, num_rows: int) -> np.ndarray:
-    """One byte range, verified."""
+    """A sequence's rows by byte range, verified."""
     slot = Slot()
     chunks = part.chunks_of(spec, first_row, num_rows)
     read_chunks(part, spec, first_row, chunks, slot)
@@ -74,7 +75,7 @@ def read_rows(part: OpenPart, spec: ArraySpec, first_row: int, num_rows: int) ->
 
 
 def padded(written: list[Rows], spec: ArraySpec) -> np.ndarray:
-    """What the whole array must hold: every sequence, filled up to a whole chunk with zeros."""
+    """The content of the whole array: every sequence, padded with zeros to whole chunks."""
     found = []
     for rows in written:
         room = -len(rows[spec.name]) % spec.chunk_tokens
@@ -169,7 +170,7 @@ DAMAGE = [
 @pytest.mark.parametrize("how", ["ranged", "resident", "unverified"])
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.id)
 def test_damage_is_an_error_that_names_the_file(damage: Damage, how: str, tmp_path: Path):
-    """Without verification of its files, the opened part is still verified as it is read."""
+    """If the files of a part are not verified at opening, its chunks are still verified when read."""
     specs = make_specs(2, 8)
     name, _, _ = write_part(tmp_path, specs, [18])
 
@@ -321,9 +322,7 @@ def test_a_part_of_a_name_that_is_there_is_refused_and_leaves_the_first_alone(tm
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_is_said_to_be_full_and_leaves_nothing(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_full_disk_is_reported_and_leaves_nothing(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     specs = make_specs(1, 2)
     writer = PartWriter(LocalStorage(tmp_path), "", specs)
     writer.append(random_rows(specs, 3, 1))
@@ -332,6 +331,6 @@ def test_a_full_disk_is_said_to_be_full_and_leaves_nothing(
         raise OSError(number, "no room")
 
     monkeypatch.setattr(LocalStorage, "create", full)
-    with pytest.raises(StorageError, match=rf"{re.escape(str(tmp_path))} can't be written to: no room\..*make room"):
+    with pytest.raises(StorageError, match=rf"{re.escape(str(tmp_path))} can't be written to: no room\..*Make room"):
         writer.commit({})
     assert list((tmp_path / "parts").iterdir()) == []

@@ -1,4 +1,4 @@
-"""Adding to a cache: only what was committed exists, a living writer's part is kept, a dead one's is removed."""
+"""Writing: only committed parts exist, a living writer's part is kept, a dead writer's part is removed."""
 
 # K layers, H hidden width
 import os
@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.tiny import chunk_bytes, fill_cache, make_manifest, make_sequence, same_bits, snapshot
+from support.tiny import append, chunk_bytes, fill_cache, make_manifest, make_sequence, same_bits, snapshot
 from vpd.data.cache import writer as writer_module
-from vpd.data.cache.cache import CHUNK_TOKENS, Cache, state_specs
+from vpd.data.cache.arrays import state_specs
+from vpd.data.cache.cache import CHUNK_TOKENS, Cache
 from vpd.data.cache.part import PartWriter, open_part, remove_uncommitted
 from vpd.data.cache.storage import local as storage_module
 from vpd.data.cache.storage.local import LocalStorage
@@ -44,13 +45,15 @@ import os, sys
 import torch
 from vpd.data.cache.storage.local import LocalStorage
 from vpd.data.cache.cache import Cache
+from vpd.data.cache.sequence import NewSequence
 from vpd.data.cache.writer import StateWriter
 cache = Cache.open(sys.argv[1])
 writer = StateWriter(Cache.create_or_open(sys.argv[1], cache.manifest), 1 << 20, {})
-writer.append(
-    seq_id="of-child", source="", source_row=0, hidden_TKH=torch.zeros(9, 2, 8).bfloat16(), token_ids=[1] * 9,
-    loss_mask=[1] * 9, target_argmax=[1] * 9, prompt_len=0, final_token_id=None, finish_reason="given",
+arrays = {name: [1] * 9 for name in ("token_ids", "loss_mask", "target_argmax")}
+sequence = NewSequence(
+    seq_id="of-child", source="", source_row=0, arrays=arrays, prompt_len=0, final_token_id=None, finish_reason="given"
 )
+writer.append(sequence, torch.zeros(9, 2, 8).bfloat16())
 print("open", flush=True)
 sys.stdin.readline()
 LocalStorage.create = lambda *arguments: os._exit(9)  # a crash between the rename and the commit record
@@ -60,7 +63,7 @@ writer.commit()
 
 @contextmanager
 def writing_child(folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process that is writing a part; told to go on, it dies before its commit record is there."""
+    """A process that writes a part. After a line on its input, it dies just before the commit record."""
     command = [sys.executable, "-c", WRITER, str(folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         try:
@@ -80,7 +83,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def crashed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of two sequences in one part, and a part whose writer died before its commit record was there."""
+    """A cache of two sequences in one part, and a part whose writer died before the commit record."""
     folder = tmp_path_factory.mktemp("crashed") / "cache"
     fill_cache(folder, [make_sequence(name, 40, K, H) for name in "ab"])
     with writing_child(folder) as child:
@@ -97,7 +100,7 @@ def crashed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_new_part_starts_when_one_is_full(tmp_path: Path):
     chunks = [1, 1, 2, 3, 1, 1]
     writer = open_writer(tmp_path, 3 * chunk_bytes(K, H))
-    committed = [writer.append(**make_sequence(str(i), count * CHUNK_TOKENS, K, H)) for i, count in enumerate(chunks)]
+    committed = [append(writer, **make_sequence(str(i), count * CHUNK_TOKENS, K, H)) for i, count in enumerate(chunks)]
     # 1 + 1 + 2 and 3 reach three chunks; 1 + 1 do not.
     assert [name is not None for name in committed] == [False, False, True, True, False, False]
     assert set(Cache.open(tmp_path).parts) == {committed[2], committed[3]}
@@ -118,15 +121,15 @@ def test_a_writer_of_many_parts_rarely_lists_them(tmp_path: Path, monkeypatch: p
 
     writer = open_writer(tmp_path, 1)
     for i in range(4):
-        writer.append(**make_sequence(f"a{i}", 10, K, H))
-    monkeypatch.setattr(writer_module, "COMMITS_UNSEEN", 2)
+        append(writer, **make_sequence(f"a{i}", 10, K, H))
+    monkeypatch.setattr(writer_module, "COMMITS_PER_LISTING", 2)
     monkeypatch.setattr(LocalStorage, "list_folder", noted)
     looks: list[int] = []
     for i in range(12):
         lists.clear()
-        writer.append(**make_sequence(f"b{i}", 10, K, H))
+        append(writer, **make_sequence(f"b{i}", 10, K, H))
         looks.append(lists.count("commits") > 0)
-    # Of 4 known parts after 3 of its own, of 7 after 4, of 11 after 6 more.
+    # The writer lists the parts after 3 commits, when it knows 4 parts; after 4 more, of 7; after 6 more, of 11.
     assert looks == [False, False, True, False, False, False, True, *5 * [False]]
     writer.finish()
     assert len(Cache.open(tmp_path)) == 16
@@ -146,13 +149,13 @@ def test_the_commit_record_comes_last(tmp_path: Path, monkeypatch: pytest.Monkey
         Cache.open(tmp_path)
 
     writer = open_writer(tmp_path)
-    writer.append(**make_sequence("a", 10, K, H))
+    append(writer, **make_sequence("a", 10, K, H))
     monkeypatch.setattr(LocalStorage, "create", look_then_create)
     name = writer.commit()
     assert len(before) == 2
     assert before[0].items() < before[1].items()
     assert before[1].keys() - before[0].keys() == {f"commits/{name}.json"}
-    # Then the lock goes, and a snapshot of the index comes.
+    # After that, the lock is removed and a snapshot is written.
     after = snapshot(tmp_path)
     assert before[1].keys() - after.keys() == {f"parts/{name}.zarr/writer.lock"}
     assert [path[:10] for path in after.keys() - before[1].keys()] == ["index/all-"]
@@ -177,9 +180,9 @@ def test_a_writer_may_have_a_name_of_its_own(tmp_path: Path):
 def test_states_of_another_shape_are_refused_and_leave_what_was_committed(folder: Path):
     writer = open_writer(folder)
     with pytest.raises(ValueError, match="hidden: expected rows"):
-        writer.append(**make_sequence("c", 10, K, H + 1))
+        append(writer, **make_sequence("c", 10, K, H + 1))
     assert len(part_folders(folder)) == 1
-    writer.append(**make_sequence("d", 10, K, H))
+    append(writer, **make_sequence("d", 10, K, H))
     writer.commit()
     assert ids(Cache.open(folder)) == {"a", "b", "d"}
 
@@ -199,7 +202,7 @@ def test_states_of_another_shape_are_refused_and_leave_what_was_committed(folder
 def test_an_interrupted_commit_leaves_the_part_whole_or_nothing(
     place: str, count: int, whole: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """The interruption comes as a folder has just been made durable."""
+    """The interruption comes just after a folder is made durable."""
     fsync_folder, seen = storage_module.fsync_folder, Counter[Path]()
 
     def interrupt(path: Path) -> None:
@@ -210,7 +213,7 @@ def test_an_interrupted_commit_leaves_the_part_whole_or_nothing(
 
     sequence = make_sequence("c", 70, K, H)
     writer = open_writer(folder)
-    writer.append(**sequence)
+    append(writer, **sequence)
     with monkeypatch.context() as patch:
         patch.setattr("vpd.data.cache.storage.local.fsync_folder", interrupt)
         patch.setattr("vpd.data.cache.storage.files.fsync_folder", interrupt)
@@ -254,12 +257,12 @@ def test_after_opening_for_writing_every_file_is_listed(crashed: Path, tmp_path:
 
 def test_the_part_of_a_living_writer_of_this_process_is_kept(folder: Path):
     writer = open_writer(folder)
-    writer.append(**make_sequence("d", 10, K, H))
+    append(writer, **make_sequence("d", 10, K, H))
     before = part_folders(folder)
     assert len(Cache.create_or_open(folder, make_manifest())) == 2
     assert part_folders(folder) == before
     sequence = make_sequence("e", 20, K, H)
-    writer.append(**sequence)
+    append(writer, **sequence)
     writer.commit()
     cache = Cache.open(folder)
     assert ids(cache) == {"a", "b", "d", "e"}
@@ -280,7 +283,7 @@ def test_the_part_of_another_process_is_kept_while_it_lives(folder: Path):
 
 
 def test_a_part_that_is_committed_during_the_clean_up_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """Its writer lets its lock go between the look at the commit records and the look at the lock."""
+    """The part's writer commits, and releases the lock, between the two checks of the clean-up."""
     published, may_commit = threading.Event(), threading.Event()
     create = LocalStorage.create
 
@@ -290,7 +293,7 @@ def test_a_part_that_is_committed_during_the_clean_up_is_kept(folder: Path, monk
         create(storage, name, content)
 
     writer = open_writer(folder)
-    writer.append(**make_sequence("c", 10, K, H))
+    append(writer, **make_sequence("c", 10, K, H))
     monkeypatch.setattr(LocalStorage, "create", wait_then_create)
     committing = threading.Thread(target=writer.commit)
     committing.start()

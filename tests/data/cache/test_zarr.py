@@ -3,7 +3,7 @@
 # K layers, H hidden width
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ import tensorstore
 import zarr
 from support.tiny import fill_cache, make_sequence
 from vpd.data.cache.cache import Cache
-from vpd.data.cache.codecs import CHANNEL_SCALE, HIDDEN, CodecName
+from vpd.data.cache.codecs import CHANNEL_SCALE, CODECS, HIDDEN
 from vpd.data.cache.reader import Request, read_ahead
 
 K, H = 3, 40
@@ -19,7 +19,7 @@ LENGTHS = [40, 1, 64, 200, 65]
 Arrays = dict[str, np.ndarray]
 
 
-@pytest.fixture(scope="module", params=get_args(CodecName))
+@pytest.fixture(scope="module", params=[*CODECS])
 def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Cache:
     """A cache of several parts."""
     folder = tmp_path_factory.mktemp(request.param) / "cache"
@@ -30,10 +30,10 @@ def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def read_ours(cache: Cache, part: str) -> Arrays:
-    """Every array of a part, whole; what belongs to no sequence is zero."""
-    opened, spec = cache.open_part(part, verify=True), cache.specs[HIDDEN]
+    """Every array of a part, whole; rows of no sequence are zero."""
+    opened, spec = cache.states.open(part, verify=True), cache.specs[HIDDEN]
     hidden = np.zeros((opened.num_rows, *spec.row_shape), spec.dtype)
-    for sequence in read_ahead(cache, map(Request, cache.rows_of_part(part))):
+    for sequence in read_ahead(cache.states, map(Request, cache.rows_of_part(part))):
         first_row = sequence.row.first_row
         hidden[first_row : first_row + sequence.row.num_tokens] = sequence.stored_TKW.numpy()
     return {HIDDEN: hidden, **opened.resident}

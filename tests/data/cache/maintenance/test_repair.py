@@ -1,4 +1,4 @@
-"""Repair: the whole sequences stay, the damaged ones go, and the commands make just those again."""
+"""Repair: whole sequences stay, damaged sequences go, and the commands make only the latter again."""
 
 import shutil
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from support.tiny import EXTRACT, run_vpd, vpd
 from vpd.data.cache.cache import Cache
 from vpd.data.cache.drafts import FirstDrafts
 from vpd.data.cache.maintenance.quarantine import LISTS, read_quarantined
-from vpd.pipeline.inspect import count_quarantined
+from vpd.pipeline.cache_facts import count_quarantined
 
 
 def contents(folder: Path) -> dict[str, tuple[bytes, list[int]]]:
@@ -38,7 +38,7 @@ class Case(NamedTuple):
     id: str
     damage: Callable[[Path], None]
     num_lost: int | None
-    """Sequences lost; None where at least one is, and not all."""
+    """Number of sequences lost; None = at least one, but not all."""
 
 
 CASES = [
@@ -98,7 +98,7 @@ def test_repair_leaves_an_intact_cache_alone(drafted_cache: Path, tmp_path: Path
     assert not (folder / "quarantine").exists()
 
 
-def test_a_damaged_manifest_can_not_be_mended(drafted_cache: Path, tmp_path: Path):
+def test_a_damaged_manifest_can_not_be_repaired(drafted_cache: Path, tmp_path: Path):
     folder = shutil.copytree(drafted_cache, tmp_path / "cache")
     cut(folder / "dataset.json", 0.5)
     outcome = run_vpd("verify", folder, "--repair")
@@ -107,7 +107,7 @@ def test_a_damaged_manifest_can_not_be_mended(drafted_cache: Path, tmp_path: Pat
     assert len(list((folder / "parts").iterdir())) == len(list((drafted_cache / "parts").iterdir()))
 
 
-def test_a_part_whose_sequences_nobody_can_tell_is_made_again_as_a_whole(
+def test_a_part_of_unknown_sequences_is_made_again_as_a_whole(
     drafted_cache: Path, tiny_llama: Path, tiny_prompts: Path, tmp_path: Path
 ):
     folder = shutil.copytree(drafted_cache, tmp_path / "cache")
@@ -116,7 +116,7 @@ def test_a_part_whose_sequences_nobody_can_tell_is_made_again_as_a_whole(
         flip(path, 0.5)
     outcome = run_vpd("verify", folder, "--repair")
     assert outcome.code == 1
-    for words in ("1 parts put into quarantine", "which sequences 1 of them held can't be told", "vpd extract"):
+    for words in ("1 parts put into quarantine", "which sequences 1 of these parts held is not known", "vpd extract"):
         assert words in outcome.out
     assert not (folder / LISTS).exists()
     assert vpd("extract", tiny_llama, tiny_prompts, "--out", folder, **EXTRACT)["num_written"] == len(before)

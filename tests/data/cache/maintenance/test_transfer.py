@@ -1,37 +1,37 @@
-"""Caches made from caches: nothing but what was asked for changes, and what was interrupted continues."""
+"""Caches made from caches: only what the command asks for changes, and an interrupted copy continues."""
 
 # T tokens, K layers, H hidden width
 import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from support.tiny import chunk_bytes, fill_cache, make_sequence, same_bits, snapshot
 from torch import Tensor
+from vpd.data.cache.arrays import draft_specs, empty_drafts
 from vpd.data.cache.cache import CHUNK_TOKENS, Cache
-from vpd.data.cache.codecs import CHANNEL_SCALE, Codec, CodecName, measure_channels, whitened_cosine
-from vpd.data.cache.drafts import DraftedSequence, FirstDrafts, draft_specs, empty_drafts, list_drafts
+from vpd.data.cache.codecs import CHANNEL_SCALE, CODECS, Codec, measure_channels, whitened_cosine
+from vpd.data.cache.drafts import FirstDrafts, list_drafts
 from vpd.data.cache.index import SequenceRow
 from vpd.data.cache.maintenance.transfer import merge, recode
 from vpd.data.cache.part import part_folder
 from vpd.data.cache.target_files import store_target_files
 from vpd.data.errors import CacheCorruptError, FingerprintMismatchError
 
-CODECS: tuple[CodecName, ...] = get_args(CodecName)
 NUM_LAYERS, WIDTH = 2, 40
 LENGTHS = {"a": 40, "b": 70, "c": 64, "d": 130, "e": 1}
 PART_BYTES = 3 * chunk_bytes(NUM_LAYERS, WIDTH)
-"""Two sequences a part in a raw cache of LENGTHS: a and b, c and d, e."""
+"""A raw cache of LENGTHS has three parts: a and b, c and d, e."""
 DRAFTER = "abcd0001"
 FACTS: dict[str, Any] = {"block_size": 4, "stride": 1, "judged_against": "recorded tokens", "name": "first"}
 
 
 def sequence(seq_id: str, num_tokens: int, spread: float = 1.0, **changes: Any) -> dict[str, Any]:
-    """A sequence with states of this size, one channel of which is far larger."""
+    """A sequence with states of this size; one channel is far larger than the others."""
     made = make_sequence(seq_id, num_tokens, NUM_LAYERS, WIDTH, **changes)
     made["hidden_TKH"] = made["hidden_TKH"] * spread
     made["hidden_TKH"][:, :, 3] *= 200
@@ -39,7 +39,7 @@ def sequence(seq_id: str, num_tokens: int, spread: float = 1.0, **changes: Any) 
 
 
 def make_cache(folder: Path, *sequences: dict[str, Any], **changes: Any) -> Cache:
-    """A cache with these sequences and the files of a target, continued if it is there."""
+    """A cache with these sequences and the files of a target; continues a cache that is there."""
     fill_cache(folder, sequences, PART_BYTES, hidden_size=WIDTH, **changes)
     cache = Cache.open(folder)
     if not (folder / "target.json").exists():
@@ -89,7 +89,7 @@ def states(cache: Cache) -> dict[str, Tensor]:
 
 
 def check_same_tokens(found: Cache, expected: Cache) -> None:
-    """The same sequences, each once, alike in all but their states and where they lie."""
+    """Both caches hold the same sequences, each once; only the states and the places of the rows may differ."""
     assert sorted(found.rows.strings("seq_id")) == sorted(expected.rows.strings("seq_id"))
     assert len(found.all_rows) == len(found.rows)
     rows = by_id(expected)
@@ -104,7 +104,7 @@ def check_same_tokens(found: Cache, expected: Cache) -> None:
 
 
 def check_same_drafts(found: Cache, expected: Cache) -> None:
-    """Of the sequences of `found`."""
+    """The first drafts of the sequences of `found` are the same in both."""
     ours, theirs, rows = FirstDrafts.open(found), FirstDrafts.open(expected), by_id(expected)
     assert (ours.fingerprint, ours.facts, ours.missing_parts()) == (theirs.fingerprint, theirs.facts, [])
     for row in found.rows:
@@ -115,7 +115,7 @@ def check_same_drafts(found: Cache, expected: Cache) -> None:
 
 
 def decoded(cache: Cache, codec: Codec, originals: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a codec gives back of the original states, put into parts as this cache's are."""
+    """The original states, encoded and decoded, with the scales of the parts of this cache."""
     found: dict[str, Tensor] = {}
     for name in cache.parts:
         rows = list(cache.rows_of_part(name))
@@ -127,15 +127,15 @@ def decoded(cache: Cache, codec: Codec, originals: dict[str, Tensor]) -> dict[st
 
 
 @pytest.mark.parametrize("name", CODECS)
-def test_recode_changes_the_states_alone(name: CodecName, source: Cache, tmp_path: Path):
+def test_recode_changes_the_states_alone(name: str, source: Cache, tmp_path: Path):
     report = recode(source, tmp_path / "out", name, PART_BYTES // 4)
     recoded, before = Cache.open(tmp_path / "out"), states(source)
     check_same_tokens(recoded, source)
     check_same_drafts(recoded, source)
-    after, expected = states(recoded), decoded(recoded, Codec(name), before)
+    after, expected = states(recoded), decoded(recoded, CODECS[name], before)
     assert all(same_bits(after[seq_id], expected[seq_id]) for seq_id in LENGTHS)
     exact = all(same_bits(after[seq_id], before[seq_id]) for seq_id in LENGTHS)
-    assert exact == Codec(name).is_exact
+    assert exact == CODECS[name].is_exact
     cosines = torch.cat([whitened_cosine(before[s], after[s]).flatten() for s in recoded.rows.strings("seq_id")])
     assert report.cosines.tolist() == cosines.tolist()
     assert report.cosine_mean == pytest.approx(float(cosines.mean()), abs=1e-6)
@@ -148,7 +148,7 @@ def test_recode_changes_the_states_alone(name: CodecName, source: Cache, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["round3", "fp8", "int4"])
-def test_what_a_codec_gave_back_is_recoded(name: CodecName, source: Cache, tmp_path: Path):
+def test_what_a_codec_gave_back_is_recoded(name: str, source: Cache, tmp_path: Path):
     recode(source, tmp_path / "small", name, PART_BYTES)
     small = Cache.open(tmp_path / "small")
     recode(small, tmp_path / "large", "lossless", PART_BYTES)
@@ -161,7 +161,7 @@ def test_what_a_codec_gave_back_is_recoded(name: CodecName, source: Cache, tmp_p
 
 
 @pytest.mark.parametrize("name", ["lossless", "fp8", "int4"])
-def test_recode_continues_where_it_was_interrupted(name: CodecName, source: Cache, tmp_path: Path):
+def test_recode_continues_where_it_was_interrupted(name: str, source: Cache, tmp_path: Path):
     seen: list[int] = []
 
     def interrupt(num_tokens: int) -> None:
@@ -180,7 +180,7 @@ def test_recode_continues_where_it_was_interrupted(name: CodecName, source: Cach
     recoded = Cache.open(tmp_path / "out")
     check_same_tokens(recoded, source)
     check_same_drafts(recoded, source)
-    after, expected = states(recoded), decoded(recoded, Codec(name), states(source))
+    after, expected = states(recoded), decoded(recoded, CODECS[name], states(source))
     assert all(same_bits(after[seq_id], expected[seq_id]) for seq_id in LENGTHS)
     done = snapshot(tmp_path / "out")
     assert recode(source, tmp_path / "out", name, PART_BYTES).num_copied == 0
@@ -214,7 +214,7 @@ def test_recode_adds_to_no_other_cache(changes: dict[str, Any], words: str, sour
 
 
 def test_recode_adds_to_what_another_cache_brought(source: Cache, tmp_path: Path):
-    """The other cache has one answer of its own, which is neither replaced, nor measured, nor given drafts."""
+    """The other cache has its own answer to one prompt: it is not replaced, not measured, and gets no drafts."""
     other = make_cache(tmp_path / "other", sequence("a", 90), sequence("z", 20))
     assert recode(other, tmp_path / "out", "fp8", 1).num_drafts_parts == 0
     report = recode(source, tmp_path / "out", "fp8", 1)
@@ -230,7 +230,7 @@ def test_recode_adds_to_what_another_cache_brought(source: Cache, tmp_path: Path
 
 
 def check_same_bytes(found: Cache, original: Cache, seq_ids: Iterable[str]) -> None:
-    """The stored bytes of these sequences, and the channel scales beside them."""
+    """The stored bytes and the channel scales of these sequences are the same in both caches."""
     for seq_id in seq_ids:
         one, other = found.read(by_id(found)[seq_id]), original.read(by_id(original)[seq_id])
         assert one.row.hidden_crc == other.row.hidden_crc
@@ -241,13 +241,13 @@ def check_same_bytes(found: Cache, original: Cache, seq_ids: Iterable[str]) -> N
 
 
 def same_content(seq_id: str, like: dict[str, Any]) -> dict[str, Any]:
-    """A sequence with another one's tokens and mask, and states of its own."""
+    """A sequence with the tokens and the mask of another sequence, but with other states."""
     length = len(like["token_ids"])
     return sequence(seq_id, length, token_ids=like["token_ids"], loss_mask=like["loss_mask"])
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_merged_caches_keep_their_bytes(codec: CodecName, tmp_path: Path):
+def test_merged_caches_keep_their_bytes(codec: str, tmp_path: Path):
     a, b, c, d, e = (sequence(*item, spread=10.0**i) for i, item in enumerate(LENGTHS.items()))
     one = make_cache(tmp_path / "one", a, b, c, codec=codec)
     two = make_cache(tmp_path / "two", c, d, e, same_content("f", b), codec=codec, target="/another/machine")
@@ -260,7 +260,7 @@ def test_merged_caches_keep_their_bytes(codec: CodecName, tmp_path: Path):
     check_same_tokens(merged, whole)
     check_same_bytes(merged, one, "abc")
     check_same_bytes(merged, two, "de")
-    scales = [merged.open_part(name, verify=True).resident.get(CHANNEL_SCALE) for name in merged.parts]
+    scales = [merged.states.open(name, verify=True).resident.get(CHANNEL_SCALE) for name in merged.parts]
     assert len({None if scale is None else scale.tobytes() for scale in scales}) == (
         len(merged.parts) if codec == "int4" else 1
     )
@@ -305,14 +305,14 @@ def test_few_files_are_open_while_caches_are_merged(source: Cache, tmp_path: Pat
     before = len(os.listdir("/proc/self/fd"))
     counts: list[int] = []
     drafts_counts: list[int] = []
-    read_drafts = FirstDrafts.read
+    read_drafts = FirstDrafts.read_arrays
 
-    def noted(drafts: FirstDrafts, row: SequenceRow) -> DraftedSequence:
+    def noted(drafts: FirstDrafts, row: SequenceRow) -> dict[str, np.ndarray]:
         found = read_drafts(drafts, row)
         drafts_counts.append(len(os.listdir("/proc/self/fd")))
         return found
 
-    monkeypatch.setattr(FirstDrafts, "read", noted)
+    monkeypatch.setattr(FirstDrafts, "read_arrays", noted)
     caches = [Cache.open(folder) for folder in folders]
     merge(caches, tmp_path / "merged", lambda _: counts.append(len(os.listdir("/proc/self/fd"))))
     assert len(counts) == len(drafts_counts) == 14

@@ -1,4 +1,4 @@
-"""Damage: whatever happens to a file of a cache, `verify` says so, and no reader takes it for data."""
+"""Damage: whatever happens to a file of a cache, `verify` reports it, and no reader returns damaged data."""
 
 import os
 import random
@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from support.tiny import Damage, fill_cache, make_sequence, run_vpd, vpd
-from vpd.data.cache.cache import NO_CHOICE, Cache
+from vpd.data.cache.arrays import NO_CHOICE
+from vpd.data.cache.cache import Cache
 from vpd.data.cache.drafts import FirstDrafts
 from vpd.data.cache.maintenance.verify import verify
 from vpd.data.cache.reader import Request, read_ahead
@@ -23,12 +24,12 @@ SNAPSHOT = "index/all-"
 
 
 def read_everything(folder: Path) -> list[bytes]:
-    """All that a training run reads, and the first drafts whole; one item a sequence."""
+    """All that a training run reads, and all first drafts; one item for each sequence."""
     cache = Cache.open(folder)
     assert (cache.target_folder / "config.json").is_file()
     drafts = FirstDrafts.open(cache)
     found: list[bytes] = []
-    with closing(read_ahead(cache, map(Request, cache.rows))) as sequences:
+    with closing(read_ahead(cache.states, map(Request, cache.rows))) as sequences:
         for sequence in sequences:
             drafted = drafts.read(sequence.row)
             tensors = [sequence.stored_TKW, sequence.token_ids_S, sequence.loss_mask_S, sequence.target_argmax_T]
@@ -150,7 +151,7 @@ def test_the_bad_sequence_is_named_and_no_other(whole: Path, tmp_path: Path):
     ],
 )
 def test_token_ids_that_mean_nothing_are_reported(changes: dict[str, Any], what: str | None, tmp_path: Path):
-    """Of ten tokens the last five are supervised, and the final one, which has no state."""
+    """The sequence has ten tokens. The last five are supervised, and so is the final token, which has no state."""
     fill_cache(tmp_path / "cache", [make_sequence("a", 10, 2, 8, **changes)])
     found = [problem.what for problem in verify(LocalStorage(tmp_path / "cache")).problems if problem.part is not None]
     assert len(found) == (what is not None)

@@ -1,4 +1,4 @@
-"""Caches in buckets: written to and read from a local S3."""
+"""Caches in buckets, on a local S3 server."""
 
 # T tokens, K layers, H hidden width
 import json
@@ -29,13 +29,14 @@ from support.buckets import (
 )
 from support.servers import RangeServer, S3Server
 from support.tiny import DRAFTER, EXTRACT, TRAIN, Damage, make_manifest, make_sequence, same_bits, snapshot, vpd
+from vpd.data.cache.array_spec import ArraySpec
+from vpd.data.cache.arrays import NOT_DRAFTED
 from vpd.data.cache.cache import CHUNK_TOKENS, Cache
-from vpd.data.cache.drafts import NOT_DRAFTED, FirstDrafts
+from vpd.data.cache.drafts import FirstDrafts
 from vpd.data.cache.maintenance.repair import repair
 from vpd.data.cache.maintenance.verify import verify
 from vpd.data.cache.part import PartWriter
 from vpd.data.cache.reader import Request, read_ahead
-from vpd.data.cache.shard import ArraySpec
 from vpd.data.cache.storage import bucket as object_storage
 from vpd.data.cache.storage.places import open_storage
 from vpd.data.cache.target_files import store_target_files, target_folder
@@ -89,11 +90,11 @@ def test_every_kind_of_bucket_is_read(
     assert (storage.read("file"), storage.size("file")) == (b"0123456789", 10)
     assert read_ranges(storage, "file", 8, 1, 4) == (2, [b"8", b"9\0\0\0"])
     assert read_ranges(storage, "file", 10, 4) == (0, [b"\0" * 4])
-    # A store that does not count from the end is asked for the size first.
+    # Without ranges from the end, the reader asks for the size first.
     assert (storage.open("file").tail(4), storage.open("file").tail(99)) == ((10, b"6789"), (10, b"0123456789"))
     with pytest.raises(FileNotFoundError):
         storage.read("missing")
-    if scheme != "az":  # whose listings the server does not speak
+    if scheme != "az":  # the server does not know the listings of Azure
         check_sequences(Cache.open(storage), SEQUENCES)
 
 
@@ -101,7 +102,7 @@ def test_every_kind_of_bucket_is_read(
 
 
 class Uuids:
-    """Stands in for the module `uuid`, with the same ids every time."""
+    """Stands for the module `uuid`, and gives the same ids every time."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -126,7 +127,7 @@ def test_a_cache_in_a_bucket_holds_the_bytes_of_a_local_one(
     local, remote = Cache.open(folder), Cache.open(place)
     assert list(remote.rows) == list(local.rows)
     assert (remote.fingerprint, remote.num_bytes) == (local.fingerprint, local.num_bytes)
-    with closing(read_ahead(remote, map(Request, remote.rows))) as sequences:
+    with closing(read_ahead(remote.states, map(Request, remote.rows))) as sequences:
         for sequence in sequences:
             expected = local.read(sequence.row)
             assert same_bits(sequence.hidden_TKH, expected.hidden_TKH)
@@ -209,7 +210,7 @@ def test_a_part_without_commit_record_is_invisible_and_removed_after_a_day(place
 def test_a_shard_larger_than_the_upload_buffer_goes_up_in_pieces(
     place: str, s3: S3Server, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(object_storage, "UPLOAD_BYTES", 5 << 20)  # S3 takes no smaller pieces but for the last
+    monkeypatch.setattr(object_storage, "UPLOAD_BYTES", 5 << 20)  # only the last piece of an S3 upload may be smaller
     sequences = [make_sequence(name, 1500, K, 1024) for name in ("a", "b")]
     write_cache(place, sequences, part_bytes=1 << 30, hidden_size=1024)
     cache = Cache.open(place)
@@ -221,7 +222,7 @@ def test_a_shard_larger_than_the_upload_buffer_goes_up_in_pieces(
     check_sequences(cache, sequences)
 
 
-def test_a_damaged_cache_in_a_bucket_is_mended(place: str):
+def test_a_damaged_cache_in_a_bucket_is_repaired(place: str):
     write_cache(place, SEQUENCES)
     storage, cache = open_storage(place), Cache.open(place)
     (row,) = (row for row in cache.rows if row.seq_id == "s2")
@@ -324,7 +325,7 @@ def test_damaged_target_files_are_an_error(damage: Damage, server: RangeServer, 
 
 
 def run_all(place: object, folder: Path, target: Path, prompts: Path, **read: Any) -> dict[str, Any]:
-    """Extracts, drafts, trains both drafters and evaluates; what came out."""
+    """Extracts, drafts, trains both drafters and evaluates; returns the results."""
     first, second = folder / "first", folder / "second"
     extracted = vpd("extract", target, prompts, "--out", place, **EXTRACT | {"part_mib": 64})
     vpd("train", place, "--out", first, objective="dflash", max_steps=3, **DRAFTER, **TRAIN)

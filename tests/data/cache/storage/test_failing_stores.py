@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from support.buckets import PART_BYTES, PARTS_MADE, SEQUENCES, H, K, check_sequences
 from support.servers import RangeServer
-from support.tiny import Damage, make_manifest, make_sequence, run_vpd
+from support.tiny import Damage, append, make_manifest, make_sequence, run_vpd
+from vpd.data.cache.array_spec import ArraySpec
 from vpd.data.cache.cache import CHUNK_TOKENS, Cache
 from vpd.data.cache.drafts import FirstDrafts
 from vpd.data.cache.part import PartWriter
 from vpd.data.cache.reader import Request, read_ahead
-from vpd.data.cache.shard import ArraySpec
 from vpd.data.cache.storage.bucket import ObjectStorage
 from vpd.data.cache.storage.places import open_storage
 from vpd.data.cache.writer import StateWriter
@@ -40,7 +40,7 @@ def test_a_damaged_object_is_an_error_that_names_it(array: str, damage: Damage, 
     row = cache.rows[0]
     name = f"cache/parts/{row.part}.zarr/{array}"
     damage.apply(server.folder / name)
-    sequences = read_ahead(cache, map(Request, cache.rows_of_part(row.part)))
+    sequences = read_ahead(cache.states, map(Request, cache.rows_of_part(row.part)))
     with closing(sequences), pytest.raises(CacheCorruptError) as caught:
         list(sequences)
     assert f"s3://bucket/{name}" in str(caught.value)
@@ -99,7 +99,7 @@ def test_a_record_whose_answer_was_lost_is_created(server: RangeServer):
 
 
 def test_a_commit_whose_answers_are_lost_loses_nothing(server: RangeServer):
-    """Whether the commit record is there can't be known, so what it may list is kept."""
+    """The writer can't know whether the commit record is there, so it keeps the files that the record may list."""
     storage = ObjectStorage(f"{server.place}/cache", max_retries=0)
     writer = PartWriter(storage, "", [ArraySpec("token_ids", (), "int32", CHUNK_TOKENS)], name="part-x")
     writer.append({"token_ids": np.zeros(3, np.int32)})
@@ -124,7 +124,7 @@ def test_a_store_that_is_down_is_an_error_after_the_retries(server: RangeServer)
     storage = ObjectStorage(f"{server.place}/cache", **IMPATIENT)
     cache = Cache.open(storage)
     writer = StateWriter(cache, PART_BYTES, {})
-    writer.append(**make_sequence("more", 10, K, H))
+    append(writer, **make_sequence("more", 10, K, H))
     server.take_requests()
     server.num_failing = 1 << 30
     with pytest.raises(StorageError) as caught:
@@ -133,11 +133,11 @@ def test_a_store_that_is_down_is_an_error_after_the_retries(server: RangeServer)
     message = str(caught.value)
     assert message.startswith("s3://bucket/cache/commits/part-")
     assert "500 Internal Server Error" in message
-    assert "Check credentials, endpoint" in message
+    assert "Check the credentials, the endpoint" in message
     assert "Debug source" not in message
     with pytest.raises(StorageError):
         writer.commit()
-    # Of the other uploads, none is tried; then one listing asks what there is to remove.
+    # The writer tries none of the other uploads; then one listing finds what to remove.
     assert len(server.take_requests()) == 2 * (1 + 2)
 
 
@@ -146,7 +146,8 @@ def test_a_command_says_that_the_store_is_down(server: RangeServer, tmp_path: Pa
     monkeypatch.setattr(ObjectStorage.__init__, "__defaults__", tuple(IMPATIENT.values()))
     outcome = run_vpd("train", f"{server.place}/cache", "--out", tmp_path / "run")
     assert outcome.code == 1
-    assert outcome.message.startswith("s3://bucket/cache/dataset.json: the store did not do what was asked: ")
+    words = "s3://bucket/cache/dataset.json: the store refused a request, or did not answer: "
+    assert outcome.message.startswith(words)
 
 
 # What reading costs
@@ -154,8 +155,8 @@ def test_a_command_says_that_the_store_is_down(server: RangeServer, tmp_path: Pa
 PER_CACHE = 5
 """The manifest, the snapshot, and the listings of index, commit records and parts."""
 PER_PART = 11
-"""The commit record, the chunk index of the states, three arrays of tokens; to verify it, its index and five records
-of Zarr."""
+"""The commit record, the chunk index of the states, three arrays of tokens; with verification also the part's index and
+five records of Zarr."""
 PER_PART_UNVERIFIED = 5
 
 
@@ -167,7 +168,7 @@ def test_a_sequence_is_one_request(verify: bool, per_part: int, server: RangeSer
     assert len(opened) == PER_CACHE
     assert not any(request.key.startswith(("cache/parts/p", "cache/commits/p")) for request in opened)
     rows = [*cache.rows, *cache.rows]
-    with closing(read_ahead(cache, (Request(row, verify) for row in rows), num_threads=1)) as sequences:
+    with closing(read_ahead(cache.states, (Request(row, verify) for row in rows), num_threads=1)) as sequences:
         assert sum(1 for _ in sequences) == len(rows)
     requests = server.take_requests()
     ranges = [(request.key, request.range) for request in requests if "/hidden/c/" in request.key]

@@ -1,4 +1,4 @@
-"""What is special about a folder of this machine: many buffers at once, and locks that tell who is alive."""
+"""A folder of this machine: reads into many buffers at once, and locks that show which writers are alive."""
 
 import os
 import time
@@ -19,7 +19,7 @@ CONTENT = bytes(range(256)) * 40
 def test_more_buffers_than_one_call_takes_are_filled_in_order(
     longest: int | None, num_missing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Also if a call reads less than it was asked for."""
+    """The read is complete even if a call returns fewer bytes than asked for."""
     preadv = os.preadv
 
     def read_some(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
@@ -41,7 +41,7 @@ def test_more_buffers_than_one_call_takes_are_filled_in_order(
 
 
 def test_a_file_is_created_once_though_a_server_answers_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """It has made the link, and finds it there when it is asked again."""
+    """A server makes the link, gets the same request again, and then finds the link."""
     link = os.link
 
     def ask_twice(source: Path, target: Path) -> None:
@@ -66,8 +66,8 @@ def test_a_closed_file_gives_its_descriptor_back(tmp_path: Path):
 
 
 @pytest.mark.parametrize("seen", ["", "hidden"])
-def test_a_folder_may_go_while_it_is_looked_at(seen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Its writer has published it, or another process removes it."""
+def test_a_folder_may_disappear_during_the_check(seen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The folder's writer has published it, or another process removes it."""
     folder = tmp_path / "parts/p.zarr"
     (folder / "hidden").mkdir(parents=True)
     (folder / LOCK).write_text("elsewhere")
@@ -116,7 +116,7 @@ def test_the_writer_of_a_new_folder_has_time_to_lock_it(begun: bool, tmp_path: P
 def test_a_folder_is_alive_as_long_as_its_lock_is_held(tmp_path: Path):
     lock = FolderLock(tmp_path)
     assert is_alive(tmp_path)
-    assert is_alive(tmp_path)  # a look does not take the lock
+    assert is_alive(tmp_path)  # the check does not take the lock
     lock.release()
     assert not is_alive(tmp_path)
 
@@ -129,7 +129,7 @@ def test_a_folder_is_alive_as_long_as_its_lock_is_held(tmp_path: Path):
 def test_a_writer_on_another_host_is_alive_until_nothing_changes_for_a_day(
     changed: str, age_s: int, alive: bool, tmp_path: Path
 ):
-    """Its lock can't be seen on every shared file system."""
+    """Not every shared file system shows the locks of other hosts."""
     (tmp_path / LOCK).write_text("elsewhere")
     (tmp_path / "hidden").mkdir()
     (tmp_path / "hidden/0").write_bytes(b"x")

@@ -1,4 +1,4 @@
-"""Parts of a remote cache on the local disk: each file is fetched once, and what is not used makes room."""
+"""Copies of a remote cache's parts: each file is fetched once, and unused parts make room for others."""
 
 import os
 import shutil
@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from support.servers import RangeServer
 from support.tiny import Damage, fill_cache, make_sequence, same_bits
+from vpd.data.cache.arrays import empty_drafts
 from vpd.data.cache.cache import Cache
-from vpd.data.cache.drafts import FirstDrafts, empty_drafts
+from vpd.data.cache.drafts import FirstDrafts
 from vpd.data.cache.index import SequenceRow
 from vpd.data.cache.reader import Request, read_ahead
 from vpd.data.cache.storage import mirror as mirror_module
@@ -32,7 +33,7 @@ LARGE = 1 << 30
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache with a part for each sequence, and first drafts of it."""
+    """A cache with a part for each sequence, and with first drafts."""
     folder = tmp_path_factory.mktemp("original") / "cache"
     fill_cache(folder, SEQUENCES, 1, hidden_size=H)
     cache = Cache.open(folder)
@@ -72,7 +73,7 @@ def test_the_folder_is_not_measured_for_every_file(
 
 
 def note_looks(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Notes the folder whenever one is looked through for parts of states."""
+    """Records every search of a folder for parts of states."""
     looks: list[Path] = []
     glob = Path.glob
 
@@ -88,7 +89,7 @@ def check_read(cache: Cache, original: Path, num_threads: int = 2) -> None:
     """Checks that a cache gives what the original gives."""
     direct = Cache.open(original)
     assert list(cache.rows) == list(direct.rows)
-    with closing(read_ahead(cache, map(Request, cache.rows), num_threads)) as sequences:
+    with closing(read_ahead(cache.states, map(Request, cache.rows), num_threads)) as sequences:
         for sequence in sequences:
             expected = direct.read(sequence.row)
             assert same_bits(sequence.hidden_TKH, expected.hidden_TKH)
@@ -208,7 +209,7 @@ def test_mirrors_of_one_folder_keep_its_limit_and_rarely_measure_it(
         largest = max(largest, size_of(mirror))
         assert largest <= limit + 2 * a_slice
     assert largest > limit - 2 * a_slice
-    # Each looks at its first file, and then after a slice of its own at the latest when the limit is near.
+    # Each process measures the folder at its first file, and again after a slice at most when the limit is near.
     assert len(looks) <= 2 + 2 * num_parts * size / a_slice
 
 
@@ -230,7 +231,7 @@ def test_who_has_a_file_open_reads_on_when_it_is_removed(server: RangeServer, or
 def test_a_file_that_is_removed_again_and_again_is_read_directly(
     tmp_path: Path, mirror: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """As when another process needs all the room."""
+    """Removes every copy at once, as another process may that needs all the room."""
     remote = LocalStorage(tmp_path / "remote")
     remote.write("parts/p.zarr/a", b"content")
     storage = MirroredStorage(remote, mirror, 10)
@@ -267,7 +268,7 @@ print(len(files))
 
 
 def test_processes_share_a_folder(server: RangeServer, original: Path, mirror: Path):
-    """Each makes room for its parts by removing those of the other."""
+    """Each process removes the parts of the other to make room for its own."""
     limit = part_bytes(original)
     command = [sys.executable, "-c", READER, server.place, str(mirror), str(limit)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
@@ -301,7 +302,7 @@ def test_a_damaged_copy_is_an_error_that_names_it(
     cache = open_mirrored(server, mirror)
     with pytest.raises(CacheCorruptError) as caught:
         cache.read(row)
-    assert f"the local copy (remove it first: the next run fetches it anew) {path}" in str(caught.value)
+    assert f"the local copy (remove it first: the next run fetches it again) {path}" in str(caught.value)
     path.unlink()
     check_read(open_mirrored(server, mirror), original)
 

@@ -1,4 +1,4 @@
-"""The contract that folders, buckets and local copies of a bucket's parts have in common."""
+"""The contract of all storages: folders, buckets, and local copies of a bucket's parts."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +24,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
 
 @pytest.fixture
 def a_day_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if a day had passed since anything was written."""
+    """Makes all files look a day old."""
     monkeypatch.setattr(object_storage, "SECONDS_UNTIL_ABANDONED", -1)
     monkeypatch.setattr(locks, "SECONDS_TO_LOCK", -1)
 
@@ -54,7 +54,7 @@ def test_a_file_that_is_not_there_is_an_error(use: Callable[[Storage, str], obje
 
 @NAME
 def test_what_is_not_there_is_not_listed_and_can_be_removed(name: str, storage: Storage):
-    for _ in range(2):  # in a place where nothing is, and in one where something else is
+    for _ in range(2):  # first where nothing is, then where something else is
         assert not storage.exists(name)
         assert storage.list_folder(name) == []
         assert list(storage.walk(name)) == []
@@ -196,7 +196,7 @@ def test_the_folder_of_a_living_writer_is_kept(storage: Storage):
 
 @pytest.mark.usefixtures("a_day_later")
 def test_what_is_listed_while_leftovers_are_sought_is_kept(storage: Storage):
-    """The list is asked for when it is known who is dead, not before."""
+    """The listing comes after the check for dead writers, not before."""
     write_part(storage, "parts/p.zarr")
 
     def listed() -> set[str]:

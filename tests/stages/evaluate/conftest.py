@@ -1,7 +1,0 @@
-import pytest
-from support.tiny_world import World, make_world
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
