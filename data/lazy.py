@@ -1,4 +1,4 @@
-"""Modules that are imported when they are first used, so that the command line starts without them."""
+"""Modules that are imported at their first use, so that the command line starts without them."""
 
 from importlib import import_module
 from typing import Any
@@ -19,4 +19,6 @@ class LazyModule:
         self._name = name
 
     def __getattr__(self, attribute: str) -> Any:
-        return getattr(import_module(self._name), attribute)
+        found = getattr(import_module(self._name), attribute)
+        setattr(self, attribute, found)  # Later look-ups cost nothing, and torch.compile can follow them.
+        return found

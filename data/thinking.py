@@ -1,4 +1,4 @@
-"""What a reasoning model thinks before it answers: found by its marks, masked or taken out."""
+"""What a reasoning model thinks before it answers: found by the marks around it, then masked or taken out."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from .errors import ConfigError
-from .prompts.records import Message
+from .prompts.messages import Message
 
 REASONING = "reasoning_content"
+"""Key of a message under which some data sets keep the thinking apart from the answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class ThinkingMarks:
-    """The tokens between which a model thinks."""
+    """The tokens before and after a model's thinking."""
 
     begin_id: int
     end_id: int
@@ -25,7 +26,7 @@ class ThinkingMarks:
     def of(cls, tokenizer: PreTrainedTokenizerBase, marks: Sequence[str]) -> ThinkingMarks:
         """
         Raises:
-            ConfigError: a mark is no token of the tokenizer.
+            ConfigError: a mark is not a single token of the tokenizer.
         """
         ids: list[Any] = [tokenizer.convert_tokens_to_ids(mark) for mark in marks]
         for mark, found in zip(marks, ids, strict=True):
@@ -37,7 +38,7 @@ class ThinkingMarks:
         return cls(*ids)
 
     def mask(self, token_ids: Sequence[int], loss_mask: Sequence[int]) -> list[int]:
-        """The loss mask without the thinking and its marks; one that a turn leaves open ends with the turn."""
+        """The loss mask, with 0 for the thinking and its marks. Thinking without an end mark ends with its turn."""
         masked: list[int] = []
         inside = before = 0
         for token_id, supervised in zip(token_ids, loss_mask, strict=True):
@@ -45,15 +46,19 @@ class ThinkingMarks:
                 inside = 0
             if token_id == self.begin_id:
                 inside = 1
-            masked.append(supervised and not inside and token_id != self.end_id)
+            masked.append(int(supervised and not inside and token_id != self.end_id))
             if token_id == self.end_id:
                 inside = 0
             before = supervised
-        return [int(each) for each in masked]
+        return masked
 
 
 def without_thinking(message: Message, marks: Sequence[str]) -> Message:
-    """An assistant's message as if it had not thought."""
+    """An assistant's message without its thinking; any other message unchanged.
+
+    Args:
+        marks: texts before and after the thinking; the text before may be missing at the message's start.
+    """
     if message.role != "assistant":
         return message
     begin, end = marks
@@ -61,3 +66,24 @@ def without_thinking(message: Message, marks: Sequence[str]) -> Message:
     is_thought = found and (begin not in thought or thought.lstrip().startswith(begin))
     extra = {key: value for key, value in message.extra.items() if key != REASONING}
     return Message(message.role, answer.lstrip() if is_thought else message.content, extra)
+
+
+@dataclass(frozen=True, slots=True)
+class ThinkingPolicy:
+    """How thinking is treated. Without fields, thinking is supervised like the rest of an answer."""
+
+    dropped: tuple[str, str] | None = None
+    """Marks between which thinking is taken out of given answers."""
+    masked: ThinkingMarks | None = None
+    """Tokens between which thinking is not supervised."""
+
+    def shorten(self, message: Message) -> Message:
+        """The message, without its thinking if thinking is dropped."""
+        return message if self.dropped is None else without_thinking(message, self.dropped)
+
+    def mask(self, token_ids: list[int], loss_mask: list[int]) -> list[int]:
+        """The loss mask, with 0 for the thinking if thinking is masked."""
+        return loss_mask if self.masked is None else self.masked.mask(token_ids, loss_mask)
+
+
+KEEP_THINKING = ThinkingPolicy()

@@ -1,4 +1,4 @@
-"""Models by name: a local folder, or an id on the hub."""
+"""Models by name: a local folder, or the id of a model on the hub."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
 def find_model(name: str, files: Sequence[str], kind: str, error: type[VpdError]) -> Path:
-    """The folder of that name, or else the hub's model of that id: downloaded, or from the hub's local cache.
+    """Folder of a model: the local folder of that name, or the hub's model of that id.
+
+    A model of the hub is downloaded, or taken from the hub's local cache.
 
     Args:
         files: patterns of the files that a download takes.
-        kind: what it is to be, for messages.
-        error: what is raised where there is neither.
+        kind: what the model is used as, such as "target", for messages.
+        error: raised if there is neither a folder nor a model.
     """
     if Path(name).is_dir():
         return Path(name)
-    reason = "no id of a model"
+    reason = "the name is no id of a model"
     if ID.fullmatch(name):
         try:
             return Path(snapshot_download(name, allow_patterns=[*files]))

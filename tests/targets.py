@@ -1,8 +1,8 @@
-"""Which kinds of targets an extraction knows, tried with tiny random ones: a table.
+"""A table of the kinds of targets that extraction supports, tried with tiny random targets.
 
     python tests/targets.py [NAME ...] [--engine vllm|transformers]
 
-Each kind goes through `vpd extract` in a process of its own, with all of its sequences audited.
+Each kind goes through `vpd extract` in a separate process, which audits all sequences.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from support.kinds import KINDS, save_kind
 from support.tiny import as_flags, write_jsonl
+from vpd.stages.extract.engines import ENGINES
 
 PROMPTS = [{"prompt": f"what is the sum of {i} and {7 * i % 5}?"} for i in range(16)]
 FLAGS = {"dtype": "float32", "layer_ids": "0,2,5", "max_new_tokens": 24, "max_len": 128, "part_mib": 1, "audit": "100%"}
@@ -29,9 +30,9 @@ SECONDS = 300
 
 @click.command()
 @click.argument("names", nargs=-1)
-@click.option("--engine", type=click.Choice(["vllm", "transformers"]), default="vllm", show_default=True)
+@click.option("--engine", type=click.Choice([*ENGINES]), default="vllm", show_default=True)
 def main(names: tuple[str, ...], engine: str) -> None:
-    table = Table("target", "extraction", "choices confirmed", "second look: worst error", "choices agree")
+    table = Table("target", "extraction", "choices confirmed", "audit: worst error", "choices agree")
     with TemporaryDirectory() as temporary:
         for name in names or KINDS:
             table.add_row(name, *try_kind(name, engine, Path(temporary) / name.replace(" ", "-")))
@@ -39,7 +40,7 @@ def main(names: tuple[str, ...], engine: str) -> None:
 
 
 def try_kind(name: str, engine: str, folder: Path) -> list[str]:
-    """The cells of a kind's row."""
+    """The cells of a kind's row, without its name."""
     folder.mkdir()
     target = save_kind(name, folder / "target")
     prompts = write_jsonl(folder / "prompts.jsonl", PROMPTS)
@@ -64,11 +65,11 @@ def try_kind(name: str, engine: str, folder: Path) -> list[str]:
 
 
 def reason(error: str) -> str:
-    """The engine's own first error; without one, the line in which vpd says what is wrong, or the last."""
+    """The engine's first error; without one, vpd's error message; without that, the last line."""
     lines = [line for line in error.splitlines() if line.strip()]
     raised = [line.partition("] ")[2] for line in lines if re.search(r"\] \w*Error: ", line)]
-    told = [line for line in lines if line.startswith("vpd: error:")]
-    return (raised or told or lines[-1:])[0][:120]
+    reported = [line for line in lines if line.startswith("vpd: error:")]
+    return (raised or reported or lines[-1:])[0][:120]
 
 
 if __name__ == "__main__":

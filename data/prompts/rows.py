@@ -1,4 +1,4 @@
-"""Where prompts come from: files, several by a pattern, and data sets of the hub; each a stream of rows."""
+"""Where prompts come from: files, patterns of files and data sets of the hub, each read as a stream of rows."""
 
 import glob
 import gzip
@@ -21,22 +21,22 @@ GZIP_MAGIC = b"\x1f\x8b"
 PARQUET_BATCH_ROWS = 1024
 
 Row = tuple[int, Callable[[], object]]
-"""Its number, and a call that loads it, so that a bad row raises where it can be skipped."""
+"""A row's number, from 1, and a call that loads the row. The call raises for a bad row, which can then be skipped."""
 
 
 @dataclass(frozen=True, slots=True)
 class HubPart:
-    """Which rows of a data set of the hub."""
+    """Which rows of a data set of the hub are read."""
 
     split: str = "train"
     subset: str | None = None
 
 
 def find_places(places: Sequence[str | Path]) -> list[str]:
-    """The files and data sets that are meant, patterns such as `data/*.jsonl` put in full.
+    """Files and data sets, in the order given; a pattern such as `data/*.jsonl` gives its files, sorted by name.
 
     Raises:
-        PromptError: a file does not exist, or a pattern fits none.
+        PromptError: a file does not exist, or no file fits a pattern.
     """
     found: list[str] = []
     for place in map(str, places):
@@ -55,10 +55,14 @@ def find_places(places: Sequence[str | Path]) -> list[str]:
 def rows_of_places(
     places: Sequence[str], wanted: Collection[str], hub: HubPart
 ) -> Iterator[tuple[str, int, Callable[[], object]]]:
-    """All rows, with the place and the number of each.
+    """All rows: place, number within the place, and a call that loads the row.
 
     Args:
-        wanted: keys that a record may have; of Parquet files only these columns are read.
+        wanted: names of the columns that are read from Parquet files and data sets.
+
+    Raises:
+        PromptError: a place can't be read, holds no row, or has none of the wanted columns.
+        ConfigError: a data set is asked for, and the package datasets is not installed.
     """
     for place in places:
         row = 0
@@ -69,7 +73,6 @@ def rows_of_places(
 
 
 def _hub_rows(place: str, wanted: Collection[str], hub: HubPart) -> Iterator[Row]:
-    """Rows of a data set, counted from 1."""
     if importlib.util.find_spec("datasets") is None:
         raise ConfigError(f"{place} needs the package datasets, which is not installed: pip install 'vpd[hub]'.")
     import datasets
@@ -77,7 +80,7 @@ def _hub_rows(place: str, wanted: Collection[str], hub: HubPart) -> Iterator[Row
     name = place.removeprefix(HUB)
     try:
         data: Any = datasets.load_dataset(name, hub.subset, split=hub.split)
-    except Exception as error:  # the library raises whatever its readers and the network do
+    except Exception as error:  # the library passes on all errors of its readers and of the network
         raise PromptError(
             f"the data set {name} (subset {hub.subset or 'none'}, split {hub.split}) can't be loaded: "
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}. Check the name, extract.subset, "
@@ -105,7 +108,7 @@ def _rows(path: Path, wanted: Collection[str]) -> Iterator[Row]:
             with path.open("rb") as file:
                 yield from _json_rows(file)
     except (OSError, EOFError, UnicodeDecodeError, zlib.error, pa.ArrowException) as error:
-        raise PromptError(f"prompt file {path} can't be read, its bytes may be damaged: {error}") from error
+        raise PromptError(f"prompt file {path} can't be read; its bytes may be damaged: {error}") from error
 
 
 def _json_rows(lines: Iterator[bytes] | gzip.GzipFile) -> Iterator[Row]:
@@ -122,7 +125,6 @@ def _load_json(line: bytes) -> object:
 
 
 def _parquet_rows(path: Path, wanted: Collection[str]) -> Iterator[Row]:
-    """Only the columns that a form uses are read; the others may hold anything."""
     with pq.ParquetFile(path) as file:
         found = file.schema_arrow.names
         columns = [name for name in found if name in wanted]

@@ -11,15 +11,16 @@ from ...data.errors import TargetError
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FROZEN = ("embed_tokens", "lm_head", "norm")
-"""Modules that an adapter must leave alone: they are stored with the cache as the target's own files have them."""
+"""Modules that an adapter must not change, because the cache stores them from the target's own files."""
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """What an engine needs of an adapter."""
+    """A LoRA adapter on disk."""
 
     folder: Path
     rank: int
+    """The largest rank of all its modules."""
 
     @property
     def files(self) -> list[Path]:
@@ -29,7 +30,7 @@ class Adapter:
 def load_adapter(name: str) -> Adapter:
     """
     Raises:
-        TargetError: there is no such LoRA adapter, or it changes what stage two takes from the target's own files.
+        TargetError: there is no such LoRA adapter, or it changes a module of `FROZEN`.
     """
     folder = Path(name)
     missing = [file for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if not (folder / file).is_file()]
@@ -62,5 +63,5 @@ def load_adapter(name: str) -> Adapter:
 
 
 def can_apply() -> bool:
-    """Whether transformers can load an adapter, which it leaves to peft."""
+    """Whether transformers can load an adapter, for which it needs peft."""
     return find_spec("peft") is not None

@@ -1,22 +1,36 @@
-"""Settings of extraction, and of its estimate."""
+"""Settings of extraction and of its estimate."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from ...data.cache.codecs import CodecName
-from ..config import Count, NonNegative, NonNegativeFloat, PositiveFloat, Ratio, Section, Share
+from ...data.cache.codecs import CODECS
+from ..config import Count, NonNegative, NonNegativeFloat, OneOf, PositiveFloat, Ratio, Section, Share
+from .engines import ENGINES
+
+
+class MachinerySection(Section):
+    """`extract.machinery`: how work and memory are divided. Few runs need other values, so there are no flags."""
+
+    hidden: ClassVar[bool] = True
+
+    max_in_flight: Count = 256
+    """Requests that are in the engine or wait for the writer, which bounds memory; >= 1."""
+    unit_records: Count = 256
+    """Records of a work unit, which one worker does; >= 1."""
+    lease_seconds: PositiveFloat = 120.0
+    """Seconds without a new heartbeat after which a worker counts as dead; > 0."""
 
 
 class ExtractConfig(Section):
-    """`extract`: prompts through the target, its hidden states into the cache."""
+    """`extract`: runs prompts through the target and stores the target's hidden states in a cache."""
 
     mode: Literal["generate", "given"] = "generate"
-    """Whether the target answers the prompts, or the records already hold the answers."""
-    engine: Literal["vllm", "transformers"] = "vllm"
-    """What runs the target."""
+    """Whether the target answers the prompts, or the records hold the answers already."""
+    engine: Annotated[str, OneOf(ENGINES)] = "vllm"
+    """The engine that runs the target."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """What the target computes in; auto = the target's own. States are always stored as bfloat16."""
+    """Type that the target computes in; auto = the target's own. States are always stored as bfloat16."""
     num_draft_layers: Count = 5
     """Number of context layers, chosen by DFlash's layer rule; >= 1."""
     layer_ids: Annotated[list[NonNegative], Field(min_length=1)] | None = None
@@ -30,7 +44,7 @@ class ExtractConfig(Section):
     top_p: Ratio = 1.0
     """Probability mass of the tokens sampled from; in (0, 1]."""
     top_k: NonNegative = 0
-    """Number of tokens sampled from; >= 0, 0 = off."""
+    """Number of tokens sampled from; >= 0, 0 = all."""
     seed: NonNegative = 0
     """Seed of sampling; >= 0."""
     chat_template: str | None = None
@@ -40,45 +54,41 @@ class ExtractConfig(Section):
     adapter: str | None = None
     """Folder of a LoRA adapter of the target, in peft's form; none = the target as it is."""
     skip_bad: bool = False
-    """Leave out records that can't be used, and count them, in place of stopping at the first."""
+    """Leave out and count records that can't be used; otherwise the first of them is an error."""
     limit: Count | None = None
     """Number of records to take, from the start or in the order of `shuffle_seed`; >= 1, none = all."""
     shuffle_seed: NonNegative | None = None
-    """Seed of the records' order, so that `limit` takes a random share of them; >= 0, none = as they are read."""
+    """Seed of the records' order, so that `limit` takes a random share; >= 0, none = the order of the files."""
     duplicates: Literal["auto", "keep", "drop"] = "auto"
-    """Whether a record whose content came before counts; auto = with sampling alone, as its answer is another."""
+    """Whether to use a record whose content came before; auto = keep if answers are sampled, as they differ."""
     split: str = "train"
     """Split of data sets of the hub (`hf://NAME`)."""
     subset: str | None = None
-    """Subset of those data sets; none = their only one."""
+    """Subset of data sets of the hub; none = their only subset."""
     columns: dict[str, str] = Field(default={})
-    """What keys of a record are called in the data, such as `prompt: question, response: answer`."""
+    """Names that a record's keys have in the data, such as `prompt: question, response: answer`."""
     thinking: Literal["keep", "mask", "drop"] = "keep"
-    """What becomes of a reasoning model's thinking: trained on, not supervised, or left out of given answers."""
+    """What to do with a reasoning model's thinking: supervise it, mask it, or drop it from given answers."""
     thinking_marks: tuple[str, str] = ("<think>", "</think>")
-    """The two tokens around it."""
-    codec: CodecName = "raw"
-    """How the hidden states are stored."""
+    """The two tokens around the thinking."""
+    codec: Annotated[str, OneOf(CODECS)] = "raw"
+    """How hidden states are stored."""
     response_tokens: Count | None = None
-    """Expected mean length of an answer, in tokens, to tell what will be written; >= 1, none = as long as may be."""
+    """Expected mean length of an answer, in tokens, for the check of free space; >= 1, none = the longest allowed."""
     fill_disk: bool = False
-    """Start even if the disk may not hold what is going to be written."""
+    """Start even if the disk may be too small for the cache."""
     part_mib: Count = 1024
     """Size of a part of the cache, in MiB; >= 1."""
-    max_in_flight: Count = 256
-    """Requests in the engine or waiting for the writer, which bounds memory; >= 1."""
-    unit_records: Count = 256
-    """Records of a work unit, which one worker does; >= 1."""
-    lease_seconds: PositiveFloat = 120.0
-    """Seconds without a sign of life after which a worker of another host counts as dead; > 0."""
     stop_seconds: PositiveFloat = 120.0
     """Seconds that sequences in the engine have to finish after a signal to stop; > 0."""
     max_quarantined: Share = 0.01
     """Share of the sequences that may go into quarantine before the run ends with an error; in [0, 1]."""
     audit: Share = 0.005
-    """Share of the sequences that go through the engine once more after a run, to compare states; in [0, 1]."""
+    """Share of the sequences that a run computes again at its end, to compare the states; in [0, 1]."""
     engine_args: dict[str, Any] = Field(default={})
-    """Arguments passed to the engine as they are."""
+    """Arguments that are passed to the engine unchanged."""
+    machinery: MachinerySection = MachinerySection()
+    """How work and memory are divided."""
 
     @field_validator("layer_ids")
     @classmethod
@@ -89,20 +99,20 @@ class ExtractConfig(Section):
 
 
 class EstimateConfig(Section):
-    """`estimate`: what an extraction and a training run will take."""
+    """`estimate`: what an extraction and a training run will cost."""
 
     sample: Count | None = None
-    """Number of records to tokenize, evenly chosen; the rest is taken to be alike; >= 1, none = all."""
+    """Number of records to tokenize, evenly chosen; they stand for all records; >= 1, none = all."""
     num_sequences: Count | None = None
-    """Number of sequences that the records stand for; >= 1, none = one each."""
+    """Number of sequences that the records stand for; >= 1, none = one sequence per record."""
     tflops: PositiveFloat = 989.0
     """Peak of a training GPU in bf16, in TFLOPS; > 0. An H100 or H200 has 989."""
-    utilisation: Ratio | None = None
-    """Share of that peak which training reaches; in (0, 1], none = unknown. `make bench` measures it on a GPU."""
+    utilization: Ratio | None = None
+    """Share of the GPU's peak that training reaches; in (0, 1], none = unknown. `make bench` measures it on a GPU."""
     tokens_per_second: PositiveFloat | None = None
-    """Rate of the extraction; > 0, none = as piloted, else unknown."""
+    """Rate of the extraction; > 0, none = the pilot's rate; without a pilot, unknown."""
     pilot: NonNegative = 0
-    """Number of records to extract for real, for the rate, the length of answers and the size of each codec; >= 0.
+    """Number of records to extract, to measure the rate, the length of answers and the size of each codec; >= 0.
 
-    With fewer than the engine runs at once, the rate comes out too low.
+    With fewer records than the engine runs at once, the measured rate is too low.
     """

@@ -1,4 +1,4 @@
-"""From a prompt record to requests for the engine, and from completions to a finished sequence."""
+"""Conversations with the engine: from a prompt record to requests, and from completions to a finished sequence."""
 
 # T tokens that entered the target
 from __future__ import annotations
@@ -11,15 +11,17 @@ from typing import Protocol
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ...data.cache.cache import NO_CHOICE
+from ...data.cache.arrays import NO_CHOICE, TOKEN_ARRAYS
+from ...data.cache.sequence import NewSequence
 from ...data.chat import ChatFormat
 from ...data.errors import PromptError
-from ...data.prompts.records import Message, PromptRecord
-from ...data.thinking import ThinkingMarks, without_thinking
+from ...data.prompts.messages import Message
+from ...data.prompts.records import PromptRecord
+from ...data.thinking import KEEP_THINKING, ThinkingPolicy
 from .engine import Completion, EngineRequest
 
 STAND_IN = "."
-"""In place of an answer that is not there yet; some templates refuse an empty one."""
+"""Stands for an answer that does not exist yet, because some templates refuse an empty answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,28 +42,21 @@ class FinishedSequence:
     num_argmax_differing: int
     """Those that the argmax computed from the states does not confirm: ties within rounding."""
 
-
-@dataclass(frozen=True, slots=True)
-class ThinkingPolicy:
-    """What becomes of a reasoning model's thinking: it is kept, not supervised, or taken out of given answers."""
-
-    dropped: tuple[str, str] | None = None
-    """Marks between which given answers lose it."""
-    masked: ThinkingMarks | None = None
-    """Tokens between which it is not supervised."""
-
-    def shorten(self, message: Message) -> Message:
-        return message if self.dropped is None else without_thinking(message, self.dropped)
-
-    def mask(self, token_ids: list[int], loss_mask: list[int]) -> list[int]:
-        return loss_mask if self.masked is None else self.masked.mask(token_ids, loss_mask)
-
-
-KEEP_THINKING = ThinkingPolicy()
+    def as_new(self) -> NewSequence:
+        """The sequence as a cache takes it; each array of `TOKEN_ARRAYS` is the field of that name."""
+        return NewSequence(
+            seq_id=self.record.seq_id,
+            source=self.record.source,
+            source_row=self.record.row,
+            arrays={name: getattr(self, name) for name in TOKEN_ARRAYS},
+            prompt_len=self.prompt_len,
+            final_token_id=self.final_token_id,
+            finish_reason=self.finish_reason,
+        )
 
 
 class SequenceTooLong(PromptError):
-    """The prompt alone fills the sequence."""
+    """The prompt leaves no room for an answer."""
 
 
 class UnknownToken(PromptError):
@@ -69,21 +64,39 @@ class UnknownToken(PromptError):
 
 
 class Conversation(Protocol):
-    """Asks the engine until a record's sequence is finished. Many wait in memory, so tokens are kept in few bytes."""
+    """Asks the engine until a record's sequence is finished.
+
+    All conversations of a prompt set wait in memory at once, so they keep their tokens in arrays of few bytes.
+    """
 
     record: PromptRecord
 
-    def first_request(self) -> EngineRequest: ...
-
-    def expected_len(self, response_tokens: float | None) -> float:
-        """Tokens T of the sequence, given the length of an answer; None = the longest."""
+    def first_request(self) -> EngineRequest:
+        """
+        Raises:
+            PromptError: the prompt is too long.
+        """
         ...
 
-    def advance(self, completion: Completion) -> EngineRequest | FinishedSequence: ...
+    def expected_len(self, response_tokens: float | None) -> float:
+        """Expected number T of tokens of the sequence.
+
+        Args:
+            response_tokens: expected length of an answer; None = the longest allowed.
+        """
+        ...
+
+    def advance(self, completion: Completion) -> EngineRequest | FinishedSequence:
+        """The next request, or the finished sequence.
+
+        Raises:
+            PromptError: the next prompt can't be rendered, is too long, or has an unknown token.
+        """
+        ...
 
 
 class GivenConversation:
-    """The response is in the record: one prefill."""
+    """The record holds the answers; the engine computes their states in one prefill."""
 
     def __init__(
         self,
@@ -95,7 +108,7 @@ class GivenConversation:
     ):
         """
         Raises:
-            PromptError: the record has no assistant token within the first `max_len` tokens, or one that is unknown.
+            PromptError: the first `max_len` tokens hold no assistant token, or hold an unknown token.
         """
         self.record = record
         if record.text is not None:
@@ -130,7 +143,7 @@ class GivenConversation:
         assert completion.hidden_TKH is not None
         return FinishedSequence(
             record=self.record,
-            token_ids=self._token_ids.tolist(),
+            token_ids=completion.prompt_ids,
             loss_mask=list(self._loss_mask),
             target_argmax=choices_before([*self._loss_mask[1:], 0], completion.argmax_T.tolist()),
             hidden_TKH=completion.hidden_TKH,
@@ -143,7 +156,7 @@ class GivenConversation:
 
 
 class GeneratedConversation:
-    """The target answers turn by turn; states are captured with the last answer, whose prompt holds the others."""
+    """The target answers turn by turn. States are captured with the last answer, whose prompt holds the rest."""
 
     def __init__(
         self,
@@ -159,7 +172,7 @@ class GeneratedConversation:
     ):
         """
         Raises:
-            PromptError: the record has nothing to answer, the template refuses it, or a token is unknown.
+            PromptError: the record has no user message, the template refuses the record, or a token is unknown.
         """
         self.record, self._thinking = record, thinking
         self._chat, self._tokenizer = chat.with_tools(record.tools), tokenizer
@@ -177,15 +190,15 @@ class GeneratedConversation:
 
     def expected_len(self, response_tokens: float | None) -> float:
         answer = self._max_new_tokens if response_tokens is None else min(response_tokens, self._max_new_tokens)
-        # From the record, as `advance` uses up the turns. Later prompts hold the answers' texts, which rarely take more
-        # tokens than the answers.
+        # The turns come from the record, because `advance` removes them from `self._turns`. A later prompt holds the
+        # text of earlier answers, which rarely has more tokens than the answers themselves.
         turns = split_turns(self.record)
         num_given = len(self._first_ids)
         if len(turns) > 1:
             messages = [message for turn in turns for message in (Message("assistant", STAND_IN), *turn)][1:]
             try:
                 num_given = len(self._prompt_ids(messages))
-            except PromptError:  # whether real answers fare better, the extraction will tell
+            except PromptError:  # the template may refuse the stand-in alone
                 return self._max_len
         num_answers = max(1, len(turns))
         return min(num_given + num_answers * answer - 1, self._max_len)
@@ -227,7 +240,7 @@ class GeneratedConversation:
         argmax = completion.argmax_T.tolist()
         checked: list[tuple[int, int]] = []
         if self._greedy:
-            # The engine's own choices are the greedy ones by definition, whatever rounding says afterwards.
+            # The generated tokens are the greedy choices by definition, even if the argmax over rounded states differs.
             chosen = slice(len(prompt_ids) - 1, None)
             checked = [pair for pair in zip(argmax[chosen], output_ids, strict=True) if pair[0] != NO_CHOICE]
             argmax[chosen] = output_ids
@@ -248,7 +261,11 @@ class GeneratedConversation:
         )
 
     def _prompt_mask(self, prompt_ids: list[int]) -> list[int]:
-        """Marks the target's own earlier answers, as the last prompt renders them."""
+        """Loss mask of the last prompt: 1 for the target's own earlier answers.
+
+        Raises:
+            PromptError: the template renders the earlier answers differently in this prompt.
+        """
         answers = [message for message in self._messages if message.role == "assistant"]
         recorded = [message for message in answers if "tool_calls" in message.extra]
         if len(answers) == len(recorded):
@@ -257,8 +274,8 @@ class GeneratedConversation:
         end = len(earlier.loss_mask) - earlier.loss_mask[::-1].index(1)
         if prompt_ids[:end] != earlier.token_ids[:end]:
             raise PromptError(
-                "the chat template renders the earlier turns otherwise "
-                "when it asks for an answer, so they can't be marked. Give a template that renders them alike."
+                "the chat template renders earlier turns differently when it asks for an answer, so these turns can't "
+                "be found in the prompt. Give a template that renders them alike."
             )
         return earlier.loss_mask[:end] + [0] * (len(prompt_ids) - end)
 
@@ -266,26 +283,32 @@ class GeneratedConversation:
 def require_known(token_ids: Sequence[int], vocab_size: int) -> None:
     """
     Raises:
-        UnknownToken: the tokenizer gives a token that the target has no embedding for.
+        UnknownToken: the target has no embedding for one of these tokens.
     """
     greatest = max(token_ids, default=0)
     if greatest >= vocab_size:
         raise UnknownToken(
-            f"the tokenizer gives token {greatest}, but the target's vocabulary has {vocab_size}, which end at "
-            f"{vocab_size - 1}. It was added to without the embedding being resized: use the target's own tokenizer, "
-            "or skip such records with --skip-bad."
+            f"expected token ids below {vocab_size}, the size of the target's vocabulary, found {greatest}. The "
+            "tokenizer has tokens that the target has no embedding for: use the target's own tokenizer, or skip such "
+            "records with --skip-bad."
         )
 
 
 def choices_before(supervised: list[int], argmax: list[int]) -> list[int]:
-    """Leaves out the choices that training never asks for, whatever engine gave them."""
+    """The choices after tokens that a supervised token follows, and `NO_CHOICE` after the others.
+
+    Training uses no other choices, so they are left out even if the engine gives them.
+
+    Args:
+        supervised: for each token, 1 if the next token is supervised.
+    """
     return [choice if wanted else NO_CHOICE for wanted, choice in zip(supervised, argmax, strict=False)]
 
 
 def split_turns(record: PromptRecord) -> list[list[Message]]:
-    """The messages before each answer: the record's own answers are dropped, every user or tool message gets one.
+    """The messages before each answer. Every user or tool message gets an answer; the record's own answers are dropped.
 
-    A recorded call stays where its result follows, which would fit no other call.
+    A recorded tool call stays if its result follows, because the result would fit no other call.
     """
     turns: list[list[Message]] = [[]]
     for i, message in enumerate(record.messages):

@@ -1,24 +1,22 @@
-"""What an extraction will take, before it runs: tokens, bytes for each codec, hours; and whether the disk holds it."""
+"""What an extraction will cost: tokens, bytes for each codec, hours; and whether the disk has the space."""
 
 # K layers, H hidden width
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 
-from ...data.cache.cache import Cache, state_specs
-from ...data.cache.codecs import Codec, CodecName
+from ...data.cache.array_spec import CRC_BYTES, INDEX_ENTRY_BYTES
+from ...data.cache.arrays import state_specs
+from ...data.cache.cache import Cache
+from ...data.cache.codecs import CODECS
 from ...data.cache.manifest import CacheManifest
-from ...data.cache.shard import CRC_BYTES, INDEX_ENTRY_BYTES
 from ...data.cache.storage.base import Storage
-from ...data.cache.storage.local import LocalStorage
 from ...data.errors import ExtractionError, StorageError
 from .config import ExtractConfig
 from .conversations import Conversation
@@ -27,39 +25,42 @@ from .plan import ExtractPlan
 from .run import extract
 from .sink import ExtractReport
 
-USUAL_SHARES: dict[str, float] = {"lossless": 0.72, "round4": 0.53, "round3": 0.47}
-"""Bytes after compression, as a share of those before, of the codecs that compress: what real models' states give."""
 INDEX_BYTES = 150
 """Bytes of a sequence in the index."""
-CODECS: tuple[CodecName, ...] = get_args(CodecName)
 
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Lengths in tokens, expected or measured, of sequences that stand for all."""
+    """Lengths of sequences that stand for a larger number of sequences."""
 
     num_tokens: Sequence[float]
+    """Length of each sequence in tokens, expected or measured."""
     num_sequences: int
-    """How many sequences they stand for."""
+    """Number of sequences that these stand for."""
 
     @property
     def total(self) -> float:
+        """Tokens of all sequences."""
         return float(np.mean(self.num_tokens)) * self.num_sequences if len(self.num_tokens) else 0.0
 
 
 def expected_lengths(
     conversations: Sequence[Conversation], response_tokens: float | None, num_sequences: int
 ) -> Lengths:
-    """Expected lengths of the sequences of these conversations, which stand for `num_sequences`."""
+    """
+    Args:
+        response_tokens: expected length of an answer; None = the longest allowed.
+        num_sequences: number of sequences that the conversations stand for.
+    """
     found = [conversation.expected_len(response_tokens) for conversation in conversations]
     return Lengths(found, num_sequences)
 
 
-def cache_bytes(lengths: Lengths, manifest: CacheManifest, codec: CodecName, share: float | None = None) -> int:
-    """Bytes of a cache with sequences of these lengths: chunks padded and checksummed, tokens and index included.
+def cache_bytes(lengths: Lengths, manifest: CacheManifest, codec: str, share: float | None = None) -> int:
+    """Bytes of a cache with sequences of these lengths: padded chunks, checksums, tokens and index.
 
     Args:
-        share: bytes of the states after compression, as a share of those before; None = the usual.
+        share: bytes of the states after compression, as a share of the bytes before; None = the codec's usual share.
     """
     if not len(lengths.num_tokens):
         return 0
@@ -69,28 +70,18 @@ def cache_bytes(lengths: Lengths, manifest: CacheManifest, codec: CodecName, sha
     for spec in state_specs(manifest.model_copy(update={"codec": codec})).values():
         if spec.compression is None:
             mean_bytes += mean_chunks * spec.chunk_bytes
-        else:  # padding takes next to nothing
-            mean_bytes += mean_filled * spec.chunk_bytes * (USUAL_SHARES[codec] if share is None else share)
+        else:  # compressed padding takes almost no space
+            mean_bytes += mean_filled * spec.chunk_bytes * (CODECS[codec].usual_share if share is None else share)
         mean_bytes += mean_chunks * (CRC_BYTES + INDEX_ENTRY_BYTES)
     return round(lengths.num_sequences * mean_bytes)
-
-
-def free_bytes(storage: Storage) -> int | None:
-    """Free space where a cache lives or will live; None for a bucket."""
-    if not isinstance(storage, LocalStorage):
-        return None
-    folder = storage.root.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
 
 
 def check_space(storage: Storage, plan: ExtractPlan, manifest: CacheManifest, config: ExtractConfig) -> None:
     """
     Raises:
-        StorageError: the disk may not hold what the plan will write.
+        StorageError: the disk may be too small for the sequences of the plan.
     """
-    free = free_bytes(storage)
+    free = storage.free_bytes()
     if free is None or config.fill_disk:
         return
     lengths = expected_lengths(plan.conversations, config.response_tokens, len(plan.conversations))
@@ -101,14 +92,14 @@ def check_space(storage: Storage, plan: ExtractPlan, manifest: CacheManifest, co
         shorter = "give the mean length of an answer with --response-tokens, " if longest else ""
         raise StorageError(
             f"expected {needed / 2**30:.3f} GiB of free space at {storage.place} for {len(plan.conversations)} "
-            f"sequences{how}, found {free / 2**30:.3f} GiB. Make room, choose a smaller codec with --codec, {shorter}"
-            "or start all the same with --fill-disk."
+            f"sequences{how}, found {free / 2**30:.3f} GiB. Free some space, choose a smaller codec with --codec, "
+            f"{shorter}or start nevertheless with --fill-disk."
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Pilot:
-    """What a small extraction showed."""
+    """Measurements of a small extraction."""
 
     num_sequences: int
     num_tokens: int
@@ -116,7 +107,7 @@ class Pilot:
     response_tokens: float
     """Mean length of an answer."""
     shares: dict[str, float]
-    """Bytes of each codec's states after compression, as a share of those before."""
+    """Codec -> bytes of the states after compression, as a share of the bytes before."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -126,10 +117,10 @@ class Pilot:
 def run_pilot(
     engine_factory: Callable[[], Engine], plan: ExtractPlan, manifest: CacheManifest, config: ExtractConfig, near: Path
 ) -> Pilot:
-    """Extracts the plan's sequences into a folder that is removed afterwards.
+    """Extracts the plan's sequences into a temporary folder, and measures.
 
     Args:
-        near: folder in which the temporary one is made, or in the nearest one above that exists.
+        near: folder for the temporary folder; if it does not exist, the nearest folder above it is used.
 
     Raises:
         ExtractionError: no record gave a sequence.
@@ -151,7 +142,7 @@ def run_pilot(
         if not len(cache):
             raise ExtractionError(
                 f"expected sequences of {len(plan.conversations)} records in a pilot, found none: "
-                f"{dict(report.skipped)}. Pilot more records with --pilot, or see what is wrong with these."
+                f"{dict(report.skipped)}. Pilot more records with --pilot, or check these records."
             )
         responses = [row.num_tokens + (row.final_token_id is not None) - row.prompt_len for row in cache.rows]
         return Pilot(
@@ -163,15 +154,16 @@ def run_pilot(
         )
 
 
-def measure_share(cache: Cache, codec: CodecName, num_sequences: int = 16) -> float:
-    """Bytes of the states of some sequences after a codec's compression, as a share of those before."""
-    spec = Codec(codec).spec(len(cache.manifest.layer_ids), cache.manifest.hidden_size, cache.manifest.chunk_tokens)
+def measure_share(cache: Cache, codec: str, num_sequences: int = 16) -> float:
+    """Bytes of the states of some sequences after a codec's compression, as a share of the bytes before."""
+    spec = CODECS[codec].spec(len(cache.manifest.layer_ids), cache.manifest.hidden_size, cache.manifest.chunk_tokens)
     if spec.compression is None:
         return 1.0
     compressor = spec.compression.compressor()
     before = after = 0
     for row in cache.rows[:num_sequences]:
-        stored = Codec(codec).encode(cache.read(row).hidden_TKH)
+        hidden_TKH = cache.read(row).hidden_TKH
+        stored = CODECS[codec].encode(hidden_TKH, CODECS[codec].channel_scale(hidden_TKH))
         for start in range(0, len(stored), spec.chunk_tokens):
             chunk = np.ascontiguousarray(stored[start : start + spec.chunk_tokens])
             before += chunk.nbytes
@@ -180,7 +172,7 @@ def measure_share(cache: Cache, codec: CodecName, num_sequences: int = 16) -> fl
 
 
 def choose_evenly(plan: ExtractPlan, number: int) -> ExtractPlan:
-    """A plan with that many of the conversations, or all, evenly chosen."""
+    """A plan with `number` of the conversations, evenly chosen; with all of them if there are fewer."""
     number = min(number, len(plan.conversations))
     chosen = np.linspace(0, len(plan.conversations) - 1, number).round().astype(int)
     conversations = [plan.conversations[i] for i in chosen]

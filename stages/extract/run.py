@@ -1,4 +1,4 @@
-"""Stage one: prompts through the target, states into the cache, as one of any number of workers."""
+"""Stage one as one of any number of workers: prompts go through the target, and its states into the cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .sink import ExtractReport, Outcome, Sink
 from .units import WorkBoard, WorkUnit, split_units
 
 SECONDS_BETWEEN_CLAIMS = 1.0
-"""While other workers hold all that is left."""
+"""Waiting time while other workers hold all units that are left."""
 
 
 def extract(
@@ -31,23 +31,23 @@ def extract(
     on_sequence: Callable[[int, str], None] = lambda num_tokens, note: None,
     must_stop: Callable[[], bool] = lambda: False,
 ) -> ExtractReport:
-    """Writes the plan's sequences, or those that no other worker writes. The engine starts once there is work to do.
+    """Writes the plan's sequences, except those that other workers write. The engine starts when there is work to do.
 
-    Whatever ends the run, the sequences finished by then are committed.
+    The sequences that were finished are committed even if the run ends with an error.
 
     Args:
-        on_sequence: called with the number of tokens of each sequence that is written, and what waits in queues.
-        must_stop: once this is true no sequence is begun, and those in the engine have `config.stop_seconds`.
+        on_sequence: called for each sequence that is written, with its number of tokens and the lengths of the queues.
+        must_stop: once this is true, no sequence is started, and the started ones have `config.stop_seconds` to finish.
 
     Raises:
         PromptError: a later turn of a record can't be used (unless `config.skip_bad`).
-        ExtractionError: the engine failed, or too many sequences had to be put into quarantine.
+        ExtractionError: the engine failed, or too many sequences were put into quarantine.
     """
     report = plan.report
     if not plan.conversations:
         return report
-    units = split_units(plan.seq_ids, plan.conversations, config.unit_records)
-    board = WorkBoard(cache.storage, units, plan.known_units, config.lease_seconds)
+    units = split_units(plan.seq_ids, plan.conversations, config.machinery.unit_records)
+    board = WorkBoard(cache.storage, units, plan.known_units, config.machinery.lease_seconds)
     worker = Worker(board, config, must_stop)
     try:
         if worker.wait_for_work():
@@ -82,13 +82,17 @@ def work(
         finally:
             sink.close()
         if not worker.is_stopping:
-            plan.report.audit = look_again(engine, cache, plan.report.written_ids, config.audit)
+            plan.report.audit = audit_written(engine, cache, plan.report.written_ids, config.audit)
     finally:
         engine.close()
 
 
-def look_again(engine: Engine, cache: Cache, seq_ids: list[str], share: float) -> dict[str, Any] | None:
-    """Audits a share of what a run has written, and notes the result with the cache."""
+def audit_written(engine: Engine, cache: Cache, seq_ids: list[str], share: float) -> dict[str, Any] | None:
+    """Audits a share of the sequences that a run has written, and stores the result with the cache.
+
+    Returns:
+        What `audit` found; None if no sequence belongs to the share.
+    """
     chosen = {seq_id for seq_id in seq_ids if is_audited(seq_id, share)}
     if not chosen:
         return None
@@ -113,20 +117,24 @@ class Worker:
 
     @property
     def is_stopping(self) -> bool:
-        """Whether no sequence is begun any more."""
+        """Whether no further sequence may start."""
         return self._must_stop() or self._failure is not None
 
     @property
     def num_open(self) -> int:
-        """Conversations of claimed units that have not ended, or came to nothing."""
-        num_begun = len(self._running) + self._num_aborted
-        return num_begun + len(self._backlog) + (len(self._unit.conversations) if self._unit else 0)
+        """Conversations of claimed units that have neither a sequence nor a reason why there is none."""
+        num_started = len(self._running) + self._num_aborted
+        return num_started + len(self._backlog) + (len(self._unit.conversations) if self._unit else 0)
 
     def describe(self, sink: Sink) -> str:
         return f"{len(self._running)} in the engine, {sink.num_waiting} to be written"
 
     def wait_for_work(self) -> bool:
-        """Claims a first unit, waiting for dead workers' ones if need be; False: nothing is left to do."""
+        """Claims a first unit; waits while other workers hold all units, since they may die.
+
+        Returns:
+            Whether a unit was claimed; if not, nothing is left to do.
+        """
         while self._unit is None and self.board.num_units_left and not self.is_stopping:
             self._unit = self.board.claim()
             if self._unit is None:
@@ -134,10 +142,10 @@ class Worker:
         return self._unit is not None
 
     def run(self, engine: Engine, sink: Sink) -> None:
-        """Until nothing is left, or the time to stop is over.
+        """Works until nothing is left, or until the time to stop is over.
 
         Raises:
-            PromptError: a record can't be used; what was in the engine is finished first.
+            PromptError: a record can't be used. The conversations that were in the engine are finished first.
         """
         self._run(engine, sink)
         if self._failure is not None:
@@ -145,7 +153,7 @@ class Worker:
 
     def _run(self, engine: Engine, sink: Sink) -> None:
         while not self._is_out_of_time():
-            self.board.come_round()
+            self.board.note_progress()
             sink.check()
             self._submit(engine, sink)
             if self._running:
@@ -153,9 +161,9 @@ class Worker:
                     self._advance(completion, engine, sink)
             elif self.is_stopping or not (self._backlog or self.board.num_units_left):
                 return
-            elif sink.num_waiting:  # the writer has the memory that the next requests would take
+            elif sink.num_waiting:  # the next requests need the memory of what waits for the writer
                 time.sleep(0.01)
-            elif not self._backlog:  # other workers hold the rest, and wait for what is not committed here
+            elif not self._backlog:  # other workers hold the rest, and wait until these sequences are committed
                 sink.commit()
                 time.sleep(SECONDS_BETWEEN_CLAIMS)
 
@@ -167,8 +175,9 @@ class Worker:
         return time.monotonic() - self._started_stopping > self._config.stop_seconds
 
     def _submit(self, engine: Engine, sink: Sink) -> None:
-        """Fills the engine up, unless the writer is behind: what is in flight or unwritten bounds the memory."""
-        while not self.is_stopping and len(self._running) + sink.num_waiting < self._config.max_in_flight:
+        """Submits requests up to the limit, which counts what waits for the writer too, as both take memory."""
+        limit = self._config.machinery.max_in_flight
+        while not self.is_stopping and len(self._running) + sink.num_waiting < limit:
             if not self._backlog and not self._take_unit(sink):
                 return
             unit_id, conversation = self._backlog.popleft()
@@ -188,29 +197,27 @@ class Worker:
         return True
 
     def _advance(self, completion: Completion, engine: Engine, sink: Sink) -> None:
-        unit_id, conversation = self._running[completion.key]
+        unit_id, conversation = self._running.pop(completion.key)
         record = conversation.record
-        if completion.finish_reason == ABORTED:  # its unit stays unfinished, so that it is tried again
-            del self._running[completion.key]
+        if completion.finish_reason == ABORTED:  # the unit stays unfinished, so that the record is tried again
             self._num_aborted += 1
             return
         if completion.fault:
-            del self._running[completion.key]
             sink.put(Outcome(unit_id, record, reason=completion.fault, is_fault=True))
             return
         try:
             outcome = conversation.advance(completion)
         except PromptError as error:
-            # That a later turn outgrows the limit depends on the target's answers, not on the prompt file.
-            del self._running[completion.key]
+            # Whether a later turn is too long depends on the target's answers, so this is no fault of the record.
             is_too_long = isinstance(error, SequenceTooLong)
-            if not self._config.skip_bad and not is_too_long:
+            if self._config.skip_bad or is_too_long:
+                reason = f"{'too long' if is_too_long else 'unusable'} after some turns"
+                sink.put(Outcome(unit_id, record, reason=reason))
+            else:
                 self._failure = PromptError(f"{record.source}, row {record.row}: {error}")
-                return
-            sink.put(Outcome(unit_id, record, reason=f"{'too long' if is_too_long else 'unusable'} after some turns"))
             return
         if isinstance(outcome, EngineRequest):
+            self._running[outcome.key] = unit_id, conversation
             engine.submit(outcome)
         else:
-            del self._running[completion.key]
             sink.put(Outcome(unit_id, record, outcome))

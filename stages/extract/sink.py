@@ -1,4 +1,4 @@
-"""Writes finished sequences in a thread of its own, while the engine goes on."""
+"""Writes finished sequences in a separate thread, while the engine goes on."""
 
 # T tokens that entered the target
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ...data.prompts.records import PromptRecord
 from .conversations import FinishedSequence
 from .units import WorkBoard, WorkUnit
 
-FEWEST_QUARANTINED = 3
-"""So many sequences may go into quarantine whatever their share is."""
+MIN_QUARANTINED = 3
+"""Number of sequences that may go into quarantine even if their share is larger than allowed."""
 
 
 @dataclass
@@ -35,12 +35,12 @@ class ExtractReport:
     """Greedy choices of the engine that were compared with the argmax of the stored states."""
     num_argmax_differing: int = 0
     num_left: int = 0
-    """Sequences that the run was stopped before."""
+    """Sequences that the run did not make, because it was stopped."""
     skipped: Counter[str] = field(default_factory=Counter)
     """Records without a sequence, by reason."""
     written_ids: list[str] = field(default_factory=list)
     audit: dict[str, Any] | None = None
-    """What a second look at some of the sequences showed; of several workers' looks the worst."""
+    """What the audit found; with several workers, the audit with the worst error."""
 
     def to_json(self) -> dict[str, Any]:
         names = ("num_written", "num_present", "num_checked", "num_argmax_differing", "num_left", "audit")
@@ -49,18 +49,18 @@ class ExtractReport:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a record: its sequence, or why there is none."""
+    """A record's sequence, or the reason why there is none."""
 
     unit_id: str
     record: PromptRecord
     sequence: FinishedSequence | None = None
     reason: str = ""
     is_fault: bool = False
-    """Whether the engine is to blame, so that the record is worth another try."""
+    """Whether the engine caused the reason, so that the record is worth another try."""
 
 
 class Sink:
-    """Takes outcomes, writes sequences, and tells the board which units are committed."""
+    """Takes outcomes, writes sequences, and reports committed units to the board."""
 
     def __init__(
         self,
@@ -87,33 +87,40 @@ class Sink:
 
     @property
     def num_waiting(self) -> int:
-        """Outcomes that are not dealt with yet."""
+        """Outcomes that wait for the thread."""
         return self._queue.qsize()
 
     def expect(self, unit: WorkUnit) -> None:
-        """Announces a unit, before its outcomes."""
+        """Announces a unit; call this before its outcomes are put."""
         self._left[unit.unit_id] = len(unit.conversations)
         self._skipped[unit.unit_id] = {}
 
     def put(self, outcome: Outcome) -> None:
         """
         Raises:
-            StorageError, ExtractionError: what ended the thread, if something did.
+            StorageError, ExtractionError: the thread has ended with this error.
         """
         self.check()
         self._queue.put(outcome)
 
     def check(self) -> None:
-        """Raises what ended the thread, if something did."""
+        """
+        Raises:
+            StorageError, ExtractionError: the thread has ended with this error.
+        """
         if self._error is not None:
             raise self._error
 
     def commit(self) -> None:
-        """Has all that was put so far committed, so that other workers see it; does not wait for that."""
+        """Asks the thread to commit all outcomes put so far, so that other workers see them; returns at once."""
         self._queue.put(self._commit)
 
     def close(self) -> None:
-        """Deals with what waits, and commits."""
+        """Writes and commits all outcomes, and ends the thread.
+
+        Raises:
+            StorageError, ExtractionError: the thread has ended with this error.
+        """
         self._queue.put(None)
         self._thread.join()
         self._writer.finish()
@@ -124,16 +131,16 @@ class Sink:
         while (item := self._queue.get()) is not None:
             if self._error is None:
                 try:
-                    self._deal_with(item) if isinstance(item, Outcome) else item()
+                    self._process(item) if isinstance(item, Outcome) else item()
                 except BaseException as error:
-                    self._complete.clear()  # a part that can't be written takes sequences of finished units with it
+                    self._complete.clear()  # the part that failed may hold sequences of these units
                     self._error = error
 
     def _commit(self) -> None:
         self._writer.commit()
         self._finish_units()
 
-    def _deal_with(self, outcome: Outcome) -> None:
+    def _process(self, outcome: Outcome) -> None:
         reason, is_fault = outcome.reason, outcome.is_fault
         if outcome.sequence is not None:
             self._report.num_checked += outcome.sequence.num_checked
@@ -151,19 +158,8 @@ class Sink:
             self._finish_units()
 
     def _write(self, sequence: FinishedSequence) -> bool:
-        """Returns whether a part has been committed, and the sequence with it."""
-        part = self._writer.append(
-            seq_id=sequence.record.seq_id,
-            source=sequence.record.source,
-            source_row=sequence.record.row,
-            hidden_TKH=sequence.hidden_TKH,
-            token_ids=sequence.token_ids,
-            loss_mask=sequence.loss_mask,
-            target_argmax=sequence.target_argmax,
-            prompt_len=sequence.prompt_len,
-            final_token_id=sequence.final_token_id,
-            finish_reason=sequence.finish_reason,
-        )
+        """Returns whether a part was committed, which includes the sequence."""
+        part = self._writer.append(sequence.as_new(), sequence.hidden_TKH)
         self._report.num_written += 1
         self._report.num_tokens += len(sequence.token_ids)
         self._report.written_ids.append(sequence.record.seq_id)
@@ -173,7 +169,7 @@ class Sink:
     def _skip(self, outcome: Outcome, reason: str, is_fault: bool) -> None:
         """
         Raises:
-            ExtractionError: too large a share of the run ended in quarantine.
+            ExtractionError: too many of the run's sequences are in quarantine.
         """
         record, report = outcome.record, self._report
         report.skipped[reason] += 1
@@ -186,22 +182,22 @@ class Sink:
         )
         self._num_faults += 1
         done = report.num_written + self._num_faults
-        if self._num_faults > max(FEWEST_QUARANTINED, self._max_quarantined * done):
+        if self._num_faults > max(MIN_QUARANTINED, self._max_quarantined * done):
             raise ExtractionError(
-                f"{self._num_faults} of {done} sequences had to be put into quarantine, the last one for {reason}; "
-                f"they are listed in {storage.place}/{LISTS}. Check the target's weights and dtype, or allow more "
-                "with extract.max_quarantined; what was written before is kept."
+                f"{self._num_faults} of {done} sequences were put into quarantine, the last of them because of "
+                f"{reason}; {storage.place}/{LISTS} lists them. Check the target's weights and dtype, or allow more "
+                "sequences with extract.max_quarantined. What was written before is kept."
             )
 
     def _finish_units(self) -> None:
-        """Everything that was appended is committed now."""
+        """Reports the complete units as finished; call this when all that was appended is committed."""
         complete, self._complete = self._complete, []
         for unit_id in complete:
-            self._board.finish(unit_id, self._skipped.pop(unit_id), {})
+            self._board.finish(unit_id, self._skipped.pop(unit_id))
 
 
 def find_fault(sequence: FinishedSequence) -> tuple[str, bool]:
-    """Why a sequence can't be stored, or nothing; and whether the engine is to blame."""
+    """The reason why a sequence can't be stored, empty if it can; and whether the engine caused the reason."""
     num_tokens = len(sequence.token_ids)
     if sequence.prompt_len >= num_tokens:
         return "empty response", False

@@ -1,4 +1,4 @@
-"""The target on disk: its config, tokenizer, fingerprint, context layers, and the pieces that stage two needs."""
+"""The target on disk: config, tokenizer, fingerprint, context layers, and the pieces that stage two needs."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from ...data.cache.storage.base import Storage
-from ...data.cache.storage.local import LocalStorage
-from ...data.cache.target_files import store_target_files, target_folder
+from ...data.cache.target_files import PIECES, store_target_files, target_folder
 from ...data.errors import CacheCorruptError, TargetError
-from ..drafter.target_pieces import PIECES
+from ...data.hashing import hash_text
 from ..hub import find_model
 from .adapter import Adapter, load_adapter
 
@@ -33,8 +32,10 @@ PIECE_SUFFIXES = {
     "lm_head.weight": ("lm_head.weight",),
     "lm_head.bias": ("lm_head.bias",),
 }
+"""Piece -> ends of the tensor's name in the weights of the architectures that vpd knows."""
 REQUIRED_PIECES = ("embed_tokens.weight", "norm.weight")
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+"""Patterns of the config's and the tokenizer's files."""
 HASH_BLOCK = 1 << 22
 
 
@@ -48,7 +49,7 @@ class Target:
     """Config of the language model."""
     tokenizer: PreTrainedTokenizerBase
     adapter: Adapter | None = None
-    """What an engine adds to its weights."""
+    """LoRA adapter that the engine adds to the target's weights; None = no adapter."""
 
     @property
     def num_layers(self) -> int:
@@ -64,7 +65,7 @@ class Target:
 
     @property
     def eos_token_ids(self) -> set[int]:
-        """Tokens that end a response: the tokenizer's, the config's and the generation config's."""
+        """Tokens that end an answer, as the tokenizer, the config and the generation config name them."""
         path = self.folder / "generation_config.json"
         generation = json.loads(path.read_text()) if path.is_file() else {}
         found: set[int] = set()
@@ -77,27 +78,27 @@ class Target:
         return sorted(self.folder.glob("*.safetensors"))
 
     def fingerprint(self) -> str:
-        """Hash of the config and of every weight file, the adapter's included; 16 hex digits."""
+        """Hash of the config and of every weight file, with the adapter's; 16 hex digits."""
         files = [self.folder / "config.json", *self.weight_files(), *(self.adapter.files if self.adapter else [])]
         with ThreadPoolExecutor(max_workers=4) as pool:
             digests = list(pool.map(_hash_file, files))
-        return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+        return hash_text("".join(digests))
 
     def tokenizer_hash(self) -> str:
-        """Hash of the vocabulary and of everything else that decides the token ids of a text."""
+        """Hash of the vocabulary and of all else that decides a text's token ids; 16 hex digits."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         content = backend.to_str() if backend is not None else json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
+        return hash_text(content)
 
 
 def load_target(name: str, adapter: str | None = None) -> Target:
-    """Finds a target: a local folder, or an id on the hub (downloaded, or from the hub's local cache).
+    """Finds a target: a local folder, or a model of the hub (downloaded, or from the hub's local cache).
 
     Args:
-        adapter: folder of a LoRA adapter that it is to have.
+        adapter: folder of a LoRA adapter for the target.
 
     Raises:
-        TargetError: there is no such target, or its folder lacks the config, the tokenizer or the weights.
+        TargetError: there is no such target or adapter, or the target lacks its config, tokenizer or weights.
     """
     folder = find_model(name, (*SMALL_FILES, "*.safetensors"), "target", TargetError)
     if not (folder / "config.json").is_file():
@@ -116,9 +117,10 @@ def load_target(name: str, adapter: str | None = None) -> Target:
 
 
 def context_layers(num_target_layers: int, num_draft_layers: int) -> tuple[int, ...]:
-    """DFlash's rule: id_i = round(1 + i * (N - 4) / (n - 1)) for n draft layers, and N // 2 for one.
+    """DFlash's rule for n draft layers and N target layers: id_i = round(1 + i * (N - 4) / (n - 1)); N // 2 if n = 1.
 
-    Ids are in the drafter convention: 0-based target layers whose output is captured.
+    Returns:
+        0-based layers of the target whose outputs are captured.
     """
     if num_draft_layers == 1:
         return (num_target_layers // 2,)
@@ -127,10 +129,9 @@ def context_layers(num_target_layers: int, num_draft_layers: int) -> tuple[int, 
 
 
 def check_layers(layer_ids: tuple[int, ...], num_target_layers: int) -> tuple[int, ...]:
-    """Checks listed context layers.
-
+    """
     Raises:
-        TargetError: an id is out of range, or the ids are not ascending and distinct.
+        TargetError: a layer is out of range, or the layers are not ascending and distinct.
     """
     if not layer_ids or list(layer_ids) != sorted(set(layer_ids)):
         raise TargetError(f"expected ascending, distinct layer ids, got {list(layer_ids)}. Set extract.layer_ids.")
@@ -143,29 +144,35 @@ def check_layers(layer_ids: tuple[int, ...], num_target_layers: int) -> tuple[in
 
 
 def copy_pieces(target: Target, storage: Storage) -> None:
-    """Stores what stage two needs of the target with the cache, reading just those tensors, unless it is there whole.
+    """Stores the parts of the target that stage two needs with the cache, unless the cache has them already.
+
+    Only the tensors of `read_pieces` are read, not all weights.
 
     Raises:
-        TargetError: a piece is not in the target's weights.
+        TargetError: the target's weights lack a piece.
     """
     try:
         target_folder(storage)
         return
     except CacheCorruptError:
         pass
-    with tempfile.TemporaryDirectory(dir=storage.root if isinstance(storage, LocalStorage) else None) as temporary:
+    with tempfile.TemporaryDirectory(dir=storage.local_folder) as temporary:
         folder = Path(temporary)
         target.config.save_pretrained(folder)
         target.tokenizer.save_pretrained(folder)
         if (target.folder / "generation_config.json").is_file():
             shutil.copy(target.folder / "generation_config.json", folder)
         save_file(read_pieces(target), folder / PIECES)
-        with suppress(FileExistsError):  # another run has stored the same meanwhile
+        with suppress(FileExistsError):  # another run has stored the same pieces in the meantime
             store_target_files(storage, folder)
 
 
 def read_pieces(target: Target) -> dict[str, torch.Tensor]:
-    """Embedding, final norm and, unless it is tied to the embedding, LM head; biases where there are some."""
+    """Embedding, final norm, and LM head unless it is tied to the embedding; with their biases, if they have any.
+
+    Raises:
+        TargetError: the weights have no tensor, or several, of a piece's name.
+    """
     where = _tensor_files(target)
     pieces: dict[str, torch.Tensor] = {}
     for piece, suffixes in PIECE_SUFFIXES.items():
@@ -176,7 +183,7 @@ def read_pieces(target: Target) -> dict[str, torch.Tensor]:
         if len(names) != 1:
             raise TargetError(
                 f"expected one tensor named ...{' or ...'.join(suffixes)} in the weights of {target.folder}, "
-                f"found {len(names)}. vpd does not know this architecture's names."
+                f"found {len(names)}. vpd does not know the tensor names of this architecture."
             )
         with safe_open(where[names[0]], "pt") as file:
             pieces[piece] = file.get_tensor(names[0])
@@ -204,7 +211,7 @@ def _hash_file(path: Path) -> str:
 
 
 def target_facts(target: Target) -> dict[str, Any]:
-    """What the manifest says of the target."""
+    """The manifest's fields about the target."""
     return {
         "target": target.name if target.adapter is None else f"{target.name} + {target.adapter.folder}",
         "target_fingerprint": target.fingerprint(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -13,16 +14,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from ...data.errors import ConfigError, TargetError
-from .adapter import can_apply
+from .adapter import Adapter, can_apply
 from .engine import Completion, EngineRequest, Sampling, engine_facts
 from .target import Target
 
 
 class TransformersEngine:
-    """Generates with transformers and captures layer outputs with forward hooks.
+    """Generates with transformers, and captures the layers' outputs with forward hooks."""
 
-    The engine argument `batch_size` (default 1) says how many requests run together; sampled answers depend on it.
-    """
+    neutral_args = frozenset({"batch_size"})
 
     def __init__(
         self,
@@ -30,28 +30,29 @@ class TransformersEngine:
         layer_ids: Sequence[int],
         sampling: Sampling,
         *,
-        dtype: str = "auto",
+        dtype: str,
+        max_len: int | None = None,
         engine_args: dict[str, Any] | None = None,
     ):
+        """
+        Args:
+            max_len: not used, as this engine takes sequences of any length.
+            engine_args: arguments of `from_pretrained`, and `batch_size` (default 1), the number of requests that run
+                together. Sampled answers depend on `batch_size`.
+
+        Raises:
+            ConfigError: the batch size is below 1, or the target has an adapter and peft is not installed.
+            TargetError: the adapter does not fit the target, or the target's layers can't be found.
+        """
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        model_args = dict(engine_args or {})
+        engine_args = engine_args or {}
+        model_args = dict(engine_args)
         self._batch_size = int(model_args.pop("batch_size", 1))
         if self._batch_size < 1:
             raise ConfigError(f"expected a batch_size of at least 1, got {self._batch_size}.")
         self._model = AutoModelForCausalLM.from_pretrained(target.folder, dtype=dtype, **model_args)
         if target.adapter is not None:
-            if not can_apply():
-                raise ConfigError(
-                    f"extract.adapter: with --engine transformers, {target.adapter.folder} needs the package peft, "
-                    "which is not installed. Install vpd[adapter], or choose --engine vllm."
-                )
-            try:
-                self._model.load_adapter(str(target.adapter.folder))
-            except (RuntimeError, ValueError, TypeError) as error:
-                raise TargetError(
-                    f"the adapter {target.adapter.folder} can't be applied to {target.folder}: {error}. "
-                    "Check that it was trained on this target."
-                ) from error
+            self._load_adapter(target.adapter, target.folder)
         cast(nn.Module, self._model).to(self._device).eval()
         self._sampling = sampling
         self._ends = [[token_id] for token_id in target.eos_token_ids]
@@ -61,7 +62,11 @@ class TransformersEngine:
             layers[layer_id].register_forward_hook(self._hook(layer_id))
         self._layer_ids = tuple(layer_ids)
         self._waiting: deque[EngineRequest] = deque()
-        self.facts = engine_facts("transformers", transformers.__version__, self._model.dtype, engine_args)
+        self.facts = engine_facts("transformers", self.version(), self._model.dtype, engine_args)
+
+    @staticmethod
+    def version() -> str:
+        return transformers.__version__
 
     @property
     def num_in_flight(self) -> int:
@@ -120,6 +125,20 @@ class TransformersEngine:
     def close(self) -> None:
         self._waiting.clear()
 
+    def _load_adapter(self, adapter: Adapter, target_folder: Path) -> None:
+        if not can_apply():
+            raise ConfigError(
+                f"extract.adapter: with --engine transformers, {adapter.folder} needs the package peft, "
+                "which is not installed. Install vpd[adapter], or choose --engine vllm."
+            )
+        try:
+            self._model.load_adapter(str(adapter.folder))
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise TargetError(
+                f"the adapter {adapter.folder} can't be applied to {target_folder}: {error}. "
+                "Check that it was trained on this target."
+            ) from error
+
     def _hook(self, layer_id: int) -> Any:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             self._captured[layer_id] = output[0] if isinstance(output, tuple) else output
@@ -128,10 +147,10 @@ class TransformersEngine:
 
 
 def decoder_layers(model: nn.Module, num_layers: int) -> nn.ModuleList:
-    """The list of the target's decoder layers.
+    """The model's list of decoder layers.
 
     Raises:
-        TargetError: the architecture has no single list of that many layers.
+        TargetError: the model does not have exactly one list of `num_layers` layers.
     """
     lists = [
         module
@@ -144,7 +163,7 @@ def decoder_layers(model: nn.Module, num_layers: int) -> nn.ModuleList:
 
 
 def pad_left(prompts: list[list[int]], device: str) -> tuple[Tensor, Tensor]:
-    """Token ids [B, W], prompts ending in the last column, and which of them are no padding (int64 [B, W])."""
+    """Token ids, int64 [B, W], with the padding before each prompt; and, int64 [B, W], 0 for padding, 1 for tokens."""
     width = max(map(len, prompts))
     token_ids_BW = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=device)
     padding_B = torch.tensor([width - len(ids) for ids in prompts], device=device)
@@ -152,12 +171,12 @@ def pad_left(prompts: list[list[int]], device: str) -> tuple[Tensor, Tensor]:
 
 
 def sample(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """The next tokens [B]: the most likely ones, or drawn after temperature, top-k and top-p."""
+    """The next tokens, int64 [B]: the most likely tokens, or tokens drawn after temperature, top-k and top-p."""
     if sampling.greedy:
         return logits_BV.argmax(dim=-1)
     probs_BV, order_BV = (logits_BV.float() / sampling.temperature).softmax(dim=-1).sort(dim=-1, descending=True)
     if sampling.top_k:
         probs_BV[:, sampling.top_k :] = 0
-    # A token stays while the mass before it is below top_p.
+    # A token stays if the tokens before it have less mass than top_p.
     probs_BV[probs_BV.cumsum(dim=-1) - probs_BV >= sampling.top_p] = 0
     return order_BV.gather(1, torch.multinomial(probs_BV, 1, generator=generator))[:, 0]

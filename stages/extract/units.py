@@ -1,13 +1,13 @@
 """Work units: slices of the prompt set that any number of workers share through the cache's own storage.
 
-A worker claims a unit by creating a lease, which only one can; it says that it lives by renewing one file of its own.
-Nothing compares clocks of two hosts: a worker is dead for another one that has seen its file unchanged for too long.
-A unit claimed twice costs time and nothing else, as a cache counts a repeated sequence once.
+A worker claims a unit by creating a lease, a file that only one worker can create. A living worker writes a new
+heartbeat to its own file from time to time. A worker counts as dead when its file has not changed for too long, by the
+clock of the worker that looks; clocks of two hosts are never compared. If two workers do the same unit, this costs only
+time, because a cache counts a repeated sequence once.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import socket
@@ -24,19 +24,20 @@ from typing import Any
 from ...data.cache.records import dump_record, parse_record
 from ...data.cache.storage.base import Storage
 from ...data.cache.work import DONE, WORK, read_units
+from ...data.hashing import hash_text
 from .conversations import Conversation
 
 LEASE, WORKER = ".lease.json", ".worker.json"
 HANG_SECONDS = 1800.0
-"""A worker whose loop has not come round for so long hangs, its engine most likely."""
+"""A worker hangs if its loop has made no progress for this time; the reason is mostly its engine."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkUnit:
-    """A slice of the prompt set, and what is left to do of it."""
+    """A slice of the prompt set, and the part of the slice that is left to do."""
 
     unit_id: str
-    """Hash of the ids of the slice's records, done or not; 16 hex digits."""
+    """Hash of the ids of all records of the slice, done or not; 16 hex digits."""
     conversations: list[Conversation]
 
 
@@ -44,8 +45,9 @@ def split_units(seq_ids: Sequence[str], conversations: Sequence[Conversation], s
     """The units of a prompt set that have something left to do.
 
     Args:
-        seq_ids: of all records, in their order.
-        size: records of a unit.
+        seq_ids: ids of all records, in their order.
+        conversations: the records that are left to do.
+        size: number of records of a unit.
     """
     missing = {conversation.record.seq_id: conversation for conversation in conversations}
     units: list[WorkUnit] = []
@@ -53,29 +55,29 @@ def split_units(seq_ids: Sequence[str], conversations: Sequence[Conversation], s
         ids = seq_ids[start : start + size]
         left = [missing[seq_id] for seq_id in ids if seq_id in missing]
         if left:
-            units.append(WorkUnit(hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16], left))
+            units.append(WorkUnit(hash_text("\n".join(ids)), left))
     return units
 
 
 class WorkBoard:
-    """Claims units for one worker, one after the other, and takes over those of dead ones."""
+    """Claims units for one worker, one after the other, and takes over the units of dead workers."""
 
     def __init__(
         self, storage: Storage, units: Sequence[WorkUnit], known: Mapping[str, dict[str, Any]], lease_seconds: float
     ):
         """
         Args:
-            known: units that were finished before `units` were planned, and lack something since, with their records.
-                One is finished again once its record is another.
-            lease_seconds: a worker whose file has not changed for so long is dead.
+            known: id -> record of the units that were finished when `units` were planned. Such a unit is done again if
+                it is among `units`; it is finished again when its record differs from the known one.
+            lease_seconds: time without a new heartbeat after which a worker is dead.
         """
         self._storage, self._known, self._lease_seconds = storage, known, lease_seconds
         self._left = {unit.unit_id: unit for unit in units}
         self._worker = uuid.uuid4().hex[:12]
         self._held: dict[str, str] = {}
         self._seen: dict[str, tuple[bytes, float]] = {}
-        self._last_round: float | None = None
-        self._told_round: float | None = None
+        self._last_progress: float | None = None
+        self._reported_progress: float | None = None
         self._over = threading.Event()
         self._beat()
         self._thread = threading.Thread(target=self._beat_on, name="vpd-lease", daemon=True)
@@ -83,7 +85,7 @@ class WorkBoard:
 
     @property
     def num_units_left(self) -> int:
-        """Units that are neither claimed by this worker nor known to be finished."""
+        """Units that this worker has not claimed and does not know to be finished."""
         return len(self._left)
 
     @property
@@ -92,7 +94,7 @@ class WorkBoard:
         return sum(len(unit.conversations) for unit in self._left.values())
 
     def claim(self) -> WorkUnit | None:
-        """A unit that no living worker holds; None: there is none now, though others may still die."""
+        """Claims a unit that no living worker holds; None if there is none now, which changes if a worker dies."""
         present = self._storage.list_folder(WORK)
         finished = {name.removesuffix(DONE) for name in present if name.endswith(DONE)}
         leases: dict[str, list[int]] = {}
@@ -110,18 +112,18 @@ class WorkBoard:
                 return unit
         return None
 
-    def come_round(self) -> None:
-        """Notes that the worker's loop goes on; from the first time on, units are held only while it does."""
-        self._last_round = time.monotonic()
+    def note_progress(self) -> None:
+        """Notes that the worker's loop goes on. After a first call, the worker loses its units if no call follows."""
+        self._last_progress = time.monotonic()
 
-    def finish(self, unit_id: str, skipped: dict[str, str], facts: dict[str, Any]) -> None:
+    def finish(self, unit_id: str, skipped: dict[str, str]) -> None:
         """Records that a unit's sequences are committed.
 
         Args:
-            skipped: its records that gave no sequence and never will, and why.
+            skipped: id -> reason of the unit's records that never give a sequence.
         """
         before = self._known[unit_id]["skipped"] if unit_id in self._known else {}
-        record = {"worker": self._worker, "host": socket.gethostname(), "skipped": before | skipped, **facts}
+        record = {"worker": self._worker, "host": socket.gethostname(), "skipped": before | skipped}
         self._storage.write(f"{WORK}/{unit_id}{DONE}", dump_record(record))
         self._held.pop(unit_id, None)
         for name in self._storage.list_folder(WORK):
@@ -129,7 +131,7 @@ class WorkBoard:
                 self._storage.remove(f"{WORK}/{name}")
 
     def close(self) -> None:
-        """Gives back what is not finished."""
+        """Gives the unfinished units back."""
         self._over.set()
         self._thread.join()
         for name in self._held.values():
@@ -137,7 +139,7 @@ class WorkBoard:
         self._storage.remove(f"{WORK}/{self._worker}{WORKER}")
 
     def _is_as_known(self, unit_id: str) -> bool:
-        """Whether a unit has not been finished again since it was planned."""
+        """Whether a unit's record is still the known one, so that the unit was not finished again."""
         return unit_id in self._known and read_units(self._storage, [unit_id]) == {unit_id: self._known[unit_id]}
 
     def _create(self, unit_id: str, generation: int) -> bool:
@@ -154,7 +156,7 @@ class WorkBoard:
         name = f"{WORK}/{unit_id}.{generation}{LEASE}"
         try:
             worker = parse_record(self._storage.read(name), self._storage.locate(name), "a lease")["worker"]
-        except FileNotFoundError:  # finished or given back just now
+        except FileNotFoundError:  # the unit was just finished or given back
             return False
         if worker == self._worker:
             return False
@@ -164,11 +166,11 @@ class WorkBoard:
             return True
         if lives_here(json.loads(content)) and not self._is_silent(worker, content):
             return False
-        self._storage.remove(f"{WORK}/{worker}{WORKER}")  # it writes this again if it lives after all
+        self._storage.remove(f"{WORK}/{worker}{WORKER}")  # a worker that still lives writes its file again
         return True
 
     def _is_silent(self, worker: str, content: bytes) -> bool:
-        """Whether a worker's file has not changed for too long, as this worker's clock has it."""
+        """Whether a worker's file has not changed for too long, by this worker's clock."""
         now = time.monotonic()
         before, since = self._seen.get(worker, (b"", now))
         if before != content:
@@ -180,23 +182,23 @@ class WorkBoard:
         while not self._over.wait(self._lease_seconds / 4):
             if self._hangs():
                 continue
-            with suppress(OSError):  # the next one may succeed; if none does, others take over
+            with suppress(OSError):  # the next heartbeat may succeed; if none does, other workers take over
                 self._beat()
 
     def _hangs(self) -> bool:
-        """Whether others should take this worker's units over, as its loop does not come round; says so once.
+        """Whether this worker's loop makes no progress, so that others should take over its units; reports this once.
 
-        The process is left alone: a step may come back after all, and then goes on; who started it can end it.
+        The process is not ended: its engine may answer after all, and the worker then goes on.
         """
-        last = self._last_round
+        last = self._last_progress
         if last is None or not self._held or time.monotonic() - last < HANG_SECONDS:
             return False
-        if self._told_round != last:
-            self._told_round = last
+        if self._reported_progress != last:
+            self._reported_progress = last
             print(
                 f"vpd: worker {self._worker} (process {os.getpid()} on {socket.gethostname()}) hangs: its engine has "
-                f"not answered for {HANG_SECONDS / 60:.0f} minutes. Others may take over what it holds, "
-                f"{', '.join(self._held)}. End it if it does not go on.",
+                f"not answered for {HANG_SECONDS / 60:.0f} minutes. Other workers may take over its units, "
+                f"{', '.join(self._held)}. End the process if it does not go on.",
                 file=sys.stderr,
                 flush=True,
             )
@@ -210,28 +212,35 @@ class WorkBoard:
 
 
 def lives_here(worker: dict[str, Any]) -> bool:
-    """False for a process that should be seen here but has ended; True if it lives, or can't be seen from here."""
+    """Whether a worker's process lives; True, too, if the process can't be seen from here."""
     if worker.get("pid_space") != pid_space():
         return True
     return start_time(worker["pid"]) == worker["started"]
 
 
 def pid_space() -> str:
-    """Where a process number means what it means here: containers of one host may share its name and number anew."""
+    """Name of the space in which this process's number is unique.
+
+    The host's name is not enough: containers may share the host's name, and each container has its own numbers.
+    """
     try:
         boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         namespace = os.readlink("/proc/self/ns/pid")
-    except OSError:  # not Linux
+    except OSError:  # no Linux
         boot_id = namespace = ""
     return " ".join([socket.gethostname(), boot_id, namespace])
 
 
 def start_time(pid: int) -> str | None:
-    """When a process of this host started, to tell it from a later one of the same number; None: there is none."""
+    """When a process of this host started, which separates it from a later process of the same number.
+
+    Returns:
+        Clock ticks since the host's start, as text; None if there is no such process.
+    """
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
-    # The name, in parentheses, may hold anything; state and start time are the 1st and 20th field after it.
+    # The process's name, in parentheses, may hold any character. State and start time are fields 1 and 20 after it.
     fields = status.rpartition(")")[2].split()
     return None if fields[0] == "Z" else fields[19]

@@ -1,4 +1,4 @@
-"""Chat format: the supervised tokens are the assistant's answers with their ends, whatever the template."""
+"""Chat format: for every template, the supervised tokens are the assistant's answers with their ends."""
 
 import pytest
 from hypothesis import given, settings
@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from vpd.data.chat import ChatFormat, TokenizedConversation
 from vpd.data.errors import PromptError
-from vpd.data.prompts.records import Message
+from vpd.data.prompts.messages import Message
 
 END = "<|im_end|>"
 CHATML = (
@@ -267,14 +267,14 @@ THINKING_BEFORE_TOOL = [
     *talk("so", "three"),
 ]
 REFUSALS = [
-    pytest.param(None, talk("hi", "one"), 'pass one .*{"text": ...}', id="no-template"),
+    pytest.param(None, talk("hi", "one"), 'pass a template .*{"text": ...}', id="no-template"),
     pytest.param(CHATML, talk("hi"), r"expected an assistant message, found the roles \['user'\]", id="no-answer"),
-    pytest.param(CHATML, [Message("assistant", "one")], "answers no prompt", id="answer-without-prompt"),
+    pytest.param(CHATML, [Message("assistant", "one")], "no prompt before it", id="answer-without-prompt"),
     pytest.param(ALTERNATING, [*talk("a", "b"), *talk("c", "d")][::-1], "roles must alternate", id="raise-exception"),
     pytest.param("{% if %}", talk("hi", "one"), "chat template refused", id="template-syntax"),
     pytest.param("{{ messages + 1 }}", talk("hi", "one"), "chat template refused", id="template-type-error"),
-    pytest.param(CHANGING, talk("hi", "one"), r"precedes messages\[1\] otherwise", id="changing-head"),
-    pytest.param(QWEN3, THINKING_BEFORE_TOOL, r"precedes messages\[3\] otherwise", id="thinking-before-a-tool-call"),
+    pytest.param(CHANGING, talk("hi", "one"), r"changes the text before messages\[1\]", id="changing-head"),
+    pytest.param(QWEN3, THINKING_BEFORE_TOOL, r"changes the text before messages\[3\]", id="thinking-before-tool-call"),
     pytest.param(NO_END, talk("hi", ""), r"messages\[1\] has no end", id="empty-answer-without-end"),
     pytest.param(MARKED_WITHOUT_END, talk("hi", ""), "no token of their own", id="marked-empty-answer-without-end"),
 ]
@@ -332,6 +332,6 @@ def test_calls_and_tools_go_through_the_template():
     assert equipped.render(messages[:1], True) == head
     both = [f"[add]{END}", f"three{END}"]
     assert supervised_runs(equipped.conversation(messages)) == both
-    # A turn that is named is left out; one that is merely equal is not.
+    # The given message itself is left out; an equal message is not.
     assert supervised_runs(equipped.conversation(messages, [messages[1]])) == both[1:]
     assert supervised_runs(equipped.conversation(messages, [Message("assistant", "three")])) == both

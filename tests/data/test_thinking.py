@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 from vpd.data.errors import ConfigError
-from vpd.data.prompts.records import Message
+from vpd.data.prompts.messages import Message
 from vpd.data.thinking import ThinkingMarks, without_thinking
 
 BEGIN, END = 100, 101

@@ -1,4 +1,4 @@
-"""Targets and drafters that are named by an id on the hub, from its local cache."""
+"""Targets and drafters that an id on the hub names, from the hub's local cache."""
 
 import shutil
 from collections.abc import Callable
@@ -16,14 +16,14 @@ COMMIT = "0123456789" * 4
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of the hub, which is itself out of reach."""
+    """An empty local cache of the hub; the hub itself can't be reached."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "hub"
 
 
 def add_model(hub: Path, model_id: str, folder: Path) -> Path:
-    """What a download leaves."""
+    """Adds the files that a download would leave."""
     model = hub / f"models--{model_id.replace('/', '--')}"
     (model / "refs").mkdir(parents=True)
     (model / "refs/main").write_text(COMMIT)

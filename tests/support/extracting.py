@@ -1,4 +1,4 @@
-"""Extraction as the command does it, with an engine that tests can wrap."""
+"""Extraction as `vpd extract` does it, with an engine that tests can wrap."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,9 @@ from vpd.data.cache.reader import CachedSequence
 from vpd.stages.extract.config import ExtractConfig
 from vpd.stages.extract.engine import Completion, Engine, EngineRequest
 from vpd.stages.extract.engines import make_engine
-from vpd.stages.extract.plan import make_chat, open_cache, plan_extraction, plan_layers, plan_manifest, plan_prompts
+from vpd.stages.extract.inputs import make_chat, plan_prompts
+from vpd.stages.extract.manifest import open_cache, plan_layers, plan_manifest
+from vpd.stages.extract.plan import plan_extraction
 from vpd.stages.extract.run import extract
 from vpd.stages.extract.sink import ExtractReport
 from vpd.stages.extract.target import load_target
@@ -26,7 +28,7 @@ def make_config(**changes: Any) -> ExtractConfig:
 def run(
     target_folder: Path, prompt_file: Path, out: Path, wrap: Wrap = lambda engine: engine, **changes: Any
 ) -> ExtractReport:
-    """What `vpd extract` does, with the engine wrapped."""
+    """The steps of `vpd extract`, with the engine wrapped."""
     config = make_config(**changes)
     target = load_target(str(target_folder), config.adapter)
     layer_ids, chat = plan_layers(target, config), make_chat(target, config)
@@ -38,7 +40,7 @@ def run(
 
 
 def answer(engine: Engine, requests: list[EngineRequest]) -> dict[str, Completion]:
-    """What an engine makes of these requests, by their keys."""
+    """Key -> completion of these requests."""
     for request in requests:
         engine.submit(request)
     done: dict[str, Completion] = {}
@@ -48,15 +50,17 @@ def answer(engine: Engine, requests: list[EngineRequest]) -> dict[str, Completio
 
 
 def by_row(folder: Path) -> dict[int, CachedSequence]:
-    """Sequences by the line number of their record."""
+    """Line number of the record -> sequence."""
     cache = Cache.open(folder, allow_empty=True)
     return {row.source_row: cache.read(row) for row in cache.rows}
 
 
 def tokens(folder: Path) -> dict[str, list[int]]:
+    """Id -> token ids of every sequence of a cache."""
     cache = Cache.open(folder, allow_empty=True)
     return {row.seq_id: cache.read(row).token_ids_S.tolist() for row in cache.rows}
 
 
 def no_engine(engine: Engine) -> Engine:
+    """For `wrap`, where the engine must not start."""
     raise AssertionError("the engine was started")

@@ -1,4 +1,4 @@
-"""Tiny random targets of many architectures, each with the peculiarities of its kind."""
+"""Tiny random targets of many architectures."""
 
 from pathlib import Path
 from typing import Any
@@ -53,11 +53,11 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "StableLM": ("stablelm", {}),
     "Nemotron": ("nemotron", {}),
 }
-"""Name -> transformers' model type, and what differs from `TARGET_SHAPE`."""
+"""Name -> transformers' model type, and the settings that differ from `TARGET_SHAPE`."""
 
 
 def save_kind(name: str, folder: Path) -> Path:
-    """A target of a kind with random weights; its norms, too, are not the identity."""
+    """Saves a target of a kind with random weights; its norms are random too, not the identity."""
     kind, changes = KINDS[name]
     tokenizer = make_tokenizer()
     end = tokenizer.get_vocab()[END]

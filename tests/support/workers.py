@@ -1,4 +1,4 @@
-"""An extraction that several workers share, and what one worker alone makes of it."""
+"""An extraction that several workers share, and the same extraction by one worker."""
 
 import time
 from collections.abc import Callable
@@ -11,15 +11,15 @@ from vpd.data.cache.work import DONE, WORK
 from vpd.stages.extract.units import LEASE
 
 from support.forks import SECONDS, Process
-from support.tiny import EXTRACT
+from support.tiny import EXTRACT, as_flags
 
 NUM_RECORDS, UNIT = 60, 4
-SETTINGS: dict[str, Any] = {**EXTRACT, "unit_records": UNIT, "lease_seconds": 2.0, "max_in_flight": 2}
+MACHINERY = {"unit_records": UNIT, "lease_seconds": 2.0, "max_in_flight": 2}
+SETTINGS: dict[str, Any] = EXTRACT | {f"extract.machinery.{name}": value for name, value in MACHINERY.items()}
 
 
 def arguments(target: Path, prompts: Path, out: Path, **changes: Any) -> list[object]:
-    flags = [each for name, value in (SETTINGS | changes).items() for each in (f"--{name.replace('_', '-')}", value)]
-    return ["extract", target, prompts, "--out", out, "--json", *flags]
+    return ["extract", target, prompts, "--out", out, "--json", *as_flags(SETTINGS | changes)]
 
 
 def contents(folder: Path) -> dict[str, tuple[list[int], torch.Tensor]]:

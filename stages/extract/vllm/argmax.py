@@ -1,4 +1,4 @@
-"""The target's greedy choices from its captured states."""
+"""The target's greedy choices, computed from its captured states."""
 
 # T tokens, H hidden width, V vocabulary
 from __future__ import annotations
@@ -13,9 +13,9 @@ from ..target import Target, read_pieces
 
 
 class ArgmaxHead:
-    """The target's greedy choice after each token, from its last layer's output before the final norm.
+    """Final norm and LM head of the target: last layer's output in, greedy choice out.
 
-    Monotone maps of the logits (scaling, soft-capping) do not change the choice and are left out.
+    Monotone maps of the logits (scaling, soft-capping) are left out, because they do not change the choice.
     """
 
     def __init__(self, target: Target):
@@ -33,7 +33,7 @@ class ArgmaxHead:
 
     @torch.inference_mode()
     def __call__(self, states_TH: Tensor, tokens_per_chunk: int = 512) -> Tensor:
-        """int64 [T] for states [T, H]."""
+        """Choices, int64 [T], for states [T, H] before the final norm."""
         choices = []
         for chunk in states_TH.split(tokens_per_chunk):
             normed = self._norm(chunk.to(self._head_VH.device, torch.float32)).to(self._head_VH.dtype)
@@ -42,10 +42,10 @@ class ArgmaxHead:
 
 
 def make_final_norm(target: Target, weights: dict[str, Tensor]) -> nn.Module:
-    """The target's own module, in float32: kinds differ in what they subtract, what they scale by and what they add.
+    """The target's final norm in float32: the module of transformers' class for this target, as norms differ.
 
     Raises:
-        TargetError: transformers' class for this target has no such norm.
+        TargetError: transformers' class for this target has no final norm of that name.
     """
     try:
         with torch.device("meta"):

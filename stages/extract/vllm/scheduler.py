@@ -1,10 +1,10 @@
-"""vLLM's scheduler without the token that extraction would speculate with.
+"""vLLM's scheduler without the speculated token of extraction.
 
-vLLM's `extract_hidden_states` method "drafts" each sampled token once more, so that every decode step computes two
-tokens a request and throws one away. On a GPU that is hidden by the reading of the weights, and its CUDA graphs are
-made for two; on a CPU it costs up to half of the speed.
+vLLM's `extract_hidden_states` method "drafts" each sampled token once more. So every decode step computes two tokens
+per request and discards one. On a GPU this costs nothing, because reading the weights takes longer; and the CUDA graphs
+are made for two tokens. On a CPU this costs up to half of the speed.
 
-This module is imported inside the engine's processes, by name.
+The engine's processes import this module by its name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vllm.v1.outputs import DraftTokenIds
 
 
 class OneTokenScheduler(Scheduler):
-    """Schedules one token a request and decode step; the states are cached all the same."""
+    """Schedules one token per request and decode step; the states are cached as before."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -25,7 +25,7 @@ class OneTokenScheduler(Scheduler):
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         output = super().schedule(*args, **kwargs)
-        output.num_spec_tokens_to_schedule = self._num_drafted  # what caches the states is part of drafting
+        output.num_spec_tokens_to_schedule = self._num_drafted  # drafting caches the states
         return output
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:

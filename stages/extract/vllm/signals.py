@@ -1,11 +1,12 @@
-"""Signals and the engine's processes.
+"""Which signals end the engine's processes.
 
-Ctrl+C, `timeout` and SLURM signal all processes of a command at once, and vLLM's engine then gives up what it is
-working on. So that it can finish while the driver stops, its processes heed the driver alone.
+Ctrl+C, `timeout` and SLURM send a signal to all processes of a command at once. vLLM's engine would then give up its
+requests. So the engine's processes obey the driver alone: the process that started them, and that lets them finish.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import threading
@@ -15,13 +16,14 @@ from multiprocessing import resource_tracker
 from typing import Any
 
 SIGNALS = {signal.SIGINT, signal.SIGTERM}
-SECONDS_BETWEEN_LOOKS = 5.0
+POLL_SECONDS = 5.0
+"""Time between two checks whether the driver lives."""
 
 
 @contextmanager
 def shielded() -> Iterator[None]:
-    """Processes that the block starts, and those that they start, leave interrupts and terminations waiting."""
-    resource_tracker.ensure_running()  # whoever starts it unblocks these signals
+    """Blocks interrupts and terminations in the processes that the block starts, and in their own child processes."""
+    resource_tracker.ensure_running()  # starting this process unblocks the signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -29,21 +31,25 @@ def shielded() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def heed_driver(driver: int) -> None:
-    """In a shielded process: a termination reaches its handler if the driver sent it, or once the driver is gone.
+def obey_driver(driver: int) -> None:
+    """Makes a shielded process end when the driver sends a termination, or when the driver is gone.
 
     Args:
-        driver: process id of the one that started it; in the driver itself nothing is done.
+        driver: the driver's process id; the call does nothing in the driver itself.
     """
     is_shielded = signal.pthread_sigmask(signal.SIG_BLOCK, ()) >= SIGNALS
     if is_shielded and os.getpid() != driver:
-        threading.Thread(target=_listen, args=(driver,), name="vpd-signals", daemon=True).start()
+        obeyed = threading.Event()
+        # vLLM has freed what it holds by then. To free all modules as well would take seconds.
+        atexit.register(lambda: obeyed.is_set() and os._exit(0))
+        threading.Thread(target=_listen, args=(driver, obeyed), name="vpd-signals", daemon=True).start()
 
 
-def _listen(driver: int) -> None:
+def _listen(driver: int, obeyed: threading.Event) -> None:
     while True:
-        received = signal.sigtimedwait(SIGNALS, SECONDS_BETWEEN_LOOKS)
+        received = signal.sigtimedwait(SIGNALS, POLL_SECONDS)
         if os.getppid() != driver or (received is not None and received.si_pid == driver):
+            obeyed.set()
             handler: Any = signal.getsignal(signal.SIGTERM)
             handler(signal.SIGTERM, None)
             return

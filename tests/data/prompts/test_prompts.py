@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vpd.data.errors import PromptError
-from vpd.data.prompts.records import Message, PromptRecord, read_prompts
+from vpd.data.prompts.messages import Message
+from vpd.data.prompts.records import PromptRecord, read_prompts
 
 HELLO = {"text": "hello"}
 UNPAIRED = json.loads('"\\ud83d"')

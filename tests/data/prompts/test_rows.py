@@ -17,7 +17,7 @@ TEXTS = [f"text {i}" for i in range(40)]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two files of ten records each, and one of twenty in a folder below."""
+    """Two files of ten records each, and a file of twenty records in a folder below."""
     (tmp_path / "more").mkdir()
     for name, texts in (("a.jsonl", TEXTS[:10]), ("b.jsonl", TEXTS[10:20]), ("more/c.jsonl", TEXTS[20:])):
         write_jsonl(tmp_path / name, [{"text": text} for text in texts])
@@ -118,7 +118,7 @@ def test_what_templates_know_of_a_message_is_kept(tmp_path: Path):
     )
     first, same, without, plain = read_prompts([path]).records
     assert first.messages[1].content == ""
-    call["function"] = {"name": "add", "arguments": {"a": 1}}  # a null is what a table lacks
+    call["function"] = {"name": "add", "arguments": {"a": 1}}  # a null stands for what a record lacks
     assert first.messages[1].extra == {"tool_calls": [call], "reasoning_content": "easy"}
     assert first.messages[2].extra == {"tool_call_id": "x", "name": "add"}
     assert first.tools == tuple(tools)

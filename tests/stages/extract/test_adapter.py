@@ -15,7 +15,7 @@ from vpd.data.errors import ConfigError, FingerprintMismatchError, TargetError
 from vpd.stages.extract.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter
 from vpd.stages.extract.engine import EngineRequest, Sampling
 from vpd.stages.extract.target import load_target
-from vpd.stages.extract.vllm.engine import VllmEngine, room_for
+from vpd.stages.extract.vllm.engine import VllmEngine, supported_lora_rank
 
 RANK, ALPHA = 4, 8
 CONFIG: dict[str, Any] = {
@@ -30,7 +30,7 @@ CONFIG: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def adapter(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random, and large enough to change what the target says."""
+    """Random weights, large enough to change the target's answers."""
     folder = tmp_path_factory.mktemp("adapter")
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     generator = torch.Generator().manual_seed(0)
@@ -53,7 +53,7 @@ def adapter(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def merged(
     tiny_llama: Path, tiny_tokenizer: PreTrainedTokenizerFast, adapter: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """W + alpha / r * B A, written out."""
+    """A target with the weights W + alpha / r * B A."""
     folder = tmp_path_factory.mktemp("merged")
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     weights = load_file(adapter / ADAPTER_WEIGHTS)
@@ -172,6 +172,6 @@ def test_the_largest_rank_of_all_modules_counts(tmp_path: Path):
     assert load_adapter(str(tmp_path)).rank == 24
 
 
-@pytest.mark.parametrize(("rank", "room"), [(1, 8), (8, 8), (9, 16), (24, 32), (512, 512), (600, 600)])
-def test_vllm_makes_room_for_some_ranks(rank: int, room: int):
-    assert room_for(rank) == room
+@pytest.mark.parametrize(("rank", "supported"), [(1, 8), (8, 8), (9, 16), (24, 32), (512, 512), (600, 600)])
+def test_the_least_rank_that_vllm_supports(rank: int, supported: int):
+    assert supported_lora_rank(rank) == supported

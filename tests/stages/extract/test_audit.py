@@ -1,4 +1,4 @@
-"""The audit and the probe: what is as it should be passes, and each fault is found where it is."""
+"""The audit and the probe: good states pass, and each fault is found in its place."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ GREEDY = Sampling(temperature=0, top_p=1, top_k=0, seed=0)
 
 
 class Changed:
-    """An engine whose states are changed on their way."""
+    """An engine whose states are changed after it has computed them."""
 
     def __init__(self, engine: Engine, change: Any = lambda states_TKH: states_TKH):
         self.engine, self.change = engine, change
@@ -86,7 +86,7 @@ def test_a_cache_is_audited_after_its_extraction(tiny_llama: Path, tiny_prompts:
     assert report.audit is not None
     assert noted == report.audit
     assert (noted["num_sequences"], noted["num_tokens"]) == (len(PROMPTS), Cache.open(cache).num_tokens)
-    assert 0 < noted["worst_relative_error"] < 2**-6  # once more rounded to bfloat16
+    assert 0 < noted["worst_relative_error"] < 2**-6  # the states are rounded to bfloat16 a second time
     assert noted["mean_relative_error"] < noted["worst_relative_error"]
     assert noted["mean_whitened_cosine"] > 0.9999
     assert noted["argmax_agreement"] == 1.0
@@ -98,7 +98,7 @@ def test_no_share_no_audit(tiny_llama: Path, tiny_prompts: Path, tmp_path: Path)
     assert read_audits(LocalStorage(tmp_path / "cache")) == []
 
 
-def test_what_differs_is_told_with_its_place(tiny_llama: Path, tiny_prompts: Path, tmp_path: Path):
+def test_what_differs_is_reported_with_its_place(tiny_llama: Path, tiny_prompts: Path, tmp_path: Path):
     run(tiny_llama, tiny_prompts, tmp_path / "cache", audit=0.0)
     cache = Cache.open(tmp_path / "cache")
     rows = list(cache.rows)[:3]
@@ -151,7 +151,7 @@ def test_other_layers_are_found_by_their_states(shifted: tuple[int, ...], tiny_q
 
 
 def test_a_later_engine_is_compared_with_the_first(tiny_qwen3: Path, storage: LocalStorage):
-    """As for a target too large to load twice."""
+    """This is the only check of a target that is too large to load twice."""
     target = load_target(str(tiny_qwen3))
     probe(make(tiny_qwen3), target, LAYERS, storage)
     with pytest.raises(ExtractionError, match="layer 2 are not like those"):

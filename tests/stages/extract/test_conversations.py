@@ -7,17 +7,17 @@ import pytest
 import torch
 from support.tiny import CHATML, END, VOCAB
 from transformers import PreTrainedTokenizerFast
-from vpd.data.cache.cache import NO_CHOICE
+from vpd.data.cache.arrays import NO_CHOICE
 from vpd.data.chat import ChatFormat
 from vpd.data.errors import PromptError
-from vpd.data.prompts.records import Message, PromptRecord
-from vpd.data.thinking import ThinkingMarks
+from vpd.data.prompts.messages import Message
+from vpd.data.prompts.records import PromptRecord
+from vpd.data.thinking import ThinkingMarks, ThinkingPolicy
 from vpd.stages.extract.conversations import (
     FinishedSequence,
     GeneratedConversation,
     GivenConversation,
     SequenceTooLong,
-    ThinkingPolicy,
     split_turns,
 )
 from vpd.stages.extract.engine import Completion, EngineRequest
@@ -42,7 +42,7 @@ def end(tiny_tokenizer: PreTrainedTokenizerFast) -> int:
 
 
 def complete(request: EngineRequest, output_ids: list[int], argmax: list[int] | None = None) -> Completion:
-    """What an engine hands back; the argmax at prompt positions is 9."""
+    """An engine's completion; the argmax at prompt positions is 9."""
     num_tokens = len(request.prompt_ids) + len(output_ids) - 1
     choices = [9] * (len(request.prompt_ids) - 1) + (output_ids if argmax is None else argmax)
     return Completion(
@@ -197,7 +197,7 @@ def test_a_text_is_continued(chat: ChatFormat, tiny_tokenizer: PreTrainedTokeniz
 
 @pytest.mark.parametrize("room", [-5, 0, 1, 2, 19, 20, 500])
 def test_prompt_and_answer_fill_max_len_at_most(room: int, chat: ChatFormat, tiny_tokenizer: PreTrainedTokenizerFast):
-    """`room` new tokens, of which the last enters no target, bring the sequence to `max_len`."""
+    """`room` new tokens fill the sequence up to `max_len`, since the last of them does not enter the target."""
     prompt_ids = generate(make_record("u"), chat, tiny_tokenizer).first_request().prompt_ids
     conversation = generate(make_record("u"), chat, tiny_tokenizer, max_len=len(prompt_ids) + room - 1)
     if room < 2:
@@ -258,7 +258,7 @@ def test_thinking_that_cuts_an_answer_off_supervises_nothing(chat: ChatFormat, t
         conversation = generate(make_record("u"), chat, tiny_tokenizer, thinking=policy)
         sequence = finish(conversation, complete(conversation.first_request(), output_ids))
         assert sequence.loss_mask[sequence.prompt_len :] == expected
-        # The last token is no part of the sequence; one within the thinking is no label either.
+        # The last token is no part of the sequence; within the thinking it is no label either.
         assert sequence.final_token_id == (None if 7 in output_ids and 8 not in output_ids else output_ids[-1])
 
 

@@ -1,4 +1,4 @@
-"""What an extraction will take, against what real ones took; and the check of free space before one."""
+"""Estimates of an extraction, compared with real extractions; and the check of free space."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,28 +9,27 @@ import pytest
 import torch
 from support.tiny import EXTRACT, MULTI_TURN_ROW, PROMPTS, TEXT_ROW, as_flags, run_vpd, snapshot, vpd, write_jsonl
 from vpd.data.cache.cache import Cache
-from vpd.data.cache.codecs import Codec, CodecName
+from vpd.data.cache.codecs import CODECS
 from vpd.data.cache.maintenance.transfer import recode
 from vpd.data.cache.storage.places import open_storage
 from vpd.data.errors import ExtractionError
 from vpd.data.prompts.records import read_prompts
-from vpd.pipeline.cache_commands import sample_records
+from vpd.pipeline.estimation import sample_records
 from vpd.stages.extract.config import ExtractConfig
 from vpd.stages.extract.conversations import FinishedSequence
 from vpd.stages.extract.engine import Completion, EngineRequest
 from vpd.stages.extract.engines import make_engine
 from vpd.stages.extract.estimate import (
-    CODECS,
-    USUAL_SHARES,
     Lengths,
     cache_bytes,
     choose_evenly,
     expected_lengths,
-    free_bytes,
     measure_share,
     run_pilot,
 )
-from vpd.stages.extract.plan import ExtractPlan, make_chat, plan_extraction, plan_layers, plan_manifest
+from vpd.stages.extract.inputs import make_chat
+from vpd.stages.extract.manifest import plan_layers, plan_manifest
+from vpd.stages.extract.plan import ExtractPlan, plan_extraction
 from vpd.stages.extract.target import load_target
 
 ANSWERED = [
@@ -47,7 +46,7 @@ def out(tmp_path: Path) -> Path:
 
 
 def make_plan(llama: Path, prompts: Path, out: Path, **changes: Any) -> tuple[ExtractPlan, Any, Any]:
-    """The plan, the manifest, and what starts the engine."""
+    """The plan, the manifest, and a call that starts the engine."""
     config = ExtractConfig(**EXTRACT | changes)
     target, records = load_target(str(llama)), read_prompts([prompts])
     layers, chat = plan_layers(target, config), make_chat(target, config)
@@ -113,7 +112,7 @@ def test_later_turns_count_with_all_that_the_template_adds(tiny_llama: Path, tmp
 
 
 def test_several_turns_stay_below_the_bound(tiny_llama: Path, tmp_path: Path, out: Path):
-    """Of answers of the greatest length whose text takes no more tokens than they have."""
+    """The answers have the greatest length, and their texts have no more tokens than the answers."""
     turns = ["which fox", "name a dog", "and another one"]
     prompts = write_jsonl(tmp_path / "turns.jsonl", [{"turns": turns[:count]} for count in (1, 2, 3)])
     tokenizer = load_target(str(tiny_llama)).tokenizer
@@ -171,19 +170,19 @@ def test_samples_are_spread_over_the_records(number: int, rows: list[int], tiny_
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_bytes_are_those_of_a_real_cache(codec: CodecName, tiny_cache: Path, tmp_path: Path):
+def test_bytes_are_those_of_a_real_cache(codec: str, tiny_cache: Path, tmp_path: Path):
     """Eleven in twelve of these sequences fill three quarters of their one chunk, so that padding counts."""
     cache = Cache.open(tiny_cache)
     recode(cache, tmp_path / "out", codec, 1 << 30)
     real = Cache.open(tmp_path / "out").num_bytes
     share = measure_share(cache, codec)
-    assert (share == 1) == (Codec(codec).spec(1, 1, 1).compression is None)
+    assert (share == 1) == (CODECS[codec].spec(1, 1, 1).compression is None)
     lengths = cache.rows.column("num_tokens").tolist()
     assert cache_bytes(Lengths(lengths, len(lengths)), cache.manifest, codec, share) == pytest.approx(real, rel=0.05)
     tenfold = cache_bytes(Lengths(lengths, 10 * len(lengths)), cache.manifest, codec, share)
     assert tenfold == pytest.approx(10 * real, rel=0.05)
     usual = cache_bytes(Lengths(lengths, len(lengths)), cache.manifest, codec)
-    assert usual == cache_bytes(Lengths(lengths, len(lengths)), cache.manifest, codec, USUAL_SHARES.get(codec))
+    assert usual == cache_bytes(Lengths(lengths, len(lengths)), cache.manifest, codec, CODECS[codec].usual_share)
     assert cache_bytes(Lengths([], 0), cache.manifest, codec) == 0
 
 
@@ -206,7 +205,7 @@ def test_a_pilot_measures(tiny_llama: Path, tiny_prompts: Path, tiny_cache: Path
 def test_a_pilot_of_all_leaves_the_expected_lengths_as_they_are(
     tiny_llama: Path, tiny_prompts: Path, tiny_cache: Path, out: Path
 ):
-    """The conversations of several turns are used up by the pilot."""
+    """The pilot uses up the turns of the conversations."""
     plan, manifest, start_engine = make_plan(tiny_llama, tiny_prompts, out)
     expected = expected_lengths(plan.conversations, 20.0, 99)
     config = ExtractConfig(**EXTRACT)
@@ -277,7 +276,7 @@ def test_a_disk_that_is_large_enough_is_not(
     out: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """Chunks are whole, so that shorter answers count once they save one."""
+    """Only whole chunks are stored, so shorter answers matter only if they save a chunk."""
     prompts = write_jsonl(tmp_path / "some.jsonl", [{"prompt": "the quick brown fox jumps over the dog"}] * 2)
     common = EXTRACT | {"max_new_tokens": 60, "duplicates": "keep"}
     changed = common | settings
@@ -290,10 +289,10 @@ def test_a_disk_that_is_large_enough_is_not(
 
 def test_free_space_is_looked_at_where_the_cache_will_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=len(str(folder))))
-    assert free_bytes(open_storage(tmp_path / "not" / "yet")) == len(str(tmp_path))
+    assert open_storage(tmp_path / "not" / "yet").free_bytes() == len(str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    assert free_bytes(open_storage("not/yet")) == len(str(tmp_path))
-    assert free_bytes(open_storage("s3://bucket/cache")) is None
+    assert open_storage("not/yet").free_bytes() == len(str(tmp_path))
+    assert open_storage("s3://bucket/cache").free_bytes() is None
 
 
 def test_people_see_the_same(

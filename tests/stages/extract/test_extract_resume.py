@@ -1,4 +1,4 @@
-"""Extractions that go on: what is there is not written again, and an interruption loses nothing that was finished."""
+"""Extractions that continue: present sequences are not written again, and an interruption loses no finished one."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from vpd.stages.extract.engine import ABORTED, Completion, Engine, EngineRequest
 
 
 class WrappedEngine:
-    """The real engine, but for what becomes of its completions."""
+    """The real engine; a subclass changes its completions."""
 
     def __init__(self, engine: Engine):
         self.engine, self.facts, self.closed = engine, engine.facts, False
@@ -68,7 +68,7 @@ class BrokenStates(WrappedEngine):
 
 
 class GivingUp(WrappedEngine):
-    """An engine that gives up all but the first `num_good` requests half-way, as vLLM does when it is told to end."""
+    """An engine that gives up all but the first `num_good` requests half-way, as vLLM does when a signal ends it."""
 
     def __init__(self, engine: Engine, num_good: int):
         super().__init__(engine)
@@ -103,7 +103,8 @@ def test_the_order_of_the_records_does_not_matter_to_a_run_that_goes_on(tiny_lla
 
 
 def test_other_prompts_are_added_to_what_is_there(tiny_llama: Path, tmp_path: Path):
-    files = [write_jsonl(tmp_path / f"{i}.jsonl", PROMPTS[2 * i : 2 * i + 3]) for i in range(2)]  # one is in both
+    # One record is in both files.
+    files = [write_jsonl(tmp_path / f"{i}.jsonl", PROMPTS[2 * i : 2 * i + 3]) for i in range(2)]
     run(tiny_llama, files[0], tmp_path / "cache", max_new_tokens=4)
     before, fingerprint = tokens(tmp_path / "cache"), Cache.open(tmp_path / "cache").fingerprint
     report = run(tiny_llama, files[1], tmp_path / "cache", max_new_tokens=4)
@@ -115,7 +116,8 @@ def test_other_prompts_are_added_to_what_is_there(tiny_llama: Path, tmp_path: Pa
     assert run(tiny_llama, files[0], tmp_path / "cache", wrap=no_engine, max_new_tokens=4).num_present == 3
 
 
-SHORT: dict[str, Any] = {"max_new_tokens": 6, "max_in_flight": 1}
+SHORT: dict[str, Any] = {"max_new_tokens": 6, "machinery": {"max_in_flight": 1}}
+SHORT_UNITS: dict[str, Any] = {"max_new_tokens": 6, "machinery": {"max_in_flight": 1, "unit_records": 3}}
 
 
 @pytest.fixture(scope="module")
@@ -150,12 +152,12 @@ def test_what_the_engine_gave_up_is_left_and_then_made(
     undisturbed: Path, tiny_llama: Path, tiny_prompts: Path, tmp_path: Path
 ):
     cache = tmp_path / "cache"
-    report = run(tiny_llama, tiny_prompts, cache, lambda engine: GivingUp(engine, 5), **SHORT, unit_records=3)
+    report = run(tiny_llama, tiny_prompts, cache, lambda engine: GivingUp(engine, 5), **SHORT_UNITS)
     assert (report.num_written, report.num_left, report.skipped) == (5, len(PROMPTS) - 5, {})
     storage = Cache.open(cache).storage
     assert list(read_quarantined(storage)) == []
-    assert [*skipped_by_unit(storage).values()] == [{}]  # of the second unit two are left
-    report = run(tiny_llama, tiny_prompts, cache, **SHORT, unit_records=3)
+    assert [*skipped_by_unit(storage).values()] == [{}]  # two records of the second unit are left
+    report = run(tiny_llama, tiny_prompts, cache, **SHORT_UNITS)
     assert (report.num_present, report.num_written, report.num_left) == (5, len(PROMPTS) - 5, 0)
     assert tokens(cache) == tokens(undisturbed)
 

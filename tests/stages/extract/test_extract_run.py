@@ -13,10 +13,12 @@ from support.extracting import by_row, make_config, no_engine, run, tokens
 from support.tiny import CHATML, END, MULTI_TURN_ROW, NUM_LAYERS, PROMPTS, TEXT_ROW, VOCAB, render, write_jsonl
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-from vpd.data.cache.cache import NO_CHOICE, Cache
+from vpd.data.cache.arrays import NO_CHOICE
+from vpd.data.cache.cache import Cache
 from vpd.data.cache.reader import CachedSequence
 from vpd.data.errors import PromptError
-from vpd.stages.extract.plan import make_chat, plan_prompts, start_conversations
+from vpd.stages.extract.inputs import make_chat, plan_prompts
+from vpd.stages.extract.plan import start_conversations
 from vpd.stages.extract.run import ExtractReport
 from vpd.stages.extract.target import load_target
 
@@ -54,7 +56,7 @@ class Model:
 
 
 def check_states(found_TKH: Tensor, expected_TKH: Tensor) -> None:
-    """Equal to bfloat16's rounding of float32 states that differ by the order of their sums."""
+    """Equal up to the rounding to bfloat16 of float32 states, whose sums are in another order."""
     assert (found_TKH.dtype, found_TKH.shape) == (torch.bfloat16, expected_TKH.shape)
     torch.testing.assert_close(found_TKH.float(), expected_TKH, rtol=2**-7, atol=2**-9)
     cosine_TK = torch.cosine_similarity(found_TKH.float(), expected_TKH, dim=-1)
@@ -82,7 +84,7 @@ def extracted(
 
 
 def asked_for(sequence: CachedSequence, argmax_T: Tensor) -> list[int]:
-    """Those of the choices that training may ask for: before a supervised token."""
+    """The choices that training may ask for, each before a supervised token; `NO_CHOICE` in place of the others."""
     following = [*sequence.loss_mask_S.tolist()[1:], False]
     return [choice if following[i] else NO_CHOICE for i, choice in enumerate(argmax_T.tolist())]
 
@@ -182,7 +184,7 @@ def test_bfloat16_is_what_the_target_computes_in_when_asked(tiny_llama: Path, fo
     assert record["engine"]["dtype"] == "bfloat16"
 
 
-@pytest.mark.parametrize("change", [{"max_in_flight": 1}, {"max_in_flight": 3}], ids=str)
+@pytest.mark.parametrize("change", [{"machinery": {"max_in_flight": number}} for number in (1, 3)], ids=str)
 def test_scheduling_does_not_change_the_tokens(
     change: dict[str, Any], tiny_llama: Path, four_prompts: Path, tmp_path: Path
 ):
@@ -226,7 +228,7 @@ def test_given_responses_are_prefilled(
     ]
     for row, texts in enumerate(parts, start=1):
         ids = [tiny_tokenizer(text)["input_ids"] if text else [] for text in texts]
-        if row == 3:  # of a text, all but the first token is supervised
+        if row == 3:  # all tokens of a text but the first are supervised
             whole = tiny_tokenizer("".join(texts))["input_ids"]
             ids = [whole[:1], whole[1:], []]
         sequence = by_row(tmp_path / "cache")[row]
@@ -273,7 +275,7 @@ UNUSABLE = [
 def with_a_new_token(
     tiny_llama: Path, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """`tiny_llama` with the tokens of `VOCAB` and more, `<|new|>` being the first without an embedding."""
+    """`tiny_llama` with a larger vocabulary, in which `<|new|>` is the first token without an embedding."""
     folder = shutil.copytree(tiny_llama, tmp_path_factory.mktemp("new") / "llama")
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.add_tokens([f"<|spare {i}|>" for i in range(VOCAB - len(tokenizer))])
@@ -327,7 +329,7 @@ REWRITING = CHATML.replace("m.content", "('?' if m.role == 'assistant' and add_g
 def test_a_conversation_that_goes_wrong_in_a_later_turn_costs_no_other(
     skip_bad: bool, tiny_llama: Path, tmp_path: Path
 ):
-    """This template renders earlier answers otherwise when it asks for the next one."""
+    """This template renders earlier answers differently when it asks for the next answer."""
     template = tmp_path / "template.jinja"
     template.write_text(REWRITING)
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [*PROMPTS[:2], PROMPTS[MULTI_TURN_ROW - 1], PROMPTS[2]])
@@ -348,7 +350,7 @@ def test_an_unknown_token_in_a_later_turn_costs_no_other(with_a_new_token: Path,
 
 
 def test_what_waits_takes_few_bytes_a_token(tiny_llama: Path, tmp_path: Path):
-    """A prompt set's tokens lie in the memory of every worker."""
+    """Every worker keeps the tokens of the whole prompt set in memory."""
     answers = [{"prompt": f"why {i}?", "response": "jumps over the dog " * 60} for i in range(50)]
     prompts = write_jsonl(tmp_path / "prompts.jsonl", answers)
     config = make_config(mode="given", max_len=4096)
@@ -356,7 +358,7 @@ def test_what_waits_takes_few_bytes_a_token(tiny_llama: Path, tmp_path: Path):
     chat, records = make_chat(target, config), list(plan_prompts([prompts], config).records)
     report = ExtractReport()
     for _ in start_conversations(records[:1], chat, target, config, report):
-        pass  # what is made once
+        pass  # fills the caches of the tokenizer and the template
     tracemalloc.start()
     before, _ = tracemalloc.get_traced_memory()
     planned = list(start_conversations(records, chat, target, config, report))

@@ -1,4 +1,4 @@
-"""What becomes of outcomes: written and committed before their unit counts as finished, or told with a reason."""
+"""Outcomes are written and committed before their unit counts as finished, or reported with a reason."""
 
 import threading
 import time
@@ -25,7 +25,7 @@ NEVER, SOON = 60.0, 5.0
 IDS = [f"id-{i}" for i in range(6)]
 UNITS = make_units(IDS, 2, IDS)
 ENDLESS, TINY = 1 << 30, 1
-"""Bytes of a part that never fills by itself, and of one that holds one sequence."""
+"""Bytes of a part that never gets full, and of a part that holds one sequence."""
 
 
 def make_record(seq_id: str) -> PromptRecord:
@@ -42,7 +42,7 @@ def finished(seq_id: str, **changes: Any) -> FinishedSequence:
 
 @dataclass
 class Scene:
-    """A sink on a real cache, and what a test looks at."""
+    """A sink on a real cache, with all that a test checks."""
 
     cache: Cache
     sink: Sink
@@ -59,7 +59,7 @@ class Scene:
         self.sink.put(Outcome(UNITS[number // 2].unit_id, record, reason=reason, is_fault=is_fault))
 
     def settle(self) -> None:
-        """Waits until all that was put is dealt with."""
+        """Waits until the thread has processed all outcomes."""
         over = threading.Event()
         self.sink._queue.put(over.set)
         assert over.wait(SOON)

@@ -1,4 +1,4 @@
-"""Requests that run together get what each would get alone."""
+"""Requests that run together have the same results as alone."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Who works on which unit: every unit has one living worker at a time, and a finished one has none."""
+"""A unit has one living worker at a time, and a finished unit has none."""
 
 import os
 import subprocess
@@ -67,7 +67,7 @@ def files(storage: Storage, suffix: str) -> list[str]:
 
 
 def write_worker(storage: Storage, *, place: str = "", pid: int | None = None, started: str | None = None) -> None:
-    """The other worker says that it lives."""
+    """Writes a new heartbeat of the other worker."""
     pid = os.getpid() if pid is None else pid
     record = {"pid_space": place or pid_space(), "pid": pid, "started": started or start_time(pid)}
     storage.write(f"{WORK}/{OTHER}{WORKER}", dump_record({**record, "beat": os.urandom(4).hex()}))
@@ -89,7 +89,7 @@ def test_units_cover_what_is_left_once_and_in_order():
         ["id-06", "id-07", "id-08"],
         ["id-09"],
     ]
-    # A unit keeps its name whatever is left of it, and has another one with other records.
+    # A unit's name does not depend on what is left of it, but on all of its records.
     assert [unit.unit_id for unit in units] == UNIT_IDS
     assert len({*UNIT_IDS, *(unit.unit_id for unit in make_units(IDS, 4, left))}) == len(UNIT_IDS) + 3
 
@@ -132,7 +132,7 @@ def test_a_finished_unit_is_never_claimed_again(storage: Storage):
     with closing(make_board(storage)) as first:
         done = first.claim()
         assert done is not None
-        first.finish(done.unit_id, {"id-01": "empty response"}, {"tokens": 5})
+        first.finish(done.unit_id, {"id-01": "empty response"})
     assert skipped_by_unit(storage) == {done.unit_id: {"id-01": "empty response"}}
     assert files(storage, LEASE) == []
     with closing(make_board(storage)) as second:
@@ -149,21 +149,21 @@ def test_a_unit_that_is_finished_again_keeps_what_was_hopeless_before(storage: S
     storage.write(f"{WORK}/{UNIT_IDS[2]}{DONE}", dump_record({"skipped": {"id-06": "empty response"}}))
     with closing(make_board(storage, known=read_units(storage, [UNIT_IDS[2]]))) as board:
         assert claim_all(board) == UNIT_IDS
-        board.finish(UNIT_IDS[2], {"id-08": "too long after some turns"}, {})
+        board.finish(UNIT_IDS[2], {"id-08": "too long after some turns"})
     assert skipped_by_unit(storage) == {UNIT_IDS[2]: {"id-06": "empty response", "id-08": "too long after some turns"}}
 
 
 def test_workers_share_the_units_that_lost_sequences_after_they_were_finished(storage: Storage):
     with closing(make_board(storage)) as before:
         for unit_id in claim_all(before):
-            before.finish(unit_id, {}, {})
+            before.finish(unit_id, {})
     known = read_units(storage, finished_units(storage))
     boards = [make_board(storage, known) for _ in range(3)]
     made: list[str] = []
     while any(board.num_units_left for board in boards):
         for board, unit in [(board, board.claim()) for board in boards]:
             if unit is not None:
-                board.finish(unit.unit_id, {}, {})
+                board.finish(unit.unit_id, {})
                 made.append(unit.unit_id)
     for board in boards:
         board.close()
@@ -207,10 +207,10 @@ ELSEWHERE = [f"another-host {BOOT} {NAMESPACE}", f"{HOST} another-boot {NAMESPAC
 @pytest.mark.parametrize("place", ["", *ELSEWHERE], ids=["here", "host", "boot", "container"])
 def test_a_worker_is_dead_after_so_long_a_silence(place: str, storage: Storage):
     write_lease(storage, UNIT_IDS[0])
-    started = "1" if place else None  # a number elsewhere says nothing here
+    started = "1" if place else None  # a process number of another place means nothing here
     write_worker(storage, place=place, started=started)
     with closing(make_board(storage, seconds=SOON)) as board:
-        for _ in range(4):  # it speaks: longer than the time of a lease, it is let alone
+        for _ in range(4):  # heartbeats go on for longer than a lease, so the unit stays its own
             assert UNIT_IDS[0] not in claim_all(board)
             time.sleep(SOON / 2)
             write_worker(storage, place=place, started=started)
@@ -227,24 +227,24 @@ def test_a_living_worker_speaks_often_enough(storage: Storage):
             time.sleep(SOON / 3)
 
 
-def test_a_worker_whose_loop_stands_still_loses_its_units_and_says_so(
+def test_a_worker_without_progress_loses_its_units_and_reports_it(
     storage: Storage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr("vpd.stages.extract.units.HANG_SECONDS", 0.0)
     with closing(make_board(storage, seconds=SOON)) as first, closing(make_board(storage, seconds=SOON)) as second:
         assert claim_all(first) == UNIT_IDS
-        for _ in range(8):  # its engine starts, which takes as long as it takes
+        for _ in range(8):  # its engine starts, which may take any time
             assert second.claim() is None
             time.sleep(SOON / 3)
-        first.come_round()
+        first.note_progress()
         while (taken := second.claim()) is None:
             time.sleep(SOON / 3)
         assert taken.unit_id == UNIT_IDS[0]
-        told = capsys.readouterr().err
-        assert told.count(f"worker {first._worker} (process {os.getpid()}") == 1
-        assert all(unit_id in told for unit_id in UNIT_IDS)
+        reported = capsys.readouterr().err
+        assert reported.count(f"worker {first._worker} (process {os.getpid()}") == 1
+        assert all(unit_id in reported for unit_id in UNIT_IDS)
         monkeypatch.setattr("vpd.stages.extract.units.HANG_SECONDS", NEVER)
-        first.come_round()  # after all: it keeps what nobody has taken over
+        first.note_progress()  # the loop goes on: the worker keeps the units that nobody has taken over
         while f"{first._worker}{WORKER}" not in files(storage, WORKER):
             time.sleep(SOON / 3)
         assert second.claim() is None

@@ -13,11 +13,11 @@ from vpd.stages.extract.target import load_target
 from vpd.stages.extract.vllm.argmax import ArgmaxHead, make_final_norm
 
 LEAST_GAP = 1e-3
-"""Between the two best logits; less may be a tie within rounding."""
+"""Least difference between the two best logits; a smaller one may be a tie within rounding."""
 
 
 def states_and_logits(folder: Path) -> tuple[Tensor, Tensor]:
-    """What the last layer gives [T, H], and the logits [T, V] that the whole model makes of it."""
+    """Output of the last layer [T, H], and the whole model's logits [T, V]."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     caught: list[Tensor] = []
 

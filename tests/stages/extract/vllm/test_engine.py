@@ -15,16 +15,19 @@ from typing import Any
 
 import pytest
 import torch
-from support.extracting import answer
+from support.extracting import answer, make_config
 from support.kinds import save_kind
 from support.tiny import write_jsonl
 from transformers import AutoModelForCausalLM
-from vpd.data.cache.cache import NO_CHOICE, Cache
+from vpd.data.cache.arrays import NO_CHOICE
+from vpd.data.cache.cache import Cache
 from vpd.data.errors import ConfigError, EngineDiedError, ExtractionError
 from vpd.stages.extract.engine import ABORTED, Completion, Engine, EngineRequest, Sampling
+from vpd.stages.extract.engines import make_engine
 from vpd.stages.extract.target import load_target
 from vpd.stages.extract.transformers_engine import TransformersEngine
-from vpd.stages.extract.vllm.engine import CHECK_EVERY, CHECKED_REQUESTS, StateReceiver, VllmEngine, refuse_reserved
+from vpd.stages.extract.vllm.engine import CHECK_EVERY, CHECKED_REQUESTS, VllmEngine, refuse_reserved
+from vpd.stages.extract.vllm.receiver import StateReceiver
 
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, seed=0)
 ENGINE_ARGS: dict[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 28, "max_num_seqs": 16}
@@ -100,7 +103,7 @@ def test_a_signal_to_all_processes_leaves_the_engine_at_work(engines: tuple[Engi
     request = EngineRequest(key="signalled", prompt_ids=[5, 6, 7], max_new_tokens=60, capture=True)
     engine.submit(request)
     assert engine.poll() == []
-    for pid in pids_of(engine):  # each as if another process had sent it, which the engine does not heed
+    for pid in pids_of(engine):  # each signal comes from another process, which the engine does not obey
         subprocess.run(["sh", "-c", f"kill -TERM {pid}; kill -INT {pid}"], check=True)
     done: list[Completion] = []
     while not done:
@@ -111,7 +114,7 @@ def test_a_signal_to_all_processes_leaves_the_engine_at_work(engines: tuple[Engi
 
 @pytest.mark.engine
 def test_what_the_engine_gives_up_is_aborted(engines: tuple[Engine, Engine]):
-    """As it does when it is told to end: one request is half-way, the others wait."""
+    """As when a signal ends the engine: one request is half-way, the others wait."""
     engine, _ = engines
     assert isinstance(engine, VllmEngine)
     for i in range(ENGINE_ARGS["max_num_seqs"] + 2):
@@ -133,7 +136,7 @@ def test_what_the_engine_gives_up_is_aborted(engines: tuple[Engine, Engine]):
 
 @pytest.mark.engine
 def test_a_killed_engine_is_an_error_that_says_what_to_do(engines: tuple[Engine, Engine]):
-    """The last one for these engines."""
+    """This test ends these engines, so it is their last one."""
     engine, _ = engines
     assert isinstance(engine, VllmEngine)
     errors: SimpleQueue[BaseException] = SimpleQueue()
@@ -178,8 +181,8 @@ def test_smollm2_generated_states_equal_a_reforward(smollm2_run: dict[str, Any])
 
 
 @pytest.mark.engine
-def test_why_an_engine_does_not_start_is_told_and_standard_output_stays_clean(tmp_path: Path):
-    """vLLM's class for this kind does not hand out its layers' states."""
+def test_why_an_engine_does_not_start_is_reported_and_standard_output_stays_clean(tmp_path: Path):
+    """vLLM's class for this kind does not give its layers' states."""
     target = save_kind("Gemma 3", tmp_path / "target")
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "name a fox"}])
     command = [sys.executable, "-m", "vpd.pipeline.cli", "extract", target, prompts, "--out", tmp_path / "cache"]
@@ -201,7 +204,7 @@ def test_reserved_engine_arguments_are_refused(name: str):
 
 @pytest.fixture
 def long_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder for temporary files with a path that no local socket could have."""
+    """A folder for temporary files whose path is too long for a local socket."""
     folder = tmp_path / ("scratch-of-a-user/" * 6)
     folder.mkdir(parents=True)
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
@@ -217,5 +220,5 @@ def test_a_long_path_of_temporary_files_is_not_used_for_sockets(long_scratch: Pa
 
 def test_vllm_missing_is_named(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(__import__("sys").modules, "vllm", None)
-    with pytest.raises(ExtractionError, match="extract-cpu"):
-        VllmEngine(load_target(str(tiny_llama)), (1,), GREEDY, max_len=8)
+    with pytest.raises(ExtractionError, match=r"engine vllm was asked for.*extract-cpu.*--engine transformers"):
+        make_engine(load_target(str(tiny_llama)), (1,), make_config(engine="vllm"))

@@ -1,4 +1,4 @@
-"""The engine's processes heed their driver alone: a signal of anybody else changes nothing."""
+"""The engine's processes obey their driver alone: signals of other processes change nothing."""
 
 import os
 import signal
@@ -9,24 +9,24 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
-from vpd.stages.extract.vllm.signals import heed_driver, shielded
+from vpd.stages.extract.vllm.signals import obey_driver, shielded
 
 FORK = get_context("fork")
-HEEDED = 7
+ENDED_BY_HANDLER = 7
 """Exit code of a process whose handler was called."""
 
 
 def work(driver: int, connection: Connection) -> None:
-    """An engine: it answers until it heeds a termination."""
-    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(HEEDED))
-    heed_driver(driver)
+    """An engine that answers until it obeys a termination."""
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(ENDED_BY_HANDLER))
+    obey_driver(driver)
     while True:
         connection.send(os.getpid())
         connection.recv()
 
 
 def drive(connection: Connection) -> None:
-    """A driver that starts an engine and is gone."""
+    """A driver that starts an engine and then ends."""
     with shielded():
         FORK.Process(target=work, args=(os.getpid(), connection)).start()
     os._exit(0)
@@ -51,11 +51,11 @@ def test_only_the_driver_ends_a_shielded_process():
         assert ours.recv() == pid
     process.terminate()
     process.join()
-    assert process.exitcode == HEEDED
+    assert process.exitcode == ENDED_BY_HANDLER
 
 
 def test_a_process_whose_driver_is_gone_ends(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("vpd.stages.extract.vllm.signals.SECONDS_BETWEEN_LOOKS", 0.05)
+    monkeypatch.setattr("vpd.stages.extract.vllm.signals.POLL_SECONDS", 0.05)
     ours, theirs = FORK.Pipe()
     driver = FORK.Process(target=drive, args=(theirs,))
     driver.start()

@@ -1,4 +1,4 @@
-"""A target that two processes share: the same states, and each request's sent by one of them alone."""
+"""A target that two processes share: the states are the same, and only one process sends them."""
 
 import os
 from pathlib import Path
