@@ -9,18 +9,21 @@ TORCH := 2.13.0
 PROMPTS ?= gsm8k.jsonl mbpp.jsonl
 UNSEEN ?= humaneval.jsonl
 
-.PHONY: demo test lint bench targets study clean
+.PHONY: demo test lint docs bench targets study clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vpd demo --out runs/demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+docs: $(VENV)/.installed
+	$(BIN)/python tests/docs/settings_page.py
 
 bench: $(VENV)/.installed
 	$(BIN)/python tests/benchmarks/run.py --out runs/bench.json
@@ -29,7 +32,7 @@ targets: $(VENV)/.installed
 	$(BIN)/python tests/targets.py $(TARGETS_ARGS)
 
 study: $(VENV)/.installed
-	$(BIN)/vpd study $(PROMPTS) $(foreach file,$(UNSEEN),--unseen $(file)) --out runs/study $(STUDY_ARGS)
+	$(BIN)/python tests/studies/run.py $(PROMPTS) $(foreach file,$(UNSEEN),--unseen $(file)) --out runs/study $(STUDY_ARGS)
 
 clean:
 	rm -rf $(VENV) runs

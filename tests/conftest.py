@@ -1,5 +1,11 @@
 """Fixtures shared by all tests. What lasts for a session is read-only: copy what a test changes."""
 
+import os
+
+# Tests run on several workers, and torch reads these settings as it is imported. Tensors are tiny, so threads that wait
+# for each other cost more than they bring; the engines of two workers must not be bound to the same cores.
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
 import shutil
 from pathlib import Path
 
@@ -8,7 +14,19 @@ import torch
 from support.tiny import DRAFTER, EXTRACT, PROMPTS, TRAIN, make_tokenizer, save_target, vpd, write_jsonl
 from transformers import PreTrainedTokenizerFast
 
-torch.set_num_threads(1)  # tensors are tiny, and threads that wait for each other cost more than they bring
+torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Shares the tests out: one worker runs all tests of a file, and one those that need the run of SmolLM2.
+
+    The files that start an engine come first, since they last longest.
+    """
+    marked = {name: {item.path for item in items if item.get_closest_marker(name)} for name in ("engine", "smollm2")}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("smollm2" if item.path in marked["smollm2"] else str(item.path)))
+    items.sort(key=lambda item: (item.path not in marked["smollm2"], item.path not in marked["engine"]))
 
 
 @pytest.fixture(scope="session")
