@@ -5,7 +5,7 @@ One field is the YAML key, the command-line flag and the documentation at once.
 
 from dataclasses import dataclass
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -61,6 +61,9 @@ BelowOne = Annotated[float, Field(ge=0, lt=1)]
 class Section(BaseModel):
     """Base of all sections: frozen, and an unknown key is an error."""
 
+    hidden: ClassVar[bool] = False
+    """Whether the section's settings have no flags; YAML and --set reach them all the same."""
+
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=False, use_attribute_docstrings=True, allow_inf_nan=False
     )
@@ -82,8 +85,6 @@ class ReadConfig(Section):
     """When checksums are verified as training reads; all else always verifies them."""
     num_threads: Count = 2
     """Threads that read ahead; >= 1."""
-    num_buffers: Annotated[int, Field(ge=2)] = 4
-    """Sequences in memory, the one in use included; >= 2."""
     local_parts: str | None = None
     """Folder that keeps parts of a remote cache on the local disk; none = every read is a request."""
     local_gib: PositiveFloat = 100.0

@@ -1,4 +1,4 @@
-"""Which device a stage computes on, and in which precision."""
+"""The device and the precision of a stage's computation."""
 
 import torch
 
@@ -9,7 +9,7 @@ def choose_device(name: str) -> torch.device:
     """`auto` is the first CUDA device if there is one, else the CPU.
 
     Raises:
-        ConfigError: the device is unknown or not there.
+        ConfigError: the device is unknown or missing.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -20,7 +20,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on a GPU and float32 on a CPU, where bfloat16 is fast on recent processors alone."""
+    """`auto` is bfloat16 on a GPU and float32 on a CPU; on most CPUs bfloat16 is slow."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

@@ -1,8 +1,7 @@
-"""Which sequences are held out from training: a property of their ids, so that every run over a cache agrees."""
+"""Which sequences are held out from training. The ids decide, so that all runs over a cache hold out the same."""
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +10,17 @@ import yaml
 from ..data.cache.cache import Cache
 from ..data.cache.index import SequenceIndex
 from ..data.errors import CacheNotFoundError
+from ..data.hashing import is_in_share
 
 RUN_CONFIG = "config.yaml"
-"""The settings of a run, in its folder."""
-HASH_RANGE = 1 << 64
+"""File with a run's settings, in the run's folder."""
+DEFAULT_HOLDOUT = 0.05
+"""Share held out for drafters that lie in no run's folder."""
 
 
 def is_held_out(seq_id: str, share: float) -> bool:
-    """Whether a sequence belongs to the held-out share: a property of its id, the same in every run."""
-    return int.from_bytes(hashlib.sha256(seq_id.encode()).digest()[:8], "little") < share * HASH_RANGE
+    """Whether a sequence belongs to the held-out share; the id alone decides."""
+    return is_in_share(seq_id, share)
 
 
 def split_rows(cache: Cache, share: float) -> tuple[SequenceIndex, SequenceIndex]:
@@ -39,10 +40,23 @@ def split_rows(cache: Cache, share: float) -> tuple[SequenceIndex, SequenceIndex
     return training, cache.rows.take(np.flatnonzero(held_out))
 
 
-def held_out_share(drafters: list[Path]) -> float | None:
-    """The share that all of these drafters' runs held out: the smallest, as the smaller is part of the larger.
+def held_out_rows(cache: Cache, drafters: list[Path], share: float | None = None) -> SequenceIndex:
+    """The held-out rows for the evaluation of these drafters.
 
-    None if none of them lies in a run's folder.
+    Args:
+        share: share of sequences held out; None: as in the drafters' runs, else `DEFAULT_HOLDOUT`.
+    """
+    if share is None:
+        share = held_out_share(drafters)
+    if share is None:
+        share = DEFAULT_HOLDOUT
+    return cache.rows.take([i for i, seq_id in enumerate(cache.rows.strings("seq_id")) if is_held_out(seq_id, share)])
+
+
+def held_out_share(drafters: list[Path]) -> float | None:
+    """The share that all of these drafters' runs held out; None if no drafter lies in a run's folder.
+
+    This is the smallest share, since a larger share contains every smaller one.
     """
     shares = []
     for drafter in drafters:

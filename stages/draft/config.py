@@ -9,9 +9,7 @@ class DraftConfig(Section):
     """`draft`: first drafts and their boundaries over an existing cache."""
 
     stride: Count = 1
-    """Draft at every stride-th supervised anchor; >= 1."""
-    anchors_per_pass: Count = 256
-    """Blocks drafted in one forward pass; >= 1."""
+    """Draft at every stride-th anchor of a sequence; >= 1."""
     device: str = "auto"
     """Torch device; auto = a GPU where there is one."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"

@@ -1,6 +1,6 @@
 """First drafts over a cache: drafts at every anchor from the stored states, without the target."""
 
-# S tokens of a sequence, T with a state, D context features, N blocks, G block size, A alternatives
+# S tokens of a sequence, T with a state, D context features, N anchors, G block size, J = G - 1, A alternatives
 from __future__ import annotations
 
 import random
@@ -13,18 +13,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...data.cache.arrays import ACCEPT_LEN, NOT_DRAFTED, NUM_ALTERNATIVES, draft_specs, empty_drafts
 from ...data.cache.cache import CHUNK_TOKENS, Cache
-from ...data.cache.drafts import ACCEPT_LEN, NOT_DRAFTED, NUM_ALTERNATIVES, FirstDrafts, draft_specs, empty_drafts
+from ...data.cache.drafts import FirstDrafts
 from ...data.cache.reader import CachedSequence, Request, read_ahead
 from ...data.errors import DrafterError
 from ..config import ReadConfig
 from ..devices import choose_device, choose_dtype
-from ..drafter.blocks import accept_lengths, anchors_of, block_tokens, show_prefix
+from ..drafter.blocks import accept_lengths, anchors_of, block_tokens
 from ..drafter.checkpoint import check_fits, drafter_fingerprint, load_drafter, load_shape
-from ..drafter.drafting import fill_blocks
 from ..drafter.model import Drafter
 from ..drafter.target_pieces import TargetPieces
 from .config import DraftConfig
+from .passes import draft_all
+
+ANCHORS_PER_PASS = 256
+"""Blocks drafted in one forward pass; sequences are packed until they have as many anchors."""
 
 
 def open_first_drafts(cache: Cache, folder: Path, config: DraftConfig) -> FirstDrafts:
@@ -67,12 +71,14 @@ class FirstDrafting:
         on_sequence: Callable[[int], None] = lambda num_anchors: None,
         must_stop: Callable[[], bool] = lambda: False,
     ) -> FirstDrafts:
-        """Drafts part by part, each committed as a whole, in an order of its own: others that draft the same cache at
-        the same time are as a rule at another part, and what they have drafted is left to them.
+        """Drafts the parts that are missing, each committed as a whole.
+
+        The order of the parts is random, so that several processes that draft one cache rarely draft the same part. A
+        part that another process has drafted meanwhile is left out.
 
         Args:
             on_sequence: called after each sequence with its number of anchors.
-            must_stop: once this is true, the part at hand is left.
+            must_stop: once this is true, the current part is given up and the call ends.
         """
         drafts = open_first_drafts(cache, self._folder, self._config)
         missing = drafts.missing_parts()
@@ -102,10 +108,10 @@ class FirstDrafting:
         requests = map(Request, cache.rows_of_part(part))
         with (
             drafts.writer(part) as writer,
-            closing(read_ahead(cache, requests, self._read.num_threads, self._read.num_buffers)) as sequences,
+            closing(read_ahead(cache.states, requests, self._read.num_threads)) as sequences,
         ):
             for packed in pack_sequences(sequences, self._config, pieces):
-                for arrays in draft_sequences(packed, drafter, pieces, self._config):
+                for arrays in draft_sequences(packed, drafter, pieces):
                     if must_stop():
                         return False
                     writer.append(arrays)
@@ -129,16 +135,16 @@ class Undrafted(NamedTuple):
 def pack_sequences(
     sequences: Iterable[CachedSequence], config: DraftConfig, pieces: TargetPieces
 ) -> Iterator[list[Undrafted]]:
-    """Sequences that are drafted together: as many as give a pass its anchors, with their states on the device."""
+    """Sequences that are drafted together, on the device: as many as fill a pass with anchors."""
     packed: list[Undrafted] = []
     device, dtype = pieces.embed_VH.device, pieces.embed_VH.dtype
     for sequence in sequences:
         token_ids_S, loss_mask_S = sequence.token_ids_S.to(device), sequence.loss_mask_S.to(device)
         anchors_N = anchors_of(loss_mask_S, sequence.row.num_tokens)[:: config.stride]
-        # A copy: the reader's buffer is filled again for the next sequence.
+        # A copy, since the reader fills its buffer again with the next sequence.
         features_TD = sequence.hidden(device).flatten(1).to(dtype, copy=True)
         packed.append(Undrafted(features_TD, token_ids_S, loss_mask_S, anchors_N))
-        if sum(len(each.anchors_N) for each in packed) >= config.anchors_per_pass:
+        if sum(len(each.anchors_N) for each in packed) >= ANCHORS_PER_PASS:
             yield packed
             packed = []
     if packed:
@@ -146,38 +152,27 @@ def pack_sequences(
 
 
 @torch.inference_mode()
-def draft_sequences(
-    packed: list[Undrafted], drafter: Drafter, pieces: TargetPieces, config: DraftConfig
-) -> list[dict[str, np.ndarray]]:
+def draft_sequences(packed: list[Undrafted], drafter: Drafter, pieces: TargetPieces) -> list[dict[str, np.ndarray]]:
     """Rows of the drafts' arrays for each sequence; anchors that are not drafted keep `NOT_DRAFTED`."""
     G = drafter.shape.block_size
-    found = [empty_drafts(len(each.features_TD), draft_specs(G, CHUNK_TOKENS)) for each in packed]
+    num_anchors = [len(each.anchors_N) for each in packed]
     context = drafter.context(
         torch.cat([each.features_TD for each in packed]), [len(each.features_TD) for each in packed]
     )
     blocks = [block_tokens(each.token_ids_S, each.loss_mask_S, each.anchors_N, G) for each in packed]
     tokens_NG, labelled_NG = (torch.cat(parts) for parts in zip(*blocks, strict=True))
     anchors_N = torch.cat([each.anchors_N for each in packed])
-    masked_NG = show_prefix(tokens_NG, torch.zeros_like(anchors_N), drafter.shape.mask_token_id)
-    sequence_N = torch.arange(len(packed)).repeat_interleave(torch.tensor([len(each.anchors_N) for each in packed]))
-    for start in range(0, len(anchors_N), config.anchors_per_pass):
-        chunk = slice(start, start + config.anchors_per_pass)
-        wanted_NG = torch.ones_like(masked_NG[chunk], dtype=torch.bool)
-        wanted_NG[:, 0] = False
-        num_blocks = torch.bincount(sequence_N[chunk], minlength=len(packed)).tolist()
-        found_NGA, probs_NGA = fill_blocks(
-            drafter, pieces, context, masked_NG[chunk], anchors_N[chunk], wanted_NG, NUM_ALTERNATIVES, num_blocks
-        )
-        accepted_N = accept_lengths(found_NGA[..., 0], tokens_NG[chunk], labelled_NG[chunk])
-        drafted = {
-            "accept_len": accepted_N.to(torch.uint8).cpu().numpy(),
-            "tokens": found_NGA[:, 1:].to(torch.int32).cpu().numpy(),
-            "probs": probs_NGA[:, 1:].to(torch.float16).cpu().numpy(),
-        }
-        rows_N = anchors_N[chunk].cpu().numpy()
-        begin = 0
-        for arrays, count in zip(found, num_blocks, strict=True):
-            for name, values in drafted.items():
-                arrays[name][rows_N[begin : begin + count]] = values[begin : begin + count]
-            begin += count
+    sequence_N = torch.arange(len(packed)).repeat_interleave(torch.tensor(num_anchors))
+    drafted_NJA, probs_NJA = draft_all(
+        drafter, pieces, context, sequence_N, anchors_N, tokens_NG[:, 0], ANCHORS_PER_PASS
+    )
+    columns = {
+        "accept_len": accept_lengths(drafted_NJA[..., 0], tokens_NG, labelled_NG).to(torch.uint8),
+        "tokens": drafted_NJA.to(torch.int32),
+        "probs": probs_NJA.to(torch.float16),
+    }
+    found = [empty_drafts(len(each.features_TD), draft_specs(G, CHUNK_TOKENS)) for each in packed]
+    for name, values in columns.items():
+        for arrays, each, rows in zip(found, packed, values.cpu().split(num_anchors), strict=True):
+            arrays[name][each.anchors_N.cpu().numpy()] = rows.numpy()
     return found

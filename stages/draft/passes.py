@@ -1,35 +1,71 @@
-"""The second pass: a drafter completes branches of the first draft."""
+"""Passes of a drafter over blocks of packed sequences: first drafts, and branches of first drafts completed."""
 
-# R branches of any anchors, N anchors, B branches an anchor, G block size, J drafted positions, A alternatives
+# N anchors, R branches of any anchors, G block size, J = G - 1 drafted positions, A alternatives
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ...data.cache.arrays import NUM_ALTERNATIVES
+from ..drafter.blocks import NO_TOKEN
 from ..drafter.drafting import fill_blocks
 from ..drafter.model import Context, Drafter
 from ..drafter.target_pieces import TargetPieces
-from ..evaluate.branches import NONE
 
 
 class OpenBranches(NamedTuple):
-    """Branches to complete, of whatever anchors."""
+    """Branches that a drafter completes, of any anchors."""
 
     anchors_R: Tensor
     """Positions of the anchors in their sequences."""
     anchor_ids_R: Tensor
+    """Tokens of the anchors."""
     shown_RJ: Tensor
-    """The branch's tokens after the anchor; those past its visible ones don't count."""
+    """The branch's tokens after the anchor; only the first `visible_len_R` of them are used."""
     visible_len_R: Tensor
     excluded_R: Tensor
-    """Token that must not come right after the visible ones; `NONE`: any."""
+    """Token that must not follow the visible ones; `NO_TOKEN`: any may."""
 
 
-def draft_anew(
+def cut_into_passes(sequence_N: Tensor, num_sequences: int, blocks_per_pass: int) -> Iterator[tuple[slice, list[int]]]:
+    """Cuts blocks into passes, and counts each pass's blocks of every sequence.
+
+    Args:
+        sequence_N: the number of each block's sequence, ascending.
+    """
+    for start in range(0, len(sequence_N), blocks_per_pass):
+        chunk = slice(start, start + blocks_per_pass)
+        yield chunk, torch.bincount(sequence_N[chunk], minlength=num_sequences).tolist()
+
+
+def draft_all(
+    drafter: Drafter,
+    pieces: TargetPieces,
+    context: Context,
+    sequence_N: Tensor,
+    anchors_N: Tensor,
+    anchor_ids_N: Tensor,
+    blocks_per_pass: int,
+) -> tuple[Tensor, Tensor]:
+    """First drafts at all anchors, pass by pass: tokens [N, J, A], best first, and their probabilities (float32).
+
+    Args:
+        sequence_N: the number of each anchor's sequence in the context, ascending.
+    """
+    shape = len(anchors_N), drafter.shape.block_size - 1, NUM_ALTERNATIVES
+    tokens_NJA, probs_NJA = anchor_ids_N.new_zeros(shape), torch.zeros(shape, device=anchor_ids_N.device)
+    for chunk, num_blocks in cut_into_passes(sequence_N, len(context.num_tokens), blocks_per_pass):
+        tokens_NJA[chunk], probs_NJA[chunk] = draft_pass(
+            drafter, pieces, context, num_blocks, anchors_N[chunk], anchor_ids_N[chunk], NUM_ALTERNATIVES
+        )
+    return tokens_NJA, probs_NJA
+
+
+def draft_pass(
     drafter: Drafter,
     pieces: TargetPieces,
     context: Context,
@@ -38,15 +74,19 @@ def draft_anew(
     anchor_ids_N: Tensor,
     num_alternatives: int,
 ) -> tuple[Tensor, Tensor]:
-    """First drafts: tokens [N, J, A], best first, and their probabilities."""
+    """First drafts in one pass: tokens [N, J, A], best first, and their probabilities (float32).
+
+    Args:
+        num_blocks: anchors of each sequence in the context, one sequence after another; None: one sequence.
+    """
     N, G = len(anchors_N), drafter.shape.block_size
     block_ids_NG = anchor_ids_N.new_full((N, G), drafter.shape.mask_token_id)
     block_ids_NG[:, 0] = anchor_ids_N
     wanted_NG = (torch.arange(G, device=anchors_N.device) > 0).expand(N, G)
-    tokens, probs = fill_blocks(
+    tokens_NGA, probs_NGA = fill_blocks(
         drafter, pieces, context, block_ids_NG, anchors_N, wanted_NG, num_alternatives, num_blocks
     )
-    return tokens[:, 1:], probs[:, 1:]
+    return tokens_NGA[:, 1:], probs_NGA[:, 1:]
 
 
 def complete_branches(
@@ -56,16 +96,16 @@ def complete_branches(
     num_blocks: Sequence[int] | None,
     branches: OpenBranches,
 ) -> Tensor:
-    """The branches' candidates [R, J]: visible tokens, then what the drafter proposes within its block, then `NONE`.
+    """The branches' candidates [R, J]: the visible tokens, the drafter's tokens to its block's end, then `NO_TOKEN`.
 
-    J is the larger of the branches' and the drafter's own.
+    J is the larger one of the branches' J and the drafter's own.
 
     Args:
-        num_blocks: branches of each sequence in the context, which come one sequence after another; None: one sequence.
+        num_blocks: branches of each sequence in the context, one sequence after another; None: one sequence.
     """
     G = drafter.shape.block_size
-    width = max(branches.shown_RJ.shape[1], G - 1)
-    shown_RJ = pad(branches.shown_RJ, (0, width - branches.shown_RJ.shape[1]), value=NONE)
+    shown_RJ = _widened(branches.shown_RJ, G - 1)
+    width = shown_RJ.shape[1]
     k_J = torch.arange(1, width + 1, device=shown_RJ.device)
     visible_len_R1 = branches.visible_len_R[:, None]
     masked_RJ = k_J > visible_len_R1
@@ -73,8 +113,8 @@ def complete_branches(
     tokens_RJA, _ = _fill_branches(drafter, pieces, context, num_blocks, branches, shown_RJ, wanted_RJ, 2)
     best_RJ, second_RJ = tokens_RJA.unbind(dim=2)
     excluded_R1 = branches.excluded_R[:, None]
-    ruled_out_RJ = (k_J[: G - 1] == visible_len_R1 + 1) & (best_RJ == excluded_R1) & (excluded_R1 != NONE)
-    proposed_RJ = pad(torch.where(ruled_out_RJ, second_RJ, best_RJ), (0, width - (G - 1)), value=NONE)
+    ruled_out_RJ = (k_J[: G - 1] == visible_len_R1 + 1) & (best_RJ == excluded_R1) & (excluded_R1 != NO_TOKEN)
+    proposed_RJ = _widened(torch.where(ruled_out_RJ, second_RJ, best_RJ), width)
     return torch.where(masked_RJ, proposed_RJ, shown_RJ)
 
 
@@ -86,20 +126,24 @@ def rank_next(
     branches: OpenBranches,
     num_alternatives: int,
 ) -> tuple[Tensor, Tensor]:
-    """The likeliest tokens [R, A] right after the visible ones, best first, and their probabilities.
+    """The likeliest tokens [R, A] that follow the visible ones, best first, and their probabilities.
 
-    Where the visible tokens reach the end of the drafter's block: `NONE` with probability 0.
+    Where the visible tokens reach the end of the drafter's block: `NO_TOKEN` with probability 0.
     """
     k_J = torch.arange(1, drafter.shape.block_size, device=branches.shown_RJ.device)
     wanted_RJ = k_J == branches.visible_len_R[:, None] + 1
-    width = max(branches.shown_RJ.shape[1], drafter.shape.block_size - 1)
-    shown_RJ = pad(branches.shown_RJ, (0, width - branches.shown_RJ.shape[1]), value=NONE)
+    shown_RJ = _widened(branches.shown_RJ, drafter.shape.block_size - 1)
     tokens_RJA, probs_RJA = _fill_branches(
         drafter, pieces, context, num_blocks, branches, shown_RJ, wanted_RJ, num_alternatives
     )
     # All other positions hold zeros.
-    tokens_RA = tokens_RJA.sum(dim=1).masked_fill(~wanted_RJ.any(dim=1)[:, None], NONE)
+    tokens_RA = tokens_RJA.sum(dim=1).masked_fill(~wanted_RJ.any(dim=1)[:, None], NO_TOKEN)
     return tokens_RA, probs_RJA.sum(dim=1)
+
+
+def _widened(tokens_RJ: Tensor, width: int) -> Tensor:
+    """At least `width` columns, the new ones filled with `NO_TOKEN`."""
+    return pad(tokens_RJ, (0, max(0, width - tokens_RJ.shape[1])), value=NO_TOKEN)
 
 
 def _fill_branches(

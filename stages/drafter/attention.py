@@ -1,10 +1,12 @@
-"""Attention of blocks to the context before their anchors and, in both directions, to themselves; three ways, by name.
+"""Attention of blocks: to the context before their anchors and, in both directions, within each block.
 
-Blocks never meet, nor do packed sequences. All ways give the same values and gradients.
+Blocks do not see each other, nor the context of other sequences. Three implementations give the same values and
+gradients: eager (the reference), structured and flex.
 """
 
 # T context tokens, N blocks, G block size, Q = N * G block positions, R = G * r rows of a block
 # h query heads, k key-value heads, r = h / k, d head width
+# Y rows and X columns of tiles of flex attention's block mask
 from __future__ import annotations
 
 import functools
@@ -19,10 +21,11 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from .compiling import set_up_compiler
 
 BLOCKS_PER_GROUP = 16
+"""Blocks that structured attention computes together."""
 TILE = 128
 """Rows and columns of a tile of flex attention's block mask."""
 KERNEL_OPTIONS: Any = {"BACKEND": "TRITON"}
-"""Flex attention's own choice for few positions, made for decoding, does not take every mask."""
+"""Without this, flex attention takes a decoding kernel for few positions, which does not support every mask."""
 
 
 class LayerContext(NamedTuple):
@@ -33,7 +36,7 @@ class LayerContext(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Which rows of the packed context each block sees: starts_N[n] up to, but not including, ends_N[n]."""
+    """Which rows of the packed context each block sees: starts_N[n] up to ends_N[n], which is not included."""
 
     starts_N: Tensor
     ends_N: Tensor
@@ -42,12 +45,12 @@ class Layout(NamedTuple):
 
     @property
     def is_small(self) -> bool:
-        """Whether compiling treats it as a case of its own: a size of one, or block positions of a single tile."""
+        """Whether PyTorch would compile this layout separately: a size is one, or a tile holds all block positions."""
         return min(len(self.starts_N), self.num_tokens) < 2 or len(self.starts_N) * self.block_size <= TILE
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, LayerContext], Tensor]
-"""From query [N, G, h, d], key and value of the blocks [N, G, k, d], and the context, to [N, G, h, d]."""
+"""Maps the blocks' query [N, G, h, d], key and value [N, G, k, d], and the context to the mixed values [N, G, h, d]."""
 
 
 def make_layout(anchors_N: Tensor, num_tokens: Sequence[int], num_blocks: Sequence[int], block_size: int) -> Layout:
@@ -56,7 +59,7 @@ def make_layout(anchors_N: Tensor, num_tokens: Sequence[int], num_blocks: Sequen
     Args:
         anchors_N: int64, positions in their sequences.
         num_tokens: context tokens of each sequence.
-        num_blocks: blocks of each sequence, which come one sequence after another.
+        num_blocks: blocks of each sequence, one sequence after another.
     """
     first_rows = torch.tensor([0, *accumulate(num_tokens)][:-1])
     starts_N = first_rows.repeat_interleave(torch.tensor(num_blocks)).to(anchors_N.device)
@@ -64,7 +67,7 @@ def make_layout(anchors_N: Tensor, num_tokens: Sequence[int], num_blocks: Sequen
 
 
 class EagerAttention:
-    """The reference: one softmax over a dense mask of all block positions and all that they might see."""
+    """The reference: one softmax over a dense mask of all block positions and everything that they might see."""
 
     def __init__(self, layout: Layout):
         N, G = len(layout.starts_N), layout.block_size
@@ -92,9 +95,10 @@ class Group(NamedTuple):
 
 
 class StructuredAttention:
-    """Scores [n, G, rows + G] for a few neighbouring blocks at a time: no mask over all positions exists.
+    """Computes a few neighboring blocks at a time, without a mask over all positions.
 
-    The cost grows with blocks times the context before them; blocks in the order of their anchors cost least.
+    The cost grows with the number of blocks times the context before them. It is lowest if the blocks come in the
+    order of their anchors.
     """
 
     def __init__(self, layout: Layout, dtype: torch.dtype):
@@ -103,7 +107,7 @@ class StructuredAttention:
     def __call__(self, query_NGhd: Tensor, key_NGkd: Tensor, value_NGkd: Tensor, context: LayerContext) -> Tensor:
         N, G, h, d = query_NGhd.shape
         k = key_NGkd.shape[2]
-        # The r query heads of a key-value head go beside each other: [k, N, R, d].
+        # The r query heads of a key-value head become rows: [k, N, R, d].
         query_kNRd = query_NGhd.view(N, G, k, h // k, d).permute(2, 0, 1, 3, 4).reshape(k, N, -1, d) * d**-0.5
         key_kNGd, value_kNGd = (x.permute(2, 0, 1, 3) for x in (key_NGkd, value_NGkd))
         mixed = [
@@ -121,7 +125,7 @@ class StructuredAttention:
 
 
 def group_blocks(layout: Layout, dtype: torch.dtype) -> Iterator[Group]:
-    """Neighbouring blocks of one sequence, at most `BLOCKS_PER_GROUP` of them together."""
+    """Groups of neighboring blocks of one sequence, each of at most `BLOCKS_PER_GROUP` blocks."""
     starts, ends = layout.starts_N.tolist(), layout.ends_N.tolist()
     begin = 0
     while begin < len(starts):
@@ -144,23 +148,24 @@ def attend_group(
     context_scores = (query_kNRd.flatten(1, 2) @ context.key_kTd.transpose(1, 2)).view(k, N, R, -1)
     context_scores = context_scores + bias_NT[:, None, :]
     own_scores = query_kNRd @ key_kNGd.transpose(2, 3)
-    # Sums in float32 for every type; float32 scores would be kept for the backward pass beside the weights.
+    # softmax sums in float32 for every dtype. Scores in float32 would also be kept for the backward pass.
     weights = torch.cat([context_scores, own_scores], dim=-1).softmax(dim=-1)
     to_context, to_own = weights.to(value_kNGd.dtype).split([bias_NT.shape[1], key_kNGd.shape[2]], dim=-1)
     return (to_context.flatten(1, 2) @ context.value_kTd).view(k, N, R, d) + to_own @ value_kNGd
 
 
 class FlexAttention:
-    """PyTorch's flex attention, which skips the tiles that nobody sees: the way for a GPU."""
+    """PyTorch's flex attention, which skips the tiles that no block sees; meant for a GPU."""
 
     def __init__(self, layout: Layout):
         self.mask = make_block_mask(layout)
 
     def __call__(self, query_NGhd: Tensor, key_NGkd: Tensor, value_NGkd: Tensor, context: LayerContext) -> Tensor:
         query, *packed = packed_heads(query_NGhd, key_NGkd, value_NGkd, context)
-        # A key-value head for every query head: with shared ones the backward kernel has too few programs for a GPU.
+        # Each query head gets a key-value head of its own. With shared ones, the backward kernel has too few programs
+        # to fill a GPU.
         key, value = (x.repeat_interleave(len(query) // len(x), dim=0) for x in packed)
-        # On a GPU the kernel exists in compiled form alone; within a compiled layer it is part of that.
+        # On a GPU the kernel must be compiled; within a compiled layer it is compiled with the layer.
         alone = query.is_cuda and not torch.compiler.is_compiling()
         attend = compiled_flex_attention() if alone else flex_attention
         mixed = attend(query[None], key[None], value[None], block_mask=self.mask, kernel_options=KERNEL_OPTIONS)
@@ -175,33 +180,33 @@ def compiled_flex_attention() -> Callable[..., Any]:
 
 
 def make_block_mask(layout: Layout) -> BlockMask:
-    """The tiles [Q / TILE, (T + Q) / TILE] that hold anything to see, found from the blocks' bounds alone."""
+    """The tiles [Q / TILE, (T + Q) / TILE] in which a block sees something, computed from the blocks' bounds."""
     N, G, T = len(layout.starts_N), layout.block_size, layout.num_tokens
     device = layout.starts_N.device
     own_N = T + G * torch.arange(N, device=device)
     starts_N, ends_N = layout.starts_N, layout.ends_N
-    tile_starts_J = TILE * torch.arange(-(-(T + N * G) // TILE), device=device)
-    tile_ends_J = tile_starts_J + TILE
+    tile_starts_X = TILE * torch.arange(-(-(T + N * G) // TILE), device=device)
+    tile_ends_X = tile_starts_X + TILE
 
     def overlaps(starts_N: Tensor, ends_N: Tensor) -> Tensor:
         occupied_N1 = (starts_N < ends_N)[:, None]
-        return occupied_N1 & (starts_N[:, None] < tile_ends_J) & (ends_N[:, None] > tile_starts_J)
+        return occupied_N1 & (starts_N[:, None] < tile_ends_X) & (ends_N[:, None] > tile_starts_X)
 
-    seen_NJ = overlaps(starts_N, ends_N) | overlaps(own_N, own_N + G)
-    whole_NJ = (starts_N[:, None] <= tile_starts_J) & (tile_ends_J <= ends_N[:, None])
-    # The blocks that have positions in each row of tiles: first .. last.
-    row_starts_I = TILE * torch.arange(-(-N * G // TILE), device=device)
-    first_I = row_starts_I // G
-    last_I = ((row_starts_I + TILE - 1) // G).clamp(max=N - 1)
+    seen_NX = overlaps(starts_N, ends_N) | overlaps(own_N, own_N + G)
+    whole_NX = (starts_N[:, None] <= tile_starts_X) & (tile_ends_X <= ends_N[:, None])
+    # The first and last block with positions in each row of tiles.
+    row_starts_Y = TILE * torch.arange(-(-N * G // TILE), device=device)
+    first_Y = row_starts_Y // G
+    last_Y = ((row_starts_Y + TILE - 1) // G).clamp(max=N - 1)
 
-    def count(blocks_NJ: Tensor) -> Tensor:
-        until_NJ = torch.cat([blocks_NJ.new_zeros(1, blocks_NJ.shape[1]), blocks_NJ]).cumsum(dim=0)
-        return until_NJ[last_I + 1] - until_NJ[first_I]
+    def count(blocks_NX: Tensor) -> Tensor:
+        until_NX = torch.cat([blocks_NX.new_zeros(1, blocks_NX.shape[1]), blocks_NX]).cumsum(dim=0)
+        return until_NX[last_Y + 1] - until_NX[first_Y]
 
-    full_IJ = count(whole_NJ) == (last_I - first_I + 1)[:, None]
-    partial_IJ = (count(seen_NJ) > 0) & ~full_IJ
+    full_YX = count(whole_NX) == (last_Y - first_Y + 1)[:, None]
+    partial_YX = (count(seen_NX) > 0) & ~full_YX
 
-    # By position, not by block: in a kernel, a division for every pair would cost more than these.
+    # Bounds by position, not by block: looking them up is cheaper for a kernel than a division for every pair.
     starts_Q, ends_Q, own_Q, own_ends_Q = (x.repeat_interleave(G) for x in (starts_N, ends_N, own_N, own_N + G))
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -209,24 +214,24 @@ def make_block_mask(layout: Layout) -> BlockMask:
         return in_context | ((key >= own_Q[query]) & (key < own_ends_Q[query]))
 
     return BlockMask.from_kv_blocks(
-        *ordered_tiles(partial_IJ),
-        *ordered_tiles(full_IJ),
+        *ordered_tiles(partial_YX),
+        *ordered_tiles(full_YX),
         BLOCK_SIZE=TILE,
         mask_mod=sees,
         seq_lengths=(N * G, T + N * G),
     )
 
 
-def ordered_tiles(wanted_IJ: Tensor) -> tuple[Tensor, Tensor]:
-    """Number [1, 1, I] and columns [1, 1, I, J] of the wanted tiles of each row, the wanted ones first."""
-    columns_IJ = wanted_IJ.int().argsort(dim=1, descending=True, stable=True)
-    return wanted_IJ.sum(dim=1, dtype=torch.int32)[None, None], columns_IJ.int()[None, None]
+def ordered_tiles(wanted_YX: Tensor) -> tuple[Tensor, Tensor]:
+    """Number [1, 1, Y] and columns [1, 1, Y, X] of the wanted tiles in each row; wanted tiles come first."""
+    columns_YX = wanted_YX.int().argsort(dim=1, descending=True, stable=True)
+    return wanted_YX.sum(dim=1, dtype=torch.int32)[None, None], columns_YX.int()[None, None]
 
 
 def packed_heads(
     query_NGhd: Tensor, key_NGkd: Tensor, value_NGkd: Tensor, context: LayerContext
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Query [h, Q, d]; key and value [k, T + Q, d], the context before the blocks."""
+    """Query [h, Q, d]; key and value [k, T + Q, d], of the context and then the blocks."""
     query_hQd, key_kQd, value_kQd = (x.flatten(0, 1).transpose(0, 1) for x in (query_NGhd, key_NGkd, value_NGkd))
     return (
         query_hQd,
@@ -236,8 +241,12 @@ def packed_heads(
 
 
 def plan_attention(name: str, layout: Layout, dtype: torch.dtype) -> Attend:
-    """What the layers of one forward pass share."""
+    """The attention that all layers of one forward pass share.
+
+    Args:
+        name: eager, structured or flex.
+    """
     if name == "structured":
         return StructuredAttention(layout, dtype)
-    # Flex attention exists in compiled form alone on a GPU, and the dense mask of a small layout costs nothing.
+    # A small layout would make flex attention compile again, and the dense mask of a small layout is cheap.
     return EagerAttention(layout) if name == "eager" or layout.is_small else FlexAttention(layout)

@@ -1,16 +1,29 @@
 """Block geometry: which tokens a block covers, and which of them carry a label."""
 
-# S tokens of a sequence, N blocks, G block size
+# S tokens of a sequence, N blocks, G block size, J = G - 1 positions after the anchor
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+from ...data.lazy import LazyModule
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = LazyModule("torch")
+
+NO_TOKEN = -1
+"""Stands for "no token" where a token id may be absent; equal to no token id."""
 
 
 def anchors_of(loss_mask_S: Tensor, num_context: int) -> Tensor:
-    """All anchors [N] of a sequence: an assistant token with a state, whose next token is an assistant token too.
+    """All anchors [N] of a sequence: assistant tokens with a state, whose next token is an assistant token too.
 
-    A block never starts on a turn's last token, nor in the prompt, where decoding never drafts.
+    A turn's last token and the prompt's tokens are no anchors, since decoding never drafts there.
+
+    Args:
+        num_context: number of tokens that have a state, from the first on.
     """
     followed = loss_mask_S[:-1] & loss_mask_S[1:]
     return followed[:num_context].nonzero().flatten()
@@ -19,9 +32,8 @@ def anchors_of(loss_mask_S: Tensor, num_context: int) -> Tensor:
 def block_tokens(token_ids_S: Tensor, loss_mask_S: Tensor, anchors_N: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """Recorded tokens [N, G] of the blocks, and which of them carry a label (bool [N, G]).
 
-    Position k of a block holds token anchor + k and is labelled while the same assistant turn goes on: labels
-    stop at the turn's end and at the sequence's, and position 0 never has one. Unlabelled positions past the
-    sequence repeat its last token.
+    Position k of a block holds token anchor + k. The position has a label if its token belongs to the anchor's turn;
+    position 0, the anchor itself, has none. Positions past the sequence repeat the sequence's last token.
     """
     offsets_G = torch.arange(block_size, device=anchors_N.device)
     positions_NG = anchors_N[:, None] + offsets_G
@@ -32,12 +44,16 @@ def block_tokens(token_ids_S: Tensor, loss_mask_S: Tensor, anchors_N: Tensor, bl
 
 
 def show_prefix(token_ids_NG: Tensor, prefix_len_N: Tensor, mask_token_id: int) -> Tensor:
-    """Block inputs [N, G]: the anchor and `prefix_len_N` further tokens visible, the mask token at the rest."""
+    """Block inputs [N, G]: the anchor and the next `prefix_len_N` tokens are visible, the rest is the mask token."""
     offsets_G = torch.arange(token_ids_NG.shape[1], device=token_ids_NG.device)
     return token_ids_NG.masked_fill(offsets_G > prefix_len_N[:, None], mask_token_id)
 
 
-def accept_lengths(draft_NG: Tensor, token_ids_NG: Tensor, labelled_NG: Tensor) -> Tensor:
-    """Accept length L [N]: leading draft tokens (positions 1..G-1) equal to the recorded ones."""
-    right_NG = (draft_NG == token_ids_NG) & labelled_NG
-    return right_NG[:, 1:].long().cumprod(dim=1).sum(dim=1)
+def accept_lengths(draft_NJ: Tensor, token_ids_NG: Tensor, labelled_NG: Tensor) -> Tensor:
+    """Accept length L [N]: number of leading draft tokens that equal the recorded ones.
+
+    Replay counts accepted tokens by code of its own (`evaluate.replay.leading_right`): replay checks training, so the
+    two share no code for acceptance.
+    """
+    right_NJ = (draft_NJ == token_ids_NG[:, 1:]) & labelled_NG[:, 1:]
+    return right_NJ.long().cumprod(dim=1).sum(dim=1)

@@ -27,15 +27,15 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 def save_drafter(
     weights: Mapping[str, Tensor], folder: Path, config: dict[str, Any], extra: dict[str, Any] | None = None
 ) -> None:
-    """Writes a checkpoint as a whole: aside, fsync, rename. Weights are stored as bfloat16.
+    """Writes a checkpoint under another name, with fsync, and renames it. Weights are stored as bfloat16.
 
     Args:
         weights: a drafter's `state_dict`.
-        config: what `DrafterShape.to_json` gave.
-        extra: further files, name -> object for `torch.save`.
+        config: the result of `DrafterShape.to_json`.
+        extra: further files, by name the object for `torch.save`.
 
     Raises:
-        StorageError: it can't be written; nothing is left of it.
+        StorageError: the checkpoint can't be written; nothing of it remains.
     """
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
@@ -50,8 +50,8 @@ def save_drafter(
     except (OSError, SafetensorError, RuntimeError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise StorageError(
-            f"the checkpoint {folder} could not be written: {error}. Is the disk full? Older checkpoints are as they "
-            "were; mend that, and the same command goes on from the latest."
+            f"the checkpoint {folder} could not be written: {error}. Is the disk full? Older checkpoints are "
+            "unchanged. Repair that, and the same command continues from the latest."
         ) from error
     if folder.exists():
         shutil.rmtree(folder)
@@ -82,7 +82,7 @@ def load_drafter(
     """Loads a drafter from a folder in the public DFlash form.
 
     Raises:
-        DrafterError: files are missing, or the weights are not those of the shape in `config.json`.
+        DrafterError: files are missing, or the weights do not have the shape that `config.json` says.
     """
     shape = load_shape(folder)
     path = Path(folder) / WEIGHTS
@@ -105,7 +105,11 @@ def load_drafter(
 
 
 def drafter_fingerprint(folder: str | Path) -> str:
-    """Hash of a drafter's weights and of the settings that decide its drafts; 16 hex digits."""
+    """Hash of a drafter's weights and shape, which decide its drafts; 16 hex digits.
+
+    Raises:
+        DrafterError: files are missing.
+    """
     digest = hashlib.sha256(repr(load_shape(folder)).encode())
     try:
         with open(Path(folder) / WEIGHTS, "rb") as file:
@@ -117,10 +121,10 @@ def drafter_fingerprint(folder: str | Path) -> str:
 
 
 def check_fits(shape: DrafterShape, manifest: CacheManifest, where: str | Path) -> None:
-    """Checks that a drafter can work on a cache's states.
+    """Checks that a drafter was made for a cache's states.
 
     Raises:
-        DrafterError: names everything that differs.
+        DrafterError: something differs; the message names all differences.
     """
     pairs = {
         "hidden size": (manifest.hidden_size, shape.hidden_size),

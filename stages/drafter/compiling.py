@@ -1,4 +1,4 @@
-"""How PyTorch compiles what the drafter computes: once for all numbers of tokens and blocks."""
+"""Settings of PyTorch's compiler: the drafter's layers are compiled once for all numbers of tokens and blocks."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import torch
 import torch.fx.experimental._config
 
 RECOMPILE_LIMIT = 128
+"""Compiled forms that a function may have."""
 
 
 def set_up_compiler() -> None:
-    """To be called before anything is compiled; holds for the process."""
-    # All layers have one code in three forms (the first, those between, the last), for every shape in a sweep.
+    """Must be called before anything is compiled; holds for the whole process."""
+    # All layers share one function with three forms (first, middle, last layer), for every shape in a sweep.
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-    # Sizes that happen to be equal in the first pass are not in others.
+    # Sizes that are equal in the first pass by chance must not be taken for equal later.
     torch.fx.experimental._config.use_duck_shape = False
-    # The norms' epsilon is a constant; PyTorch would find that out in a second attempt.
+    # The norms' epsilon is a constant. Without this, PyTorch compiles twice to learn that.
     torch._dynamo.config.specialize_float = True

@@ -1,6 +1,6 @@
-"""Fills blocks with a drafter: the most likely tokens of each masked position."""
+"""Fills blocks with a drafter: the likeliest tokens of each masked position."""
 
-# T context tokens, N blocks, G block size, A alternatives, H hidden width, V vocabulary
+# N blocks, G block size, A alternatives, P wanted positions, H hidden width, V vocabulary
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -23,20 +23,20 @@ def fill_blocks(
     num_alternatives: int,
     num_blocks: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Most likely tokens (int64 [N, G, A], best first) and their probabilities (float32) at the wanted positions.
+    """Likeliest tokens (int64 [N, G, A], best first) and their probabilities (float32) at the wanted positions.
 
     Args:
-        block_ids_NG: visible tokens, and the mask token at the rest.
+        block_ids_NG: visible tokens, and the mask token elsewhere.
         wanted_NG: bool; other positions come back as token 0 with probability 0.
-        num_blocks: blocks of each sequence in the context; None: all are of the one.
+        num_blocks: blocks of each sequence in the context, one sequence after another; None: one sequence.
     """
     wanted_P = wanted_NG.flatten().nonzero().flatten()
     states_PH = drafter(pieces.embed_VH[block_ids_NG], anchors_N, context, num_blocks, wanted_P)
     tokens_NGA = block_ids_NG.new_zeros(*block_ids_NG.shape, num_alternatives)
     probs_NGA = torch.zeros(tokens_NGA.shape, device=tokens_NGA.device)
     found = [
-        _most_likely(states_CH, pieces.head_VH, num_alternatives)
-        for states_CH in states_PH.split(positions_per_chunk(pieces.head_VH))
+        _most_likely(some_PH, pieces.head_VH, num_alternatives)
+        for some_PH in states_PH.split(positions_per_chunk(pieces.head_VH))
     ]
     if found:
         tokens_NGA[wanted_NG] = torch.cat([tokens for tokens, _ in found])
@@ -48,5 +48,5 @@ def _most_likely(states_PH: Tensor, head_VH: Tensor, num_alternatives: int) -> t
     logits_PV = linear(states_PH, head_VH).float()
     top_PA, tokens_PA = logits_PV.topk(num_alternatives, dim=-1)
     largest_P1 = top_PA[:, :1]
-    sums_P1 = logits_PV.sub_(largest_P1).exp_().sum(dim=-1, keepdim=True)  # the logits' own memory: they are many
+    sums_P1 = logits_PV.sub_(largest_P1).exp_().sum(dim=-1, keepdim=True)  # in place, since the logits are large
     return tokens_PA, (top_PA - largest_P1).exp() / sums_P1

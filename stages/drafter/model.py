@@ -1,7 +1,7 @@
 """The drafter: Qwen3-style layers that fill masked blocks, given the target's states before each anchor.
 
-Architecture of DFlash (arXiv 2602.06036). First drafter and VP-Drafter share it; they differ in how many
-tokens of a block are visible.
+The architecture is that of DFlash (arXiv 2602.06036), for first drafters and VP-Drafters alike. The two differ in the
+number of visible tokens of a block.
 """
 
 # T context tokens, N blocks, G block size, D context features (K layers x H), H hidden width
@@ -24,7 +24,7 @@ from .shape import DrafterShape
 INIT_STD = 0.02
 
 recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-"""Calls a function of which the backward pass keeps the arguments alone."""
+"""Calls a function; the backward pass calls it again, so that only its arguments are kept in memory."""
 
 
 class Context(NamedTuple):
@@ -32,11 +32,11 @@ class Context(NamedTuple):
 
     layers: list[LayerContext]
     num_tokens: tuple[int, ...]
-    """Tokens of each sequence; T in all."""
+    """Tokens of each sequence; their sum is T."""
 
 
 class Drafter(nn.Module):
-    """Predicts every position of a block at once; embedding and LM head are the target's and not part of it."""
+    """Predicts all positions of a block at once. Embedding and LM head are the target's, and no part of the drafter."""
 
     def __init__(self, shape: DrafterShape, attention: str = "structured"):
         """
@@ -60,7 +60,7 @@ class Drafter(nn.Module):
                 nn.init.ones_(module.weight)
 
     def compile_layers(self) -> None:
-        """Has PyTorch compile what is computed per layer, for any number of tokens and blocks."""
+        """Has PyTorch compile the layers, once for all numbers of tokens and blocks."""
         set_up_compiler()
         for layer in self.layers:
             layer.compile(fullgraph=True, dynamic=True)
@@ -69,7 +69,7 @@ class Drafter(nn.Module):
         """Keys and values of every layer for the context features [T, D].
 
         Args:
-            num_tokens: tokens of each of the sequences that are packed in T, each at positions 0 and on; None: one.
+            num_tokens: tokens of each sequence that is packed in T, each with positions from 0 on; None: one sequence.
         """
         num_tokens = (len(features_TD),) if num_tokens is None else tuple(num_tokens)
         states_TH = self.hidden_norm(self.fc(features_TD))
@@ -89,12 +89,12 @@ class Drafter(nn.Module):
         """Hidden states of the blocks [N, G, H], or of the wanted positions [P, H], ready for the target's LM head.
 
         Args:
-            blocks_NGH: embedded tokens of the blocks, the mask token's embedding where the drafter shall predict.
+            blocks_NGH: embedded tokens of the blocks, the mask token's embedding where the drafter must predict.
             anchors_N: int64, the anchors' positions in their sequences; block n sees the context of its sequence
                 strictly before anchors_N[n].
-            context: what `context` returned for the blocks' sequences.
-            num_blocks: blocks of each sequence, which come one sequence after another; None: all are of the one.
-            wanted_P: int64, indices into the N * G positions; the last layer leaves out the others.
+            context: the result of `context` for the blocks' sequences.
+            num_blocks: blocks of each sequence, one sequence after another; None: one sequence.
+            wanted_P: int64, indices into the N * G positions; the last layer does not compute the others.
         """
         num_blocks = (len(blocks_NGH),) if num_blocks is None else tuple(num_blocks)
         offsets_G = torch.arange(blocks_NGH.shape[1], device=blocks_NGH.device)
@@ -105,20 +105,20 @@ class Drafter(nn.Module):
         for i, (layer, layer_context) in enumerate(zip(self.layers, context.layers, strict=True)):
             wanted = wanted_P if i == len(self.layers) - 1 else None
             is_small = layout.is_small or (wanted is not None and len(wanted) < 2)
-            # What is compiled serves all sizes but the smallest, which would be compiled apart.
+            # The compiled layer serves all sizes except the smallest, which PyTorch would compile separately.
             compute = layer.forward if is_small else layer
             states = compute(states, rope, layer_context, attend, wanted)
         return self.norm(states)
 
 
 class RMSNorm(nn.RMSNorm):
-    """Computes in its input's type: with float32 weights and bfloat16 states there is no fused kernel."""
+    """Computes in its input's dtype, since no fused kernel takes float32 weights with bfloat16 states."""
 
     def forward(self, x: Tensor) -> Tensor:
         # Without the GPU's fused kernel, PyTorch would keep several float32 copies of x for the backward pass.
-        return self._normalise(x) if x.is_cuda else recompute(self._normalise, x)
+        return self._normalize(x) if x.is_cuda else recompute(self._normalize, x)
 
-    def _normalise(self, x: Tensor) -> Tensor:
+    def _normalize(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
@@ -144,7 +144,7 @@ class DrafterLayer(nn.Module):
 
 
 def select(states_NGH: Tensor, wanted_P: Tensor | None) -> Tensor:
-    """The wanted positions [P, H]; all of them [N, G, H] if none are named."""
+    """The states of the wanted positions [P, H]; all states [N, G, H] if `wanted_P` is None."""
     return states_NGH if wanted_P is None else states_NGH.flatten(0, 1)[wanted_P]
 
 
@@ -157,7 +157,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         inputs = self.gate_proj(states), self.up_proj(states), self.down_proj.weight
-        # A compiled backward pass computes again only what it needs, so not the linear layer.
+        # A compiled backward pass recomputes only what it needs, which leaves out the linear layer.
         if torch.compiler.is_compiling():
             return recompute(gated_linear, *inputs)
         return cast(Tensor, GatedLinear.apply(*inputs))
@@ -168,7 +168,7 @@ def gated_linear(gates: Tensor, values: Tensor, weight: Tensor) -> Tensor:
 
 
 class GatedLinear(torch.autograd.Function):
-    """`gated_linear`, whose backward pass computes the product again: it is cheap, and as large as each factor."""
+    """`gated_linear` that recomputes the product in the backward pass, which is cheap and saves memory."""
 
     @staticmethod
     def forward(ctx: Any, gates: Tensor, values: Tensor, weight: Tensor) -> Tensor:

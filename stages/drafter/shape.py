@@ -12,7 +12,7 @@ SUPPORTED_ROPE = "default"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DrafterShape:
-    """What decides a drafter's weights and its block."""
+    """The sizes of a drafter's weights and blocks, and the context layers that it reads."""
 
     num_layers: int
     hidden_size: int
@@ -28,7 +28,7 @@ class DrafterShape:
     """Positions of a block, the anchor included."""
     mask_token_id: int
     target_layer_ids: tuple[int, ...]
-    """Context layers, drafter convention: id i is the output of the target's 0-based layer i."""
+    """Context layers: id i is the output of the target's 0-based layer i."""
     num_target_layers: int
 
     def __post_init__(self) -> None:
@@ -88,7 +88,7 @@ class DrafterShape:
         """Reads a published drafter's `config.json`.
 
         Raises:
-            DrafterError: a key is missing, or the drafter needs something that this one can't do.
+            DrafterError: a key is missing, or the drafter needs a feature that vpd does not support.
         """
         if not isinstance(config, dict):
             raise DrafterError(
@@ -125,16 +125,20 @@ class DrafterShape:
 
 
 def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
-    """RoPE settings of a `config.json`, in the newer spelling (`rope_parameters`) or the older ones."""
+    """RoPE settings of a `config.json`, in the newer form (`rope_parameters`) or the older ones."""
     older = {"rope_theta": config["rope_theta"]} if "rope_theta" in config else {}
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     return {"rope_type": rope.get("type", SUPPORTED_ROPE), **older, **rope}
 
 
 def refuse_unsupported(config: dict[str, Any], where: str) -> None:
-    """Refuses variants that this drafter would otherwise silently compute differently."""
+    """Refuses variants of the architecture that this drafter would compute wrongly.
+
+    Raises:
+        DrafterError: the drafter is such a variant.
+    """
     rope = rope_parameters(config)
-    # Without `layer_types`, Qwen3 slides from layer `max_window_layers` on.
+    # Without `layer_types`, the layers from `max_window_layers` on have a sliding window.
     slides_by_count = (
         config.get("layer_types") is None
         and bool(config.get("use_sliding_window"))

@@ -1,6 +1,6 @@
-"""The target's pieces that stage two needs: embedding, LM head, final norm. Stored once, with the cache."""
+"""The target's pieces that stage two needs, embedding and LM head, as stored once with the cache."""
 
-# V vocabulary, H hidden width, P positions, K inner width, N outer width
+# V vocabulary, H hidden width, P positions, I inputs, O outputs
 from __future__ import annotations
 
 import json
@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ...data.cache.target_files import PIECES
 from ...data.errors import DrafterError
 
-PIECES = "pieces.safetensors"
 EMBED, HEAD = "embed_tokens.weight", "lm_head.weight"
 LOGITS_ON_CPU, LOGITS_ON_GPU = 6 << 20, 1 << 27
-"""Logits that exist at once. On a CPU as few as leave a matrix product its speed: they stay near the processor."""
+"""Logits that exist at once. On a CPU they should fit into the processor's caches, and yet be enough for a fast matrix
+product."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class TargetPieces:
     def load(
         cls, target_folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> TargetPieces:
-        """Reads the pieces from `Cache.target_folder`."""
+        """Reads the pieces from a cache's `target_folder`."""
         with safe_open(target_folder / PIECES, "pt", device=str(device)) as file:
             embed_VH = file.get_tensor(EMBED).to(dtype)
             tied = HEAD not in set(file.keys())
@@ -41,18 +42,18 @@ class TargetPieces:
 
 
 def positions_per_chunk(head_VH: Tensor) -> int:
-    """How many positions the head takes at a time."""
+    """Number of positions whose logits are computed together."""
     return max(1, (LOGITS_ON_CPU if head_VH.device.type == "cpu" else LOGITS_ON_GPU) // len(head_VH))
 
 
-def linear(x_PK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias`, for products with the frozen LM head, which are the largest; carries no gradient.
+def linear(x_PI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias` [P, O] without a gradient, for the largest products, those with the frozen LM head.
 
-    In float32 on a CPU by oneDNN: PyTorch's own choice there is MKL, which has half its speed on AMD's processors.
+    In float32 on a CPU, oneDNN computes the product: PyTorch's choice, MKL, is half as fast on AMD's processors.
     """
-    if x_PK.device.type == "cpu" and x_PK.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        return torch.ops.mkldnn._linear_pointwise(x_PK, weight_NK, bias_N, "none", [], "")
-    return F.linear(x_PK, weight_NK, bias_N)
+    if x_PI.device.type == "cpu" and x_PI.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._linear_pointwise(x_PI, weight_OI, bias_O, "none", [], "")
+    return F.linear(x_PI, weight_OI, bias_O)
 
 
 def load_target_config(target_folder: Path) -> dict[str, Any]:
@@ -66,10 +67,10 @@ def load_tokenizer(target_folder: Path) -> PreTrainedTokenizerBase:
 
 
 def choose_mask_token(explicit: int | None, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
-    """The mask token: the given one, else the tokenizer's, else the first slot that no token uses.
+    """The mask token's id: the given one, else the tokenizer's, else the first id that no token uses.
 
     Raises:
-        DrafterError: none of these exists, or the given one lies outside the vocabulary.
+        DrafterError: there is none of these, or the given id lies outside the vocabulary.
     """
     if explicit is not None:
         if not 0 <= explicit < vocab_size:

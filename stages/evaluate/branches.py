@@ -1,127 +1,153 @@
-"""Branch policies: from the first draft to the K second drafts that a decoding cycle launches.
+"""Branch policies: from the first draft to the second drafts that a decoding cycle launches.
 
-Every policy is lossless: whatever is drafted, the target verifies it. Branches come best first, so the K branches of
-a policy are the first K of any larger number.
+No policy changes the decoded text, since the target verifies every draft. A policy lists its branches best first, so
+the branches for K are the first K of those for any larger number.
+
+A new policy is a function here (or anywhere that is imported before the settings are read) under `@policy`.
 """
 
-# N anchors, G block size, J = G-1 drafted positions, A alternatives kept per position (the first is the draft),
-# B branches
+# N anchors, G block size, J = G - 1 drafted positions, A alternatives (the first is the draft), B branches per anchor
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
+from ...data.lazy import LazyModule
+from ...data.registry import Registry
+from ..draft.posterior import boundary_posterior, reach_probabilities
+from ..drafter.blocks import NO_TOKEN
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = LazyModule("torch")
 
 NUM_ASKED = 4
 """Prefix lengths at which `reranked` asks the second drafter."""
-NONE = -1
-"""Stands for "no token": never equal to one."""
 
 
 class Branches(NamedTuple):
-    """What each branch shows the second drafter: the anchor, `prefix_len` draft tokens, perhaps an alternative."""
+    """What each branch shows to the second drafter: the anchor, `prefix_len` draft tokens, perhaps an alternative."""
 
     prefix_len_NB: Tensor
-    """Draft tokens that are kept: i."""
+    """int64: number of draft tokens that are kept, i."""
     alternative_NB: Tensor
-    """Token put at block position i + 1, visible to the second drafter; `NONE`: it is drafted anew."""
+    """int64: token that takes block position i + 1 and is visible; `NO_TOKEN`: the second drafter fills i + 1."""
     excluded_NB: Tensor
-    """Token that the second drafter must not propose at position i + 1; `NONE`: any."""
+    """int64: token that the second drafter must not propose at position i + 1; `NO_TOKEN`: any token may come."""
 
     @property
     def visible_len_NB(self) -> Tensor:
-        """Visible tokens after the anchor."""
-        return self.prefix_len_NB + (self.alternative_NB != NONE)
+        """Number of visible tokens after the anchor."""
+        return self.prefix_len_NB + (self.alternative_NB != NO_TOKEN)
 
 
-def boundary_posterior(confidence_NJ: Tensor) -> Tensor:
-    """r(i) = (c_1 ... c_i) * (1 - c_(i+1)), i = 0..G-2 (D2SD, arXiv 2606.04446); confidences c_1..c_(G-1)."""
-    return _reached(confidence_NJ) * (1 - confidence_NJ)
+NextTokens = Callable[[Branches], "tuple[Tensor, Tensor]"]
+"""Asks the second drafter for the likeliest tokens [N, B, A] after each branch's visible tokens, best first, and their
+probabilities; `NO_TOKEN` with probability 0 where its block ends."""
 
 
-def paper(tokens_NJA: Tensor, probs_NJA: Tensor, num_branches: int) -> Branches:
-    """The prefix lengths of largest r(i) (D2SD, arXiv 2606.04446)."""
-    posterior_NJ = boundary_posterior(probs_NJA[..., 0])
-    prefix_len_NB = _best(posterior_NJ, num_branches)
-    none_NB = torch.full_like(prefix_len_NB, NONE)
+class CycleFacts(NamedTuple):
+    """What a policy may use to choose the branches of N cycles."""
+
+    tokens_NJA: Tensor
+    """int64: the first drafter's likeliest tokens, best first."""
+    probs_NJA: Tensor
+    """float32: their probabilities; the first is the confidence."""
+    num_branches: int
+    """Largest number of branches."""
+    next_tokens: NextTokens | None = None
+    """Costs a pass of the second drafter when it is called; None if there is no second drafter."""
+
+    @property
+    def confidence_NJ(self) -> Tensor:
+        return self.probs_NJA[..., 0]
+
+
+Policy = Callable[[CycleFacts], Branches]
+POLICIES: Registry[Policy] = Registry("branch policy")
+
+
+def policy(name: str) -> Callable[[Policy], Policy]:
+    """Registers a policy: a function from what is known in a cycle to the branches, best first."""
+
+    def register(function: Policy) -> Policy:
+        POLICIES.add(name, function)
+        return function
+
+    return register
+
+
+@policy("paper")
+def paper(facts: CycleFacts) -> Branches:
+    """The k likeliest prefix lengths by r(i) (D2SD, arXiv 2606.04446)."""
+    prefix_len_NB = _best(boundary_posterior(facts.confidence_NJ), facts.num_branches)
+    none_NB = torch.full_like(prefix_len_NB, NO_TOKEN)
     return Branches(prefix_len_NB, none_NB, none_NB)
 
 
-def exclude(tokens_NJA: Tensor, probs_NJA: Tensor, num_branches: int) -> Branches:
-    """As `paper`, and the first draft's token at i + 1, which branch i takes to be wrong, is ruled out there."""
-    branches = paper(tokens_NJA, probs_NJA, num_branches)
-    return branches._replace(excluded_NB=tokens_NJA[..., 0].gather(1, branches.prefix_len_NB))
+@policy("exclude")
+def exclude(facts: CycleFacts) -> Branches:
+    """As `paper`, and branch i excludes the first draft's token at i + 1, which the branch assumes to be wrong."""
+    branches = paper(facts)
+    return branches._replace(excluded_NB=facts.tokens_NJA[..., 0].gather(1, branches.prefix_len_NB))
 
 
-def runner_up(tokens_NJA: Tensor, probs_NJA: Tensor, num_branches: int) -> Branches:
-    """The likeliest pairs (i, j): i draft tokens hold, and the j-th alternative is right at i + 1.
+@policy("runner-up")
+def runner_up(facts: CycleFacts) -> Branches:
+    """The k likeliest pairs of a prefix length i and an alternative token at i + 1, which the second drafter sees.
 
-    A pair's score is (c_1 ... c_i) * p_(i+1)(alternative j); several alternatives may compete at one position.
+    The score of alternative j is (c_1 ... c_i) p_(i+1)(j). Several alternatives of one position may be chosen.
     """
-    scores = (_reached(probs_NJA[..., 0])[..., None] * probs_NJA[..., 1:]).flatten(1)
-    pairs_NB = _best(scores, num_branches)
+    scores_NP = (reach_probabilities(facts.confidence_NJ)[..., None] * facts.probs_NJA[..., 1:]).flatten(1)
+    pairs_NB = _best(scores_NP, facts.num_branches)
     return Branches(
-        prefix_len_NB=pairs_NB // (probs_NJA.shape[2] - 1),
-        alternative_NB=tokens_NJA[..., 1:].flatten(1).gather(1, pairs_NB),
-        excluded_NB=torch.full_like(pairs_NB, NONE),
+        prefix_len_NB=pairs_NB // (facts.probs_NJA.shape[2] - 1),
+        alternative_NB=facts.tokens_NJA[..., 1:].flatten(1).gather(1, pairs_NB),
+        excluded_NB=torch.full_like(pairs_NB, NO_TOKEN),
     )
 
 
-Policy = Callable[[Tensor, Tensor, int], Branches]
-POLICIES: dict[str, Policy] = {"paper": paper, "exclude": exclude, "runner-up": runner_up}
-"""Those that need the first draft alone."""
+@policy("reranked")
+def reranked(facts: CycleFacts) -> Branches:
+    """As `runner-up`, with alternatives of the second drafter, which takes one more pass of the second drafter.
 
-NextTokens = Callable[[Branches], tuple[Tensor, Tensor]]
-"""The second drafter's likeliest tokens [N, B, A] right after each branch's visible tokens, and their probabilities."""
-
-
-def reranked(tokens_NJA: Tensor, probs_NJA: Tensor, num_branches: int, next_tokens: NextTokens) -> Branches:
-    """As `runner_up`, but the second drafter, which sees the i draft tokens, also says what may stand at i + 1.
-
-    It is asked at the `NUM_ASKED` prefix lengths of largest r(i). A pair's score is (c_1 ... c_i) times the mean of
-    both drafters' probabilities of the token; the first one's is 0 for a token that is not among its alternatives.
+    The second drafter is asked at the `NUM_ASKED` prefix lengths of largest r(i). A pair's score is (c_1 ... c_i)
+    times the mean of both drafters' probabilities of the token; the first drafter's is 0 for a token that is not
+    among its alternatives.
     """
-    asked = paper(tokens_NJA, probs_NJA, NUM_ASKED)
-    tokens_NBA, second_probs_NBA = next_tokens(asked)
+    assert facts.next_tokens is not None
+    asked = paper(facts._replace(num_branches=NUM_ASKED))
+    tokens_NBA, second_probs_NBA = facts.next_tokens(asked)
     at_NB1 = asked.prefix_len_NB[..., None]
-    first_tokens_NBA = tokens_NJA.gather(1, at_NB1.expand(-1, -1, tokens_NJA.shape[2]))
-    first_probs_NBA = probs_NJA.gather(1, at_NB1.expand(-1, -1, probs_NJA.shape[2]))
+    first_tokens_NBA = facts.tokens_NJA.gather(1, at_NB1.expand(-1, -1, facts.tokens_NJA.shape[2]))
+    first_probs_NBA = facts.probs_NJA.gather(1, at_NB1.expand(-1, -1, facts.probs_NJA.shape[2]))
     same_NBAA = tokens_NBA[..., None] == first_tokens_NBA[:, :, None]
     agreed_NBA = (same_NBAA * first_probs_NBA[:, :, None]).sum(dim=3)
-    reached_NB = _reached(probs_NJA[..., 0]).gather(1, asked.prefix_len_NB)
+    reached_NB = reach_probabilities(facts.confidence_NJ).gather(1, asked.prefix_len_NB)
     scores_NBA = reached_NB[..., None] * (agreed_NBA + second_probs_NBA) / 2
     scores_NBA = scores_NBA.masked_fill(tokens_NBA == first_tokens_NBA[..., :1], -1.0)
-    pairs_NB = _best(scores_NBA.flatten(1), num_branches)
+    pairs_NB = _best(scores_NBA.flatten(1), facts.num_branches)
     return Branches(
         prefix_len_NB=asked.prefix_len_NB.gather(1, pairs_NB // tokens_NBA.shape[2]),
         alternative_NB=tokens_NBA.flatten(1).gather(1, pairs_NB),
-        excluded_NB=torch.full_like(pairs_NB, NONE),
+        excluded_NB=torch.full_like(pairs_NB, NO_TOKEN),
     )
 
 
-def launch(policy: str, tokens_NJA: Tensor, probs_NJA: Tensor, num_branches: int, next_tokens: NextTokens) -> Branches:
-    """The branches of a policy, by its name."""
-    if policy == "reranked":
-        return reranked(tokens_NJA, probs_NJA, num_branches, next_tokens)
-    return POLICIES[policy](tokens_NJA, probs_NJA, num_branches)
-
-
 def show_branches(draft_NJ: Tensor, branches: Branches) -> Tensor:
-    """The first draft with each branch's alternative put in, [N, B, J]: what the branch keeps, and what it replaces."""
+    """The first draft with each branch's alternative in place, [N, B, J]."""
     shown_NBJ = draft_NJ[:, None, :].repeat(1, branches.prefix_len_NB.shape[1], 1)
     replaced_NB1 = branches.prefix_len_NB[..., None]
     alternative_NB1 = branches.alternative_NB[..., None]
     kept_NB1 = shown_NBJ.gather(2, replaced_NB1)
-    return shown_NBJ.scatter(2, replaced_NB1, torch.where(alternative_NB1 == NONE, kept_NB1, alternative_NB1))
+    return shown_NBJ.scatter(2, replaced_NB1, torch.where(alternative_NB1 == NO_TOKEN, kept_NB1, alternative_NB1))
 
 
-def _best(scores: Tensor, num_branches: int) -> Tensor:
-    """Places of the largest scores of each row, best first; among equals, as float16 makes them, the first ones."""
-    return scores.sort(dim=1, descending=True, stable=True).indices[:, :num_branches]
+def _best(scores_NP: Tensor, num_branches: int) -> Tensor:
+    """Indices of the largest scores of each row, best first; the lower index first among equal scores.
 
-
-def _reached(confidence_NJ: Tensor) -> Tensor:
-    """c_1 ... c_i for i = 0..J-1: the probability that the draft holds up to position i."""
-    return torch.cat([torch.ones_like(confidence_NJ[:, :1]), confidence_NJ.cumprod(dim=1)[:, :-1]], dim=1)
+    Equal scores are common, since recorded probabilities are float16.
+    """
+    return scores_NP.sort(dim=1, descending=True, stable=True).indices[:, :num_branches]

@@ -1,6 +1,6 @@
-"""Decoding with two drafters and the real target: the check that replay tells the truth."""
+"""Decoding with two drafters and the real target, which checks that replay is right."""
 
-# T context tokens, D context features, B candidates, J drafted positions, N prompts
+# T tokens with a state, D context features, N anchors (one here), B branches or candidates, J = G - 1 drafted positions
 from __future__ import annotations
 
 import copy
@@ -13,22 +13,23 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
+from ...data.cache.arrays import NUM_ALTERNATIVES
 from ...data.cache.cache import Cache
-from ...data.cache.drafts import NUM_ALTERNATIVES
 from ...data.cache.index import SequenceRow
 from ...data.errors import CacheNotFoundError
 from ..devices import choose_device, choose_dtype
-from ..draft.redraft import OpenBranches, complete_branches, draft_anew, rank_next
+from ..draft.passes import OpenBranches, complete_branches, draft_pass, rank_next
+from ..drafter.blocks import NO_TOKEN
 from ..drafter.checkpoint import check_fits, load_drafter
 from ..drafter.model import Drafter
 from ..drafter.target_pieces import TargetPieces
-from .branches import NONE, Branches, launch, show_branches
+from .branches import POLICIES, Branches, CycleFacts, show_branches
 from .config import EvalConfig
 
 
 @dataclass(frozen=True, slots=True)
 class LiveReport:
-    """What decoding the prompts of cached responses came to."""
+    """What decoding the prompts of cached responses has given."""
 
     num_prompts: int
     num_identical: int
@@ -71,7 +72,7 @@ class LiveDecoder:
         return tokens[len(prompt_ids) : len(prompt_ids) + num_tokens], cycles
 
     def step(self, rows: list[list[int]], past: DynamicCache) -> tuple[Tensor, Tensor]:
-        """The target's greedy choices [B, tokens] after new tokens, and their context features [B, tokens, D]."""
+        """The target's greedy choices [B, tokens] after new tokens, and the tokens' context features [B, tokens, D]."""
         token_ids = torch.tensor(rows, device=self.pieces.embed_VH.device)
         out: Any = self.target(token_ids, past_key_values=past, use_cache=True, output_hidden_states=True)
         # The cache stores states as bfloat16, so the drafters here see the same.
@@ -79,11 +80,11 @@ class LiveDecoder:
         return out.logits.argmax(dim=-1), features.to(self.pieces.embed_VH.dtype)
 
     def candidates(self, tokens: list[int], features_TD: Tensor) -> Tensor:
-        """The first draft and the completed branches [B, J], padded with `NONE`."""
+        """The first draft and the completed branches [B, J], padded with `NO_TOKEN`."""
         anchor_N = torch.tensor([len(tokens) - 1], device=features_TD.device)
         anchor_id_N = torch.tensor([tokens[-1]], device=features_TD.device)
         context = self.first.context(features_TD)
-        tokens_NJA, probs_NJA = draft_anew(
+        tokens_NJA, probs_NJA = draft_pass(
             self.first, self.pieces, context, None, anchor_N, anchor_id_N, NUM_ALTERNATIVES
         )
         draft_NJ = tokens_NJA[..., 0]
@@ -103,15 +104,15 @@ class LiveDecoder:
             found = rank_next(self.second, self.pieces, second_context, None, opened(branches), NUM_ALTERNATIVES + 1)
             return found[0][None], found[1][None]
 
-        branches = launch(self.policy, tokens_NJA, probs_NJA, self.k, next_tokens)
+        branches = POLICIES[self.policy](CycleFacts(tokens_NJA, probs_NJA, self.k, next_tokens))
         if not branches.prefix_len_NB.shape[1]:
             return draft_NJ
         completed_BJ = complete_branches(self.second, self.pieces, second_context, None, opened(branches))
         padding = completed_BJ.shape[1] - draft_NJ.shape[1]
-        return torch.cat([torch.nn.functional.pad(draft_NJ, (0, padding), value=NONE), completed_BJ])
+        return torch.cat([torch.nn.functional.pad(draft_NJ, (0, padding), value=NO_TOKEN), completed_BJ])
 
     def verify(self, anchor_id: int, candidates_BJ: Tensor, past: DynamicCache) -> list[int]:
-        """The longest accepted candidate and the target's own next token; `past` is left as it is."""
+        """The accepted tokens of the best candidate, then the target's own next token; `past` does not change."""
         branched = copy.deepcopy(past)
         branched.batch_repeat_interleave(len(candidates_BJ))
         rows = [[anchor_id, *row] for row in candidates_BJ.clamp(min=0).tolist()]
@@ -129,11 +130,14 @@ def decode_prompts(
     config: EvalConfig,
     on_prompt: Callable[[], None] = lambda: None,
 ) -> LiveReport:
-    """Decodes the prompts of these sequences anew, with the target in the cache's own precision as far as it is known.
+    """Decodes the prompts of these sequences with the target in float32.
 
     Args:
         drafters: the first and the second drafter.
         rows: sequences with a single response, see `single_responses`.
+
+    Raises:
+        DrafterError: a drafter does not fit the cache.
     """
     device = choose_device(config.device)
     dtype = choose_dtype("auto", device)
@@ -158,7 +162,7 @@ def decode_prompts(
 
 
 def single_responses(cache: Cache, rows: Sequence[SequenceRow], limit: int) -> list[SequenceRow]:
-    """The first sequences that are one prompt and one response of at least two tokens.
+    """The first sequences that consist of one prompt and one response of at least two tokens.
 
     Raises:
         CacheNotFoundError: there is none.

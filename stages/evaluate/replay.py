@@ -1,18 +1,20 @@
 """Acceptance length by replay: decoding with two drafters over cached greedy responses, without the target.
 
-On a greedy response the target would accept exactly the recorded continuation, and the states of every token are
-recorded too. So each cycle's outcome follows from the drafters alone, at every anchor at once: which anchors a way of
-decoding visits is worked out afterwards. Branches whose visible tokens are already wrong commit no more than the
-first draft, and are not completed.
+On a greedy response the target would accept exactly the recorded continuation, and the cache holds the states of
+every token. So the drafters alone decide the outcome of a cycle. Replay computes the outcome at every anchor at once,
+and finds afterwards which anchors a way of decoding visits. A branch whose visible tokens are wrong can't commit more
+than the first draft, so replay does not complete the branch.
 """
 
-# N anchors, R branches to complete, J drafted positions, A alternatives, B branches an anchor, S tokens of a sequence
+# S tokens of a sequence, T with a state, D context features
+# N anchors, G block size, J = G - 1 drafted positions, A alternatives, B branches per anchor, R branches of any anchors
+# C ways of decoding
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -20,24 +22,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...data.cache.arrays import NUM_ALTERNATIVES
 from ...data.cache.cache import Cache
-from ...data.cache.drafts import NUM_ALTERNATIVES, FirstDrafts
+from ...data.cache.drafts import FirstDrafts
 from ...data.cache.index import SequenceRow
 from ...data.cache.reader import CachedSequence, Request, read_ahead
 from ...data.errors import CacheNotFoundError, DrafterError
 from ..config import ReadConfig
 from ..devices import choose_device, choose_dtype
-from ..draft.redraft import OpenBranches, complete_branches, draft_anew, rank_next
+from ..draft.passes import OpenBranches, complete_branches, cut_into_passes, draft_all, rank_next
 from ..drafter.checkpoint import check_fits, load_drafter
 from ..drafter.model import Context, Drafter
 from ..drafter.target_pieces import TargetPieces
-from .branches import Branches, launch, paper, runner_up, show_branches
+from .branches import POLICIES, Branches, CycleFacts, paper, runner_up, show_branches
 from .config import EvalConfig
-from .report import AnchorFacts, ReplayReport, Way
+from .report import FirstDraftOutcomes, ReplayReport, Way
 from .responses import recorded_after, replayable_responses
 
 TOKENS_PER_BATCH = 4096
+"""Context tokens of the sequences that are replayed together."""
 BLOCKS_PER_PASS = 512
+"""Blocks of one forward pass of a drafter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,22 +56,25 @@ class Batch:
     response_lens: list[list[int]]
     """Anchors of each response of each sequence."""
     anchors_N: Tensor
+    """Positions of the anchors in their sequences."""
     anchor_ids_N: Tensor
     recorded_NJ: Tensor
+    """Recorded tokens after each anchor, negative past the response."""
     drafts: tuple[Tensor, Tensor] | None
-    """Recorded first drafts: tokens and probabilities [N, J, A]."""
+    """Recorded first drafts: tokens and probabilities [N, J, A]. None: the first drafter makes them."""
 
     @property
     def sequence_N(self) -> Tensor:
+        """The number of each anchor's sequence."""
         counts = torch.tensor(self.num_anchors, device=self.anchors_N.device)
         return torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
 
 
 def require_replayable(cache: Cache, rows: Sequence[SequenceRow]) -> None:
-    """Checks that there is something to replay, without any drafter.
+    """Checks without a drafter that there is something to replay.
 
     Raises:
-        CacheNotFoundError: none of these sequences can be replayed.
+        CacheNotFoundError: no sequence can be replayed.
     """
     skipped: Counter[str] = Counter()
     for row in rows:
@@ -97,7 +105,7 @@ def nothing_to_replay(cache: Cache, num_rows: int, skipped: Counter[str]) -> Cac
 
 
 class Replay:
-    """Replays sequences with a first drafter, or its recorded drafts, and, if given, a VP-Drafter."""
+    """Replays sequences with a first drafter or its recorded drafts, and with a second drafter if there is one."""
 
     def __init__(
         self,
@@ -124,8 +132,6 @@ class Replay:
         else:
             self.first = self._load(first)
             block_size = self.first.shape.block_size
-        if self.second is not None and config.second_block_size is not None:
-            self.second.shape = replace(self.second.shape, block_size=config.second_block_size)
         self.num_positions = max(block_size, 0 if self.second is None else self.second.shape.block_size) - 1
         self.num_branches = max(config.k, config.max_k)
         seconds = {"first_as_second": self.first, "d2sd": self.second}
@@ -142,17 +148,20 @@ class Replay:
         numbers = range(self.num_branches + 1)
         yield Way("first", None, 0)
         yield from (Way("first_tree", None, k) for k in numbers)
-        for setting in self.seconds:
-            yield from (Way(setting, policy, k) for policy in self.config.policies for k in numbers)
+        for name in self.seconds:
+            yield from (Way(name, policy, k) for policy in self.config.policies for k in numbers)
 
     def run(self, rows: Sequence[SequenceRow], on_sequence: Callable[[], None] = lambda: None) -> ReplayReport:
         """Replays these sequences.
 
+        Args:
+            on_sequence: called after each sequence.
+
         Raises:
-            CacheNotFoundError: none of them can be replayed.
+            CacheNotFoundError: no sequence can be replayed.
         """
         requests = map(Request, rows[: self.config.limit])
-        with closing(read_ahead(self.cache, requests, self.read.num_threads, self.read.num_buffers)) as sequences:
+        with closing(read_ahead(self.cache.states, requests, self.read.num_threads)) as sequences:
             for batch in self.batches(sequences, on_sequence):
                 self.replay(batch)
         if not self.report.num_responses:
@@ -174,7 +183,7 @@ class Replay:
             yield join(waiting)
 
     def responses_of(self, sequence: CachedSequence) -> Batch | None:
-        """A batch of one sequence; None, counted by reason, if it has no response that can be replayed."""
+        """A batch of one sequence; None if no response can be replayed, and the reason is counted."""
         usable, reason = replayable_responses(sequence)
         if not usable:
             self.report.skipped[reason] += 1
@@ -182,7 +191,7 @@ class Replay:
         anchors_N = torch.cat([torch.arange(start, end - 1) for start, end in usable])
         recorded_NJ = torch.cat([recorded_after(sequence.token_ids_S, span, self.num_positions) for span in usable])
         return Batch(
-            # A copy: the reader fills its buffer again.
+            # A copy, since the reader fills its buffer again with the next sequence.
             features_TD=sequence.hidden(self.device).flatten(1).to(self.dtype, copy=True),
             num_tokens=[sequence.row.num_tokens],
             num_anchors=[len(anchors_N)],
@@ -194,6 +203,7 @@ class Replay:
         )
 
     def recorded_drafts(self, row: SequenceRow, anchors_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens and probabilities [N, J, A] at these anchors."""
         assert self.drafts is not None
         drafted = self.drafts.read(row)
         return drafted.tokens_TGA[anchors_N].long().to(self.device), drafted.probs_TGA[anchors_N].float().to(
@@ -209,46 +219,43 @@ class Replay:
         tokens_NJA, probs_NJA = batch.drafts or self.draft(batch, contexts["first_as_second"])
         draft_NJ = tokens_NJA[..., 0]
         first_len_N = leading_right(draft_NJ, batch.recorded_NJ)
-        pairs = runner_up(tokens_NJA, probs_NJA, self.num_branches)
+        facts = CycleFacts(tokens_NJA, probs_NJA, self.num_branches)
+        pairs = runner_up(facts)
         swapped_NB = leading_right(show_branches(draft_NJ, pairs), batch.recorded_NJ[:, None])
         columns = [first_len_N[:, None], self.best_of(first_len_N, swapped_NB)]
-        for setting, drafter in self.seconds.items():
+        for name, drafter in self.seconds.items():
+            next_tokens = partial(self.next_tokens, batch, draft_NJ, drafter, contexts[name])
             for policy in self.config.policies:
-                ask = partial(self.next_tokens, batch, draft_NJ, drafter, contexts[setting])
-                branches = launch(policy, tokens_NJA, probs_NJA, self.num_branches, ask)
-                lens_NB = self.complete(batch, draft_NJ, branches, drafter, contexts[setting])
+                branches = POLICIES[policy](facts._replace(next_tokens=next_tokens))
+                lens_NB = self.complete(batch, draft_NJ, branches, drafter, contexts[name])
                 columns.append(self.best_of(first_len_N, lens_NB))
         accept_lens_NC = torch.cat(columns, dim=1)
-        facts = AnchorFacts(
+        outcomes = FirstDraftOutcomes(
             first_len_N=first_len_N.cpu().numpy(),
-            confidence_NJ=probs_NJA[..., 0].cpu().numpy(),
+            confidence_NJ=facts.confidence_NJ.cpu().numpy(),
             num_recorded_N=(batch.recorded_NJ[:, : draft_NJ.shape[1]] >= 0).sum(dim=1).cpu().numpy(),
-            boundary_rank_N=self.rank(paper(tokens_NJA, probs_NJA, self.num_branches), batch, first_len_N).numpy(),
+            boundary_rank_N=self.rank(paper(facts), batch, first_len_N).numpy(),
             pair_rank_N=self.rank(pairs, batch, first_len_N).numpy(),
         )
-        self.report.add(accept_lens_NC.cpu().numpy(), batch.response_lens, facts)
+        self.report.add(accept_lens_NC.cpu().numpy(), batch.response_lens, outcomes)
 
     def draft(self, batch: Batch, context: Context) -> tuple[Tensor, Tensor]:
         """The first drafter's tokens and probabilities [N, J, A] at all anchors."""
         assert self.first is not None
-        found = [
-            draft_anew(
-                self.first,
-                self.pieces,
-                context,
-                num_blocks,
-                batch.anchors_N[chunk],
-                batch.anchor_ids_N[chunk],
-                NUM_ALTERNATIVES,
-            )
-            for chunk, num_blocks in passes(batch.sequence_N, len(batch.num_tokens))
-        ]
-        return torch.cat([tokens for tokens, _ in found]), torch.cat([probs for _, probs in found])
+        return draft_all(
+            self.first,
+            self.pieces,
+            context,
+            batch.sequence_N,
+            batch.anchors_N,
+            batch.anchor_ids_N,
+            BLOCKS_PER_PASS,
+        )
 
     def complete(
         self, batch: Batch, draft_NJ: Tensor, branches: Branches, drafter: Drafter, context: Context
     ) -> Tensor:
-        """Accept lengths [N, B] of the completed branches; 0 for those that can't commit more than the first draft."""
+        """Accept lengths [N, B] of the completed branches; 0 if a branch can't commit more than the first draft."""
         shown_NBJ = show_branches(draft_NJ, branches)
         visible_len_NB = branches.visible_len_NB
         right_len_NB = leading_right(shown_NBJ, batch.recorded_NJ[:, None])
@@ -257,7 +264,7 @@ class Replay:
         promising_NB = (right_len_NB >= visible_len_NB) & (following_NB != branches.excluded_NB)
         rows_R, columns_R = promising_NB.nonzero(as_tuple=True)
         lens_NB = torch.zeros_like(right_len_NB)
-        for chunk, num_blocks in passes(batch.sequence_N[rows_R], len(batch.num_tokens)):
+        for chunk, num_blocks in cut_into_passes(batch.sequence_N[rows_R], len(batch.num_tokens), BLOCKS_PER_PASS):
             n, b = rows_R[chunk], columns_R[chunk]
             chosen = open_branches(batch, shown_NBJ, branches, n, b)
             candidates_RJ = complete_branches(drafter, self.pieces, context, num_blocks, chosen)
@@ -267,28 +274,31 @@ class Replay:
     def next_tokens(
         self, batch: Batch, draft_NJ: Tensor, drafter: Drafter, context: Context, branches: Branches
     ) -> tuple[Tensor, Tensor]:
-        """What a drafter takes to follow each branch's visible tokens: tokens and probabilities [N, B, A]."""
+        """A drafter's likeliest tokens [N, B, A] after each branch's visible tokens, and their probabilities."""
         N, B = branches.prefix_len_NB.shape
         shown_NBJ = show_branches(draft_NJ, branches)
         rows_R = torch.arange(N, device=self.device).repeat_interleave(B)
         columns_R = torch.arange(B, device=self.device).repeat(N)
         found = []
-        for chunk, num_blocks in passes(batch.sequence_N[rows_R], len(batch.num_tokens)):
+        for chunk, num_blocks in cut_into_passes(batch.sequence_N[rows_R], len(batch.num_tokens), BLOCKS_PER_PASS):
             chosen = open_branches(batch, shown_NBJ, branches, rows_R[chunk], columns_R[chunk])
             found.append(rank_next(drafter, self.pieces, context, num_blocks, chosen, NUM_ALTERNATIVES + 1))
         tokens_RA, probs_RA = (torch.cat(parts) for parts in zip(*found, strict=True))
         return tokens_RA.view(N, B, -1), probs_RA.view(N, B, -1)
 
     def best_of(self, first_len_N: Tensor, lens_NB: Tensor) -> Tensor:
-        """The longest accepted candidate among the first draft and the first 0, 1, ... branches: [N, max branches + 1].
+        """Longest accept length among the first draft and the first 0, 1, ... branches: [N, max branches + 1].
 
-        A policy that has fewer branches to offer launches all it has.
+        A policy that offers fewer branches launches all that it offers.
         """
         best = torch.cat([first_len_N[:, None], lens_NB], dim=1).cummax(dim=1).values
         return best[:, torch.arange(self.num_branches + 1, device=best.device).clamp(max=best.shape[1] - 1)]
 
     def rank(self, branches: Branches, batch: Batch, first_len_N: Tensor) -> Tensor:
-        """0-based place of the branch that is right about the first draft's boundary, and the token there; else -1."""
+        """0-based rank of the branch with the first draft's true boundary and the right token there; -1: no branch has.
+
+        A branch without an alternative needs the right boundary alone.
+        """
         at_boundary_NB = branches.prefix_len_NB == first_len_N[:, None]
         boundary_N1 = first_len_N[:, None].clamp(max=self.num_positions - 1)
         needed_NB = batch.recorded_NJ.gather(1, boundary_N1).expand_as(at_boundary_NB)
@@ -299,7 +309,7 @@ class Replay:
 
 
 def open_branches(batch: Batch, shown_NBJ: Tensor, branches: Branches, n: Tensor, b: Tensor) -> OpenBranches:
-    """Branches `b` of the anchors `n`."""
+    """The branches with indices `n` (anchor) and `b` (place), both int64 [R]."""
     return OpenBranches(
         batch.anchors_N[n],
         batch.anchor_ids_N[n],
@@ -310,15 +320,12 @@ def open_branches(batch: Batch, shown_NBJ: Tensor, branches: Branches, n: Tensor
 
 
 def leading_right(candidates: Tensor, recorded: Tensor) -> Tensor:
-    """Drafted tokens, from the first on, that equal the recorded ones: the accept length of [..., J] candidates."""
+    """Accept length of candidates [..., J]: number of leading tokens that equal the recorded ones.
+
+    Training counts accepted tokens by code of its own (`drafter.blocks.accept_lengths`): replay checks training, so the
+    two share no code for acceptance.
+    """
     return (candidates == recorded[..., : candidates.shape[-1]]).long().cumprod(dim=-1).sum(dim=-1)
-
-
-def passes(sequence_R: Tensor, num_sequences: int) -> Iterator[tuple[slice, list[int]]]:
-    """Cuts rows, sorted by sequence, into passes; with each goes its number of rows of every sequence."""
-    for start in range(0, len(sequence_R), BLOCKS_PER_PASS):
-        chunk = slice(start, start + BLOCKS_PER_PASS)
-        yield chunk, torch.bincount(sequence_R[chunk], minlength=num_sequences).tolist()
 
 
 def join(batches: Sequence[Batch]) -> Batch:

@@ -1,9 +1,9 @@
-"""What can be replayed of a cached sequence, and how many cycles it takes.
+"""Which responses of a cached sequence can be replayed, and how many cycles they take.
 
-Worked out from the recorded tokens alone: nothing here is shared with training.
+Everything here follows from the recorded tokens. Replay checks training, so this file shares no code with training.
 """
 
-# S tokens of a sequence, J drafted positions, C ways of decoding
+# S tokens of a sequence, T with a state, N anchors, J = G - 1 drafted positions, C ways of decoding
 from __future__ import annotations
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 from ...data.cache.reader import CachedTokens
 
 BEYOND = -2
-"""Stands for "no recorded token": never equal to a drafted one."""
+"""Stands for "no recorded token"; equal to no drafted token."""
 
 
 def find_responses(loss_mask_S: Tensor) -> list[tuple[int, int]]:
@@ -33,7 +33,7 @@ def is_greedy(sequence: CachedTokens, span: tuple[int, int]) -> bool:
 
 
 def replayable_responses(sequence: CachedTokens) -> tuple[list[tuple[int, int]], str]:
-    """The greedy responses of two tokens and more, or why there is none."""
+    """The greedy responses of at least two tokens, and the reason in case there is none."""
     responses = find_responses(sequence.loss_mask_S)
     greedy = [span for span in responses if is_greedy(sequence, span)]
     usable = [(start, end) for start, end in greedy if end - start > 1]
@@ -43,16 +43,19 @@ def replayable_responses(sequence: CachedTokens) -> tuple[list[tuple[int, int]],
 
 
 def recorded_after(token_ids_S: Tensor, span: tuple[int, int], num_positions: int) -> Tensor:
-    """The tokens after each anchor of a response, all its tokens but the last: [end-start-1, J], `BEYOND` past it."""
+    """The J tokens after each anchor of a response, `BEYOND` past the response: [N, J].
+
+    The anchors are the response's N = end - start - 1 tokens before its last one.
+    """
     start, end = span
     padded = torch.cat([token_ids_S[start + 1 : end], token_ids_S.new_full((num_positions,), BEYOND)])
     return padded.unfold(0, num_positions, 1)[: end - start - 1]
 
 
 def count_cycles(accept_lens_NC: np.ndarray) -> np.ndarray:
-    """Cycles [C] until a response is complete, if the cycle at its i-th token commits accept_lens_NC[i] and a bonus.
+    """Cycles [C] that complete a response; the cycle at the i-th token commits accept_lens_NC[i] tokens and a bonus.
 
-    The response has N + 1 tokens, of which the prefill gives the first; nothing beyond the last is committed.
+    The response has N + 1 tokens. The prefill gives the first one, and nothing past the last one is committed.
     """
     num_anchors, num_ways = accept_lens_NC.shape
     position_C = np.zeros(num_ways, int)

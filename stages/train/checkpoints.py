@@ -1,4 +1,4 @@
-"""Checkpoints of a run: a drafter in the public form, and beside it what resuming needs."""
+"""Checkpoints of a run: each is a drafter in the public form, with the training state beside it."""
 
 from __future__ import annotations
 
@@ -29,64 +29,67 @@ def step_of(checkpoint: Path) -> int:
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints, oldest first; one that was being written has another name."""
+    """Complete checkpoints, oldest first; an unfinished one has another name."""
     found = [path for path in (run / CHECKPOINTS).glob("step-*") if NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: path.name)
 
 
 def keep_latest(run: Path, keep: int) -> None:
-    """Removes all checkpoints but the latest, and the best of each measure."""
+    """Removes all checkpoints except the `keep` latest and the best of each measure."""
     best = best_checkpoints(run)
     for path in list_checkpoints(run)[:-keep]:
         if path not in best:
-            # By another name first: half a checkpoint is none.
+            # Renamed first, so that a checkpoint that is half removed is not taken for a complete one.
             shutil.rmtree(path.rename(path.with_name(f".{path.name}.removed.tmp")))
 
 
 def remove_unfinished(run: Path) -> None:
-    """Removes what processes that were killed have left of checkpoints that they wrote or removed."""
+    """Removes unfinished checkpoints, which processes leave behind that are killed while they write or remove one."""
     for path in (run / CHECKPOINTS).glob(".step-*.tmp"):
         shutil.rmtree(path)
 
 
-class Judgement(NamedTuple):
-    """What a checkpoint's replay has given."""
+class CheckpointResult(NamedTuple):
+    """What the evaluation of a checkpoint has given."""
 
     alpha: float
+    """Acceptance length."""
     measure: dict[str, Any]
-    """JSON values that say how it was measured; what was measured in another way is no match for it."""
+    """JSON values that say how alpha was measured. Results of different measures are not compared."""
 
 
-def note_judgement(checkpoint: Path, judgement: Judgement) -> None:
-    write_text_durably(checkpoint / ALPHA, json.dumps(judgement._asdict()) + "\n")
+def write_result(checkpoint: Path, result: CheckpointResult) -> None:
+    write_text_durably(checkpoint / ALPHA, json.dumps(result._asdict()) + "\n")
 
 
-def read_judgement(checkpoint: Path) -> Judgement | None:
-    """None if it was not evaluated."""
+def read_result(checkpoint: Path) -> CheckpointResult | None:
+    """None if the checkpoint was not evaluated."""
     path = checkpoint / ALPHA
-    return Judgement(**json.loads(path.read_text())) if path.is_file() else None
+    return CheckpointResult(**json.loads(path.read_text())) if path.is_file() else None
 
 
 def best_checkpoints(run: Path) -> list[Path]:
-    """The first checkpoint of best acceptance length by each measure; the measure of the latest one judged is last."""
-    judged: dict[str, list[tuple[Path, float]]] = {}
+    """The first checkpoint of largest alpha for each measure; the measure that was used last comes last."""
+    by_measure: dict[str, list[tuple[Path, float]]] = {}
     for path in list_checkpoints(run):
-        if (found := read_judgement(path)) is not None:
+        if (found := read_result(path)) is not None:
             measure = json.dumps(found.measure, sort_keys=True)
-            judged[measure] = [*judged.pop(measure, []), (path, found.alpha)]
-    return [max(alike, key=lambda item: item[1])[0] for alike in judged.values()]
+            by_measure[measure] = [*by_measure.pop(measure, []), (path, found.alpha)]
+    return [max(alike, key=lambda item: item[1])[0] for alike in by_measure.values()]
 
 
 def best_checkpoint(run: Path) -> Path | None:
-    """The best of the checkpoints that were judged as the latest was; None if none was judged."""
+    """The best checkpoint by the measure of the latest evaluated one; None if no checkpoint was evaluated."""
     return next(reversed(best_checkpoints(run)), None)
 
 
 def find_drafter(name: str | Path) -> Path:
-    """The drafter's folder that a user means: a checkpoint's, a run's best checkpoint or its latest, or one of the hub.
+    """The folder of the drafter that a user names.
+
+    The name is a checkpoint's folder, a run's folder (its best checkpoint, else its latest), or a hub id.
 
     Raises:
-        DrafterError: there is none of these.
+        DrafterError: there is no such drafter.
     """
     folder = find_model(str(name), (CONFIG, WEIGHTS), "drafter", DrafterError)
     if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
@@ -104,7 +107,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     """What `STATE` holds: version, step, weights (float32), their average, optimizers and schedules.
 
     Raises:
-        DrafterError: it is missing or of another version.
+        DrafterError: the file is missing, damaged, or of another version.
     """
     path = checkpoint / STATE
     try:

@@ -1,6 +1,6 @@
 """Settings of training: the drafter, its training blocks and the run."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -10,11 +10,14 @@ from ..config import (
     Count,
     NonNegative,
     NonNegativeFloat,
+    OneOf,
     PositiveFloat,
     Ratio,
     Section,
     Share,
 )
+from .anchors import ANCHOR_SAMPLERS
+from .prefix import PREFIX_SAMPLERS
 
 
 class DrafterSection(Section):
@@ -38,46 +41,38 @@ class DrafterSection(Section):
     """Base of RoPE; > 0, none = the target's."""
 
 
-PlainSampler = Literal["geometric", "visible-geometric", "boundary", "past-boundary", "posterior", "topk"]
+PrefixSampler = Annotated[str, OneOf(PREFIX_SAMPLERS)]
 
 
 class PrefixConfig(Section):
     """`train.prefix`: how many tokens after the anchor a training block shows."""
 
-    sampler: Literal[PlainSampler, "mixture"] = "posterior"
-    """Where prefix lengths come from.
-
-    geometric: Eq. 6 of arXiv 2606.04446 over 0..gamma-2; visible-geometric: the public code's rule, which never
-    draws 0; boundary: the accept length L of the first draft at the anchor; past-boundary: L + 1; posterior: where
-    the first drafter believes it fails; topk: the branches that decoding launches; mixture: several of these.
-    """
+    sampler: PrefixSampler = "posterior"
+    """The rule that draws prefix lengths."""
     beta: Ratio = 0.9
     """Ratio of the geometric prior over prefix lengths (Eq. 6); in (0, 1]."""
     k: Count = 4
     """Branches among which `topk` chooses; >= 1."""
-    mixture: dict[PlainSampler, PositiveFloat] = Field(default={"past-boundary": 0.7, "geometric": 0.3})
+    mixture: dict[PrefixSampler, PositiveFloat] = Field(default={"past-boundary": 0.7, "geometric": 0.3})
     """Weights of the samplers in `mixture`; each > 0, in proportion to their sum."""
-    floor: Share = 0.0
-    """Share of `mixture` that is spread evenly over all prefix lengths; in [0, 1]."""
 
     @field_validator("mixture")
     @classmethod
-    def _some(cls, value: dict[str, float]) -> dict[str, float]:
+    def _check_mixture(cls, value: dict[str, float]) -> dict[str, float]:
         if not value:
             raise ValueError("the weight of at least one sampler")
+        if "mixture" in value:
+            raise ValueError("samplers other than mixture")
         return value
 
 
 class AnchorConfig(Section):
     """`train.anchor`: at which tokens of a sequence training blocks start."""
 
-    sampler: Literal["uniform", "chain", "failure"] = "uniform"
-    """uniform: all alike; chain: those that decoding with the first draft visits; failure: rather those where the
-    first draft stops early."""
-    uniform_share: BelowOne = 0.3
-    """Share of `chain` anchors that are drawn from the others, uniformly; in [0, 1)."""
+    sampler: Annotated[str, OneOf(ANCHOR_SAMPLERS)] = "uniform"
+    """The rule that chooses anchors."""
     failure_power: PositiveFloat = 1.0
-    """`failure` weighs an anchor with (accept length + 1)^-failure_power; > 0."""
+    """`failure` gives an anchor the weight (accept length + 1)^-failure_power; > 0."""
 
 
 class TrainConfig(Section):
@@ -86,7 +81,7 @@ class TrainConfig(Section):
     objective: Literal["dflash", "vp"] = "vp"
     """What is trained: a first drafter (dflash) or a VP-Drafter (vp)."""
     prefix: PrefixConfig = PrefixConfig()
-    """Prefix lengths of the training blocks; read by the vp objective alone."""
+    """Prefix lengths of the training blocks; only the vp objective reads them."""
     anchor: AnchorConfig = AnchorConfig()
     """Anchors of the training blocks."""
     first_drafter: str | None = None
@@ -95,22 +90,20 @@ class TrainConfig(Section):
     """Blocks drawn per sequence and visit; >= 1."""
     tau: PositiveFloat = 7.0
     """Decay length of the loss weights, in block positions (Eq. 7); > 0."""
-    normalise: Literal["block", "batch"] = "block"
-    """What the weighted loss is divided by: each block's weights (the paper) or the batch's (public code)."""
-    visible: Literal["recorded", "first-draft"] = "recorded"
-    """Tokens of visible prefixes: the recorded ones, or the first draft's, which differ past the boundary."""
+    normalize: Literal["block", "batch"] = "block"
+    """What the weighted loss is divided by: the weights of each block (the paper) or of the batch (public code)."""
     labels: Literal["recorded", "argmax"] = "recorded"
     """What a block must predict: the recorded tokens or the target's argmax."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """AdamW for all weights, or Muon for the matrices and AdamW for the rest."""
+    """adamw: AdamW for all weights; muon: Muon for the matrices and AdamW for the rest."""
     lr: PositiveFloat = 6e-4
-    """Peak learning rate; > 0. Muon's steps are scaled to need the same as AdamW's."""
+    """Peak learning rate; > 0. Muon's steps are scaled so that AdamW's learning rates fit."""
     weight_decay: NonNegativeFloat = 0.0
     """Weight decay of the matrices; >= 0. Norms have none."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
-    """Two decay rates of AdamW's moments; each in [0, 1)."""
+    """Decay rates of AdamW's two moments; each in [0, 1)."""
     ema: BelowOne = 0.0
-    """Decay of a moving average of the weights, which checkpoints then hold; in [0, 1), 0 = off."""
+    """Decay of a moving average of the weights, which checkpoints hold in place of the weights; in [0, 1), 0 = off."""
     clip: PositiveFloat = 1.0
     """Largest gradient norm; > 0."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -118,52 +111,52 @@ class TrainConfig(Section):
     warmup: Share = 0.04
     """Share of all steps in which the learning rate rises; in [0, 1]."""
     epochs: PositiveFloat = 6.0
-    """Visits to every training sequence; > 0."""
+    """How often every training sequence is visited; > 0."""
     max_steps: Count | None = None
-    """Number of optimizer steps, in place of epochs; >= 1."""
+    """Number of optimizer steps; >= 1, none = as many as `epochs` takes."""
     batch_tokens: Count = 32768
     """Context tokens per optimizer step, over all processes; >= 1. A step takes whole sequences."""
     tokens_per_pass: Count = 65536
-    """Context tokens and block positions that one forward pass takes, which bounds memory; >= 1.
+    """Context tokens and block positions of one forward pass, which bounds memory; >= 1.
 
-    A sequence that has more gets a pass of its own.
+    A sequence that has more takes a pass of its own.
     """
     max_len: Count = 3072
     """Tokens of a sequence that are read, from its start; >= 1."""
     holdout: BelowOne = 0.05
-    """Share of sequences kept from training, chosen by hash of their id; in [0, 1)."""
+    """Share of sequences held out from training, chosen by a hash of their ids; in [0, 1)."""
     seed: NonNegative = 0
     """Seed of initial weights, order, anchors and prefix lengths; >= 0."""
-    precision: Literal["auto", "float32", "bf16"] = "auto"
-    """What the forward pass computes in; auto = bf16 on a GPU that has it. Weights are float32."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the forward pass computes in; auto = bfloat16 on a GPU that has it. Weights are float32."""
     attention: Literal["auto", "eager", "structured", "flex"] = "auto"
-    """How blocks attend, with equal results: flex attention, small groups of blocks, or a dense mask.
+    """How blocks attend; the results are equal. auto = flex on a GPU, structured elsewhere.
 
-    auto = flex on a GPU, structured elsewhere. eager is the reference.
+    flex: PyTorch's flex attention. structured: a few blocks at a time. eager: a dense mask, the reference.
     """
     compile: bool = False
-    """Compile the drafter's layers; with flex attention, or eager."""
+    """Compile the drafter's layers; needs flex or eager attention."""
     sharding: Literal["none", "fsdp2"] = "none"
-    """Whether several processes each hold all of the drafter and its optimizer, or a shard."""
+    """What each of several processes holds: the whole drafter and optimizer (none), or a shard of them (fsdp2)."""
     non_finite: Literal["stop", "skip"] = "stop"
-    """What a step does whose loss or gradient is not finite: end the run, or change nothing and count."""
+    """What happens if a step's loss or gradient is not finite: the run ends, or the step is skipped and counted."""
     num_sampled_tokens: NonNegative = 0
-    """Other tokens per step in a sampled softmax; >= 0, 0 = the whole vocabulary.
+    """Tokens drawn for a sampled softmax, per step; >= 0, 0 = the softmax runs over the whole vocabulary.
 
-    n > 0: the softmax runs over the tokens that occur in the cache plus n of the others, drawn anew each
-    step, whose weight is scaled up to stand for all of them. On a CPU the head is most of a step.
+    With n > 0 the softmax runs over the tokens that occur in the cache and n others. These n are drawn anew each
+    step and weighted so that they stand for all others. On a CPU the head takes most of a step, so this saves time.
     """
     log_every: Count = 10
     """Optimizer steps between log lines; >= 1."""
     save_every: Count = 500
     """Optimizer steps between checkpoints; >= 1."""
     keep: Count = 2
-    """Number of latest checkpoints kept, beside the one of best alpha; >= 1."""
+    """Number of latest checkpoints that are kept, beside the one of best alpha; >= 1."""
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = Field(default=[])
     """Where metrics go beside the run's metrics.jsonl."""
     project: str = "vpd"
-    """What trackers keep the run under."""
+    """Name of the project in the trackers."""
     eval_limit: NonNegative = 0
-    """Held-out sequences replayed at every checkpoint, as the eval section says, to find the best; >= 0, 0 = none."""
+    """Held-out sequences that are replayed at every checkpoint, with the eval settings; >= 0, 0 = none."""
     init: str | None = None
-    """A drafter to start from: a checkpoint's or run's folder, or a hub id; none = random weights."""
+    """Drafter to start from: a checkpoint's or run's folder, or a hub id; none = random weights."""

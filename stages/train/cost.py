@@ -1,6 +1,6 @@
-"""What a training run costs, on paper: operations, bytes read, steps, hours."""
+"""What a training run costs: operations, tokens read, steps, hours."""
 
-# T context tokens, N blocks, G block size, P labelled positions, H hidden width, V vocabulary
+# T context tokens, N blocks, G block size, P predicted positions, H hidden width
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ import numpy as np
 
 from ..drafter.shape import DrafterShape
 from .config import TrainConfig
+from .steps import count_steps, count_steps_per_epoch
 
 SECONDS_PER_HOUR = 3600
 
@@ -17,14 +18,16 @@ SECONDS_PER_HOUR = 3600
 def training_flops(
     shape: DrafterShape, num_tokens: float, num_blocks: float, num_labels: float, num_seen: float
 ) -> float:
-    """Operations that the loss and its gradient need, two for a multiplication and an addition.
+    """Operations of the loss and its gradient; a multiplication with an addition counts as two.
 
-    A weight takes 2 a row forward, 2 for its gradient and 2 for its input's, which `fc` does without. The head is
-    frozen: 4 a label. A pair of a block position and what it sees takes 4 a channel forward and 8 backward.
+    Per row, a weight takes 2 operations forward, 2 for the weight's gradient and 2 for the input's gradient; `fc`
+    needs no gradient of its input. Per label, a weight of the head takes 4, since the head is frozen. A pair of a
+    block position and a position that it sees takes 4 per channel forward and 8 backward.
 
     Args:
         num_tokens: context tokens T.
-        num_labels: block positions P whose logits are computed.
+        num_blocks: blocks N.
+        num_labels: predicted positions P, whose logits are computed.
         num_seen: context tokens that each block sees, summed over blocks.
     """
     H, width = shape.hidden_size, shape.num_attention_heads * shape.head_dim
@@ -46,26 +49,31 @@ class TrainingCost:
     """Context tokens read."""
     flops: float
 
-    def gpu_hours(self, tflops: float, utilisation: float) -> float:
-        """Hours of one GPU with this many TFLOPS at its peak, of which training reaches a share."""
-        return self.flops / (tflops * 1e12 * utilisation) / SECONDS_PER_HOUR
+    def gpu_hours(self, tflops: float, utilization: float) -> float:
+        """Hours of one GPU.
+
+        Args:
+            tflops: the GPU's peak, in TFLOPS.
+            utilization: share of the peak that training reaches; in (0, 1].
+        """
+        return self.flops / (tflops * 1e12 * utilization) / SECONDS_PER_HOUR
 
 
 def training_cost(
     shape: DrafterShape, config: TrainConfig, lengths: Sequence[float], num_sequences: int
 ) -> TrainingCost:
-    """The cost of a run at most: every position past the anchor is a label, every token may be an anchor.
+    """The largest cost of a run: every token may be an anchor, and every position past an anchor is predicted.
 
     Args:
-        lengths: tokens of sequences that stand for all.
-        num_sequences: how many they stand for, before some are held out.
+        lengths: tokens of each sequence of a sample.
+        num_sequences: number of sequences that the sample stands for, held-out ones included.
     """
     tokens = np.minimum(np.asarray(lengths, dtype=float), config.max_len)
     blocks = np.minimum(tokens, config.num_anchors)
     trained = num_sequences * (1 - config.holdout)
     num_tokens = float(tokens.mean()) * trained
-    steps_per_epoch = max(1, -(-round(num_tokens) // config.batch_tokens))
-    num_steps = config.max_steps or max(1, round(config.epochs * steps_per_epoch))
+    steps_per_epoch = count_steps_per_epoch(round(num_tokens), round(trained), config.batch_tokens)
+    num_steps = count_steps(config, steps_per_epoch)
     visits = trained * num_steps / steps_per_epoch
     per_sequence = training_flops(
         shape,

@@ -1,4 +1,4 @@
-"""Feeds training: a thread reads, draws and packs the coming passes while the device computes."""
+"""Feeds training: a thread reads, draws and packs the next passes while the device computes."""
 
 # T context tokens, D context features
 from __future__ import annotations
@@ -25,6 +25,7 @@ from .order import DataOrder
 from .samples import SequenceBlocks, TrainingBlocks, draw_blocks, pack
 
 PASSES_AHEAD = 2
+"""Finished passes that wait for training."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +42,15 @@ class Pass(NamedTuple):
     """What one forward pass takes."""
 
     blocks: list[TrainingBlocks]
-    """Of each run; none if this process has nothing to learn from in the step."""
+    """The blocks of each run; empty if the step has nothing to learn from for this process."""
     last: bool
-    """Whether it ends a step."""
+    """Whether the pass ends a step."""
 
 
 class Feed:
     """The passes of this process, step after step, for all runs that read the cache together.
 
-    The runs have the same order, `max_len` and `tokens_per_pass`; each draws its own anchors and prefixes.
+    The runs have the same order, `max_len` and `tokens_per_pass`. Each run draws its own anchors and prefixes.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Feed:
         self.cache, self.rows, self.order, self.plans, self.read = cache, rows, order, plans, read
         self.device, self.steps, self.process, self.num_processes = device, steps, process, num_processes
         self.seconds_waited = 0.0
-        """Time that `take` has waited for the thread."""
+        """Seconds that `take` has waited for the thread."""
         self._ready: queue.Queue[Pass | BaseException | None] = queue.Queue(PASSES_AHEAD)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._work, name="vpd-feed", daemon=True)
@@ -78,7 +79,7 @@ class Feed:
 
     def __exit__(self, *error: object) -> None:
         self._closed.set()
-        while self._thread.is_alive():  # it may be waiting for room
+        while self._thread.is_alive():  # the thread may wait for a free place in the queue
             with self._ready.mutex:
                 self._ready.queue.clear()
                 self._ready.not_full.notify_all()
@@ -88,7 +89,8 @@ class Feed:
         """The next pass.
 
         Raises:
-            CacheCorruptError: its turn has come, and what it needs can't be read.
+            CacheCorruptError: a sequence of this pass can't be read.
+            RuntimeError: there are no more passes.
         """
         started = time.monotonic()
         found = self._ready.get()
@@ -103,7 +105,7 @@ class Feed:
         return found
 
     def _work(self) -> None:
-        # A second team of threads would fight the training thread for the cores.
+        # More threads would compete with the training thread for the cores.
         torch.set_num_threads(1)
         try:
             with own_stream(self.device):
@@ -118,9 +120,7 @@ class Feed:
             self._ready.put(error)
 
     def _passes(self) -> Iterator[Pass]:
-        with closing(
-            read_ahead(self.cache, self._requests(), self.read.num_threads, self.read.num_buffers)
-        ) as sequences:
+        with closing(read_ahead(self.cache.states, self._requests(), self.read.num_threads)) as sequences:
             for step in self.steps:
                 mine = islice(sequences, len(self.order.share(step, self.process, self.num_processes)))
                 yield from self._passes_of_step(step, mine)
@@ -143,7 +143,7 @@ class Feed:
             found = [each for each in drawn if each is not None]
             if not found:
                 continue
-            # A copy: the reader fills its buffer again while later sequences of the pass are drawn.
+            # A copy, since the reader fills its buffer again while later sequences of the pass are drawn.
             features_TD = sequence.hidden(self.device)[: shared.max_len].flatten(1).clone()
             size = len(features_TD) + max(each.tokens_NG.numel() for each in found)
             if waiting and num_waiting + size > shared.tokens_per_pass:
@@ -163,10 +163,10 @@ class Feed:
 
 
 def own_stream(device: torch.device) -> AbstractContextManager[object]:
-    """A GPU's stream beside the one that trains; the calling thread works on that GPU from then on."""
+    """A GPU stream beside the one that trains. From then on the calling thread works on that GPU."""
     if device.type != "cuda":
         return nullcontext()
-    torch.cuda.set_device(device)  # every thread begins with the first
+    torch.cuda.set_device(device)  # a new thread works on the first GPU
     return torch.cuda.stream(torch.cuda.Stream(device))
 
 

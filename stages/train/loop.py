@@ -1,4 +1,4 @@
-"""Stage two: trains drafters from a cache, without the target."""
+"""Stage two: the training loop, for one run or for several runs that read the same sequences together."""
 
 from __future__ import annotations
 
@@ -19,72 +19,78 @@ def run_together(
     trainers: Sequence[Trainer],
     on_step: Callable[[Trainer, dict[str, Any]], None],
     on_alpha: Callable[[Trainer, float], None] = lambda trainer, alpha: None,
-    should_stop: Callable[[], bool] = lambda: False,
+    must_stop: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Runs trainers that read the same sequences to their last step; returns whether all is done.
+    """Trains runs that read the same sequences to their last step; returns whether everything is done.
 
-    A trainer that fails has its error as `failure`, and the others go on. A checkpoint that has not been judged when
-    a run ends is judged when it goes on.
+    A trainer that fails keeps its error in `failure`, and the others go on. If a run ends before its latest
+    checkpoint is evaluated, the checkpoint is evaluated when the run is resumed.
 
     Args:
-        on_step: gets the metrics of each trainer's step that had something to learn from.
+        on_step: gets the metrics of each trainer's step, unless the step had nothing to learn from.
         on_alpha: gets the acceptance length of each trainer's checkpoint, in the first process.
-        should_stop: asked after every step; if it is true in any process, all save and stop.
+        must_stop: asked after every step. If it is true in any process, all trainers save and stop.
 
     Raises:
         NonFiniteError: the last trainer that was left has failed.
     """
     lead = trainers[0]
-    accelerator = lead.accelerator
-    judge_all(trainers, on_alpha)
+    evaluate_all(trainers, on_alpha)
     steps = range(lead.step, lead.num_steps)
-    plans = [trainer.plan for trainer in trainers]
-    with Feed(
-        lead.cache,
-        lead.rows,
-        lead.order,
-        plans,
-        lead.read,
-        lead.device,
-        steps,
-        accelerator.process_index,
-        accelerator.num_processes,
-    ) as feed:
+    with open_feed(trainers, steps) as feed:
         pace = Pace(feed)
         for step in steps:
             results = run_step(trainers, feed)
             pace.add(lead.order.num_tokens(step))
-            stop = bool(int(_sum(accelerator, int(should_stop()))))
-            found = [metrics(trainer, result, pace) for trainer, result in zip(trainers, results, strict=True)]
+            stopping = bool(_sum(lead.accelerator, int(must_stop())))
+            report_step(trainers, results, pace, on_step)
             if (step + 1) % lead.config.log_every == 0:
                 pace = Pace(feed)
-            for trainer, result, line in zip(trainers, results, found, strict=True):
-                if result is not None:
-                    on_step(trainer, line)
-            saved = [trainer for trainer in trainers if trainer.failure is None and (stop or is_save_due(trainer))]
+            saved = [trainer for trainer in trainers if trainer.failure is None and (stopping or is_save_due(trainer))]
             for trainer in saved:
                 trainer.save()
-            if stop:
-                return step + 1 == lead.num_steps and all(trainer.evaluation is None for trainer in saved)
-            judge_all(saved, on_alpha)
+            if stopping:
+                return step + 1 == lead.num_steps and all(trainer.evaluator is None for trainer in saved)
+            evaluate_all(saved, on_alpha)
             if saved:
                 pace.restart()
     return True
+
+
+def open_feed(trainers: Sequence[Trainer], steps: range) -> Feed:
+    """The passes of these steps for all trainers; the first trainer's settings say how the cache is read."""
+    lead = trainers[0]
+    plans = [trainer.plan for trainer in trainers]
+    process, num_processes = lead.accelerator.process_index, lead.accelerator.num_processes
+    return Feed(lead.cache, lead.rows, lead.order, plans, lead.read, lead.device, steps, process, num_processes)
+
+
+def report_step(
+    trainers: Sequence[Trainer],
+    results: Sequence[StepResult | None],
+    pace: Pace,
+    on_step: Callable[[Trainer, dict[str, Any]], None],
+) -> None:
+    """Passes on the metrics of each trainer that had something to learn from."""
+    for trainer, result in zip(trainers, results, strict=True):
+        if result is not None:
+            on_step(trainer, metrics(trainer, result, pace))
 
 
 def is_save_due(trainer: Trainer) -> bool:
     return trainer.step % trainer.config.save_every == 0 or trainer.step == trainer.num_steps
 
 
-def judge_all(trainers: Sequence[Trainer], on_alpha: Callable[[Trainer, float], None]) -> None:
+def evaluate_all(trainers: Sequence[Trainer], on_alpha: Callable[[Trainer, float], None]) -> None:
+    """Evaluates each trainer's latest checkpoint where that is still to be done."""
     for trainer in trainers:
-        alpha = trainer.judge()
+        alpha = trainer.evaluate()
         if alpha is not None:
             on_alpha(trainer, alpha)
 
 
 def run_step(trainers: Sequence[Trainer], feed: Feed) -> list[StepResult | None]:
-    """One optimizer step of each trainer over the next passes."""
+    """One optimizer step of each trainer over the next passes; None of a trainer that has failed or learnt nothing."""
     lead = trainers[0]
     for trainer in trainers:
         if trainer.failure is None:
@@ -93,9 +99,9 @@ def run_step(trainers: Sequence[Trainer], feed: Feed) -> list[StepResult | None]
     while not done:
         found = Pass([], last=True) if own_done else feed.take()
         own_done = found.last
-        # Shards come together in every pass, so all processes make the same number of them.
-        waiting = _sum(lead.accelerator, int(not own_done)) if lead.drafter.is_sharded else int(not own_done)
-        done = waiting == 0
+        # With shards, all processes must make the same number of passes.
+        num_waiting = _sum(lead.accelerator, int(not own_done)) if lead.drafter.is_sharded else int(not own_done)
+        done = num_waiting == 0
         for i, trainer in enumerate(trainers):
             if trainer.failure is None:
                 trainer.add_pass(found.blocks[i] if found.blocks else None, done)
@@ -103,20 +109,24 @@ def run_step(trainers: Sequence[Trainer], feed: Feed) -> list[StepResult | None]
 
 
 def finish_step(trainer: Trainer, trainers: Sequence[Trainer]) -> StepResult | None:
-    """What `Trainer.finish_step` gives; None of a trainer that has failed, now or before."""
+    """The result of `Trainer.finish_step`; None if the trainer has failed, now or before.
+
+    Raises:
+        NonFiniteError: the trainer fails now, and all others have failed before.
+    """
     if trainer.failure is not None:
         return None
     try:
         return trainer.finish_step()
     except NonFiniteError as error:
-        trainer.failure = error.with_traceback(None)  # which would hold on to all of the step
+        trainer.failure = error.with_traceback(None)  # the traceback would keep the step's tensors in memory
         if all(other.failure is not None for other in trainers):
             raise
         return None
 
 
 class Pace:
-    """Speed of the steps since it was made, without checkpoints."""
+    """Speed of the steps since this object was made; time spent on checkpoints does not count."""
 
     def __init__(self, feed: Feed):
         self.feed, self.num_tokens, self.seconds = feed, 0, 0.0
@@ -124,9 +134,11 @@ class Pace:
         self.restart()
 
     def restart(self) -> None:
+        """Leaves out the time since the last step."""
         self.since = time.monotonic()
 
     def add(self, num_tokens: int) -> None:
+        """Counts a step that has just ended."""
         now = time.monotonic()
         self.seconds += now - self.since
         self.since, self.num_tokens = now, self.num_tokens + num_tokens
@@ -141,10 +153,8 @@ class Pace:
         return (self.feed.seconds_waited - self.waited) / self.seconds
 
 
-def metrics(trainer: Trainer, result: StepResult | None, pace: Pace) -> dict[str, Any]:
-    """What is told about a step."""
-    if result is None:
-        return {}
+def metrics(trainer: Trainer, result: StepResult, pace: Pace) -> dict[str, Any]:
+    """The logged figures of a step."""
     pairs = zip(result.accepted_J, result.predicted_J, strict=True)
     return {
         "step": trainer.step,

@@ -1,6 +1,6 @@
 """The objective: Eq. 7 of the D2SD paper, with a head that never holds all logits at once."""
 
-# N blocks, G block size, J = G-1, P labelled positions, C of them in a chunk, V rows of the head, H hidden width
+# N blocks, G block size, J = G - 1, P predicted positions, C of them in a chunk, V rows of the head, H hidden width
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -13,55 +13,67 @@ from ..drafter.target_pieces import linear, positions_per_chunk
 from .config import TrainConfig
 
 
-def position_weights(labelled_NG: Tensor, prefix_len_N: Tensor, tau: float) -> Tensor:
-    """Eq. 7 of arXiv 2606.04446: w_k = exp(-(k - l - 1) / tau) for labelled k = l+1..G-1, else 0; [N, G]."""
-    k_G = torch.arange(labelled_NG.shape[1], device=labelled_NG.device)
-    distance_NG = k_G - prefix_len_N[:, None] - 1
-    return torch.where(labelled_NG & (distance_NG >= 0), torch.exp(-distance_NG.clamp(min=0) / tau), 0.0)
-
-
-def normalised(weights_NG: Tensor, normalise: str) -> tuple[Tensor, Tensor]:
-    """Weights whose sum of losses, divided by the second value summed over all blocks, is the mean loss.
-
-    `block` (the paper): each block's weights sum to one, divided by the number of blocks. `batch` (the public
-    code): the weights as they are, divided by their sum over the batch.
-    """
-    if normalise == "block":
-        return weights_NG / weights_NG.sum(dim=1, keepdim=True), weights_NG.new_tensor(len(weights_NG))
-    return weights_NG, weights_NG.sum()
-
-
 class BlockLabels(NamedTuple):
     """What N blocks must predict."""
 
     labels_NG: Tensor
-    weights_NG: Tensor
-    """Eq. 7; 0 where there is no label."""
+    """int64: tokens to predict."""
+    labelled_NG: Tensor
+    """bool: positions that have a label; never position 0."""
+    prefix_len_N: Tensor
+    """int64: visible tokens after the anchor, fewer than the block's labels."""
+
+    @property
+    def distance_NG(self) -> Tensor:
+        """k - l - 1: how far a position lies behind the first one that is predicted."""
+        k_G = torch.arange(self.labels_NG.shape[1], device=self.labels_NG.device)
+        return k_G - self.prefix_len_N[:, None] - 1
+
+    @property
+    def predicted_NG(self) -> Tensor:
+        """bool: positions whose label must be predicted, which are those past the prefix."""
+        return self.labelled_NG & (self.distance_NG >= 0)
 
     @property
     def predicted_P(self) -> Tensor:
-        """int64: indices of the predicted positions into all N * G."""
-        return self.weights_NG.flatten().nonzero().flatten()
+        """int64: indices of the predicted positions among all N * G."""
+        return self.predicted_NG.flatten().nonzero().flatten()
+
+
+def position_weights(blocks: BlockLabels, tau: float) -> Tensor:
+    """Eq. 7 of arXiv 2606.04446: w_k = exp(-(k - l - 1) / tau) at predicted positions k, else 0; float32 [N, G]."""
+    return torch.where(blocks.predicted_NG, torch.exp(-blocks.distance_NG.clamp(min=0) / tau), 0.0)
+
+
+def normalized(weights_NG: Tensor, normalize: str) -> tuple[Tensor, Tensor]:
+    """Weights and a denominator: the mean loss is the sum of weighted losses over the sum of denominators.
+
+    `block` (the paper): each block's weights sum to one, and the denominator is the number of blocks. `batch` (the
+    public code): the weights stay as they are, and the denominator is their sum.
+    """
+    if normalize == "block":
+        return weights_NG / weights_NG.sum(dim=1, keepdim=True), weights_NG.new_tensor(len(weights_NG))
+    return weights_NG, weights_NG.sum()
 
 
 class LossParts(NamedTuple):
-    """A pass's share of a step's loss and of what is told about it."""
+    """What one forward pass adds to a step's loss and metrics."""
 
     loss_sum: Tensor
-    """Carries the gradient; the step's loss is the sum of these over the sum of `denominator`."""
+    """Carries the gradient. The step's loss is the sum of these over the sum of `denominator`."""
     denominator: Tensor
     accepted_J: Tensor
     """Blocks whose first j + 1 predicted tokens are right, j = 0..G-2."""
     predicted_J: Tensor
-    """Blocks that predict so many."""
+    """Blocks that predict at least j + 1 tokens."""
 
 
 def block_loss(states_PH: Tensor, blocks: BlockLabels, rows: HeadRows, config: TrainConfig) -> LossParts:
-    """Eq. 7 of arXiv 2606.04446 over the states of the predicted positions, normalised as configured."""
-    predicted_NG = blocks.weights_NG > 0
+    """The loss (Eq. 7 of arXiv 2606.04446) over the states of the predicted positions."""
+    predicted_NG = blocks.predicted_NG
     losses = head_losses(states_PH, blocks.labels_NG[predicted_NG], rows)
     right_NG = torch.zeros_like(predicted_NG).masked_scatter(predicted_NG, losses.right_P)
-    weights_NG, denominator = normalised(blocks.weights_NG, config.normalise)
+    weights_NG, denominator = normalized(position_weights(blocks, config.tau), config.normalize)
     loss_sum = (weights_NG[predicted_NG] * losses.loss_P).sum()
     accepted_NG = predicted_NG & (right_NG | ~predicted_NG).long().cumprod(dim=1).bool()
     return LossParts(
@@ -70,28 +82,28 @@ def block_loss(states_PH: Tensor, blocks: BlockLabels, rows: HeadRows, config: T
 
 
 def _by_distance(chosen_NG: Tensor, predicted_NG: Tensor) -> Tensor:
-    """How many positions are chosen, by how many predicted ones come before them; float64 [G-1]."""
+    """Number of chosen positions by the number of predicted positions before them; float64 [J]."""
     distance_NG = (predicted_NG.long().cumsum(dim=1) - 1).clamp(min=0)
     counts_J = torch.zeros(predicted_NG.shape[1] - 1, device=predicted_NG.device, dtype=torch.float64)
     return counts_J.scatter_add_(0, distance_NG.flatten(), chosen_NG.flatten().double())
 
 
 class HeadRows(NamedTuple):
-    """The rows of the LM head over which a softmax runs: all of them, or a sample."""
+    """The rows of the LM head over which a softmax runs: all rows, or a sample."""
 
     head_VH: Tensor
     log_scale_V: Tensor | None
-    """Added to the logits: the log of how many tokens a row stands for. None: every row for itself."""
+    """Added to the logits: the log of the number of tokens that a row stands for. None: each row is one token."""
     row_of_token: Tensor | None
-    """Row of each token id, -1 if absent. None: the row is the token id."""
+    """int64: row of each token id, -1 if there is none. None: the row is the token id."""
 
 
 @dataclass(frozen=True, slots=True)
 class VocabularySampler:
-    """A softmax over the tokens that occur in the cache and `num_sampled` others, drawn anew each step.
+    """A softmax over the tokens that occur in the cache and `num_sampled` other tokens, drawn anew each step.
 
-    Each of the others stands for an equal share of all of them, so the softmax's denominator is estimated
-    without bias, and exactly for every token that can be a label.
+    Each drawn token stands for an equal share of all other tokens. So the estimate of the softmax's denominator has
+    no bias, and the terms of all tokens that can be labels are exact.
     """
 
     head_VH: Tensor
@@ -100,6 +112,7 @@ class VocabularySampler:
     num_sampled: int
 
     def draw(self, generator: torch.Generator) -> HeadRows:
+        """The rows of one step."""
         vocab_size = len(self.head_VH)
         occurs_V = torch.zeros(vocab_size, dtype=torch.bool)
         occurs_V[self.occurring] = True
@@ -125,14 +138,14 @@ class HeadLosses(NamedTuple):
 
 
 def head_losses(states_PH: Tensor, labels_P: Tensor, rows: HeadRows) -> HeadLosses:
-    """Cross-entropy of the frozen head, chunk by chunk: few logits exist at once."""
+    """Cross-entropy of the frozen head, chunk by chunk, so that few logits exist at once."""
     if rows.row_of_token is not None:
         labels_P = rows.row_of_token[labels_P]
     return HeadLosses(*_ChunkedHead.apply(states_PH, labels_P, rows.head_VH, rows.log_scale_V))
 
 
 class _ChunkedHead(torch.autograd.Function):
-    """Computes the gradient beside the loss, since the head is frozen and only the states need one."""
+    """Computes the states' gradient together with the loss; the head is frozen and needs none."""
 
     @staticmethod
     def forward(
@@ -162,7 +175,7 @@ def _chunk_of_head(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss [C], whether the label is the likeliest token [C], and the loss's gradient to the states [C, H].
 
-    Its logits are gone when it returns, so that the next chunk's take their memory.
+    The logits are freed on return, so that the next chunk's logits take their memory.
     """
     logits_CV = linear(states_CH.to(head_VH.dtype), head_VH).float()
     labels = labels_C[:, None]

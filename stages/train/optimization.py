@@ -1,4 +1,4 @@
-"""Optimizers, their schedules, and the average of the weights."""
+"""Optimizers, learning rate schedules, and the moving average of the weights."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_
 
 
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
-    """AdamW for all, or Muon for the matrices and AdamW for the rest; weight decay is for matrices alone."""
+    """AdamW for all weights, or Muon for the matrices and AdamW for the rest; only matrices decay."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in parameters if parameter.dim() == 2]
     others = [parameter for parameter in parameters if parameter.dim() != 2]
     if config.optimizer == "muon":
-        # Scaled so that a step is as large as AdamW's, at whose learning rates it then works.
+        # Scaled so that a step is as large as AdamW's, and AdamW's learning rates fit.
         muon = Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
         return [muon, AdamW(others, lr=config.lr, betas=config.betas, weight_decay=0.0)]
     groups = [
@@ -32,19 +32,20 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
 
 
 def make_schedules(optimizers: Iterable[Optimizer], config: TrainConfig, num_steps: int) -> list[LRScheduler]:
+    """One learning rate schedule for each optimizer."""
     num_warmup = round(config.warmup * num_steps)
     return [get_scheduler(SCHEDULES[config.schedule], each, num_warmup, num_steps) for each in optimizers]
 
 
 class WeightAverage:
-    """The exponential moving average of a model's weights, beside which it trains."""
+    """The exponential moving average of the weights of a model in training."""
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
         self.weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
     def update(self, model: nn.Module, step: int) -> None:
-        """After a 1-based step. Early steps count more, so that the random start is soon forgotten."""
+        """Adds the weights after a step, counted from 1. Early steps weigh more, so that the start fades soon."""
         decay = min(self.decay, step / (step + 9))
         weights = [parameter.detach() for parameter in model.parameters()]
         get_ema_multi_avg_fn(decay)([*self.weights.values()], weights, step)

@@ -1,6 +1,6 @@
 """Which sequences a step reads."""
 
-# S training sequences
+# E training sequences
 from __future__ import annotations
 
 import hashlib
@@ -10,46 +10,48 @@ import numpy as np
 import torch
 
 from ...data.cache.index import SequenceIndex
+from .steps import count_steps_per_epoch
 
 PARTS_AT_ONCE = 8
-"""Parts whose sequences are shuffled together: far apart in an epoch, the rest of the cache need not be at hand."""
+"""Parts whose sequences are shuffled together. Only these parts need local copies at one time."""
 
 
 def counter_generator(*key: object) -> torch.Generator:
-    """A generator that depends on the key alone, so that a resumed run draws what an unbroken one would."""
+    """A generator that depends on the key alone, so that a resumed run draws the same as an unbroken run."""
     seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little")
     return torch.Generator().manual_seed(seed)
 
 
 class _Epoch(NamedTuple):
     number: int
-    order_S: np.ndarray
+    order_E: np.ndarray
     first_of_step: np.ndarray
-    """Position in `order_S` where each step begins, and the end."""
+    """Position in `order_E` where each step begins, and the end."""
 
 
 class DataOrder:
-    """Every epoch visits each sequence once, in an order drawn by (seed, epoch), cut into steps of a token budget.
+    """The order of the sequences in each epoch, cut into steps of a token budget.
 
-    Parts are shuffled, then the sequences of `PARTS_AT_ONCE` parts together.
+    Every epoch visits each sequence once. The order depends on seed and epoch: the parts are shuffled, then the
+    sequences of each `PARTS_AT_ONCE` parts together.
     """
 
-    def __init__(self, num_tokens_S: np.ndarray, part_S: np.ndarray, tokens_per_step: int, seed: int):
+    def __init__(self, num_tokens_E: np.ndarray, part_E: np.ndarray, tokens_per_step: int, seed: int):
         """
         Args:
-            num_tokens_S: what each sequence adds to a step; >= 1.
-            part_S: the number of each sequence's part, 0 and on.
-            tokens_per_step: how many tokens a step takes in the mean, at most; it takes whole sequences.
+            num_tokens_E: context tokens of each sequence; >= 1.
+            part_E: the number of each sequence's part, from 0 on.
+            tokens_per_step: largest mean number of tokens of a step; a step takes whole sequences.
         """
-        self.num_tokens_S, self.part_S, self.seed = num_tokens_S, part_S, seed
-        self.steps_per_epoch = min(-(-int(num_tokens_S.sum()) // tokens_per_step), len(num_tokens_S))
+        self.num_tokens_E, self.part_E, self.seed = num_tokens_E, part_E, seed
+        self.steps_per_epoch = count_steps_per_epoch(int(num_tokens_E.sum()), len(num_tokens_E), tokens_per_step)
         self._epoch = self._shuffle(0)
 
     @classmethod
     def of(cls, rows: SequenceIndex, max_len: int, tokens_per_step: int, seed: int) -> DataOrder:
-        num_tokens_S = np.minimum(rows.column("num_tokens"), max_len)
-        part_S = np.unique(rows.strings("part"), return_inverse=True)[1]
-        return cls(num_tokens_S, part_S, tokens_per_step, seed)
+        num_tokens_E = np.minimum(rows.column("num_tokens"), max_len)
+        part_E = np.unique(rows.strings("part"), return_inverse=True)[1]
+        return cls(num_tokens_E, part_E, tokens_per_step, seed)
 
     def indices(self, step: int) -> list[int]:
         """Indices of the sequences of a 0-based step, at least one."""
@@ -57,29 +59,29 @@ class DataOrder:
         epoch = self._epoch
         if epoch.number != number:
             epoch = self._epoch = self._shuffle(number)
-        return epoch.order_S[slice(*epoch.first_of_step[position : position + 2])].tolist()
+        return epoch.order_E[slice(*epoch.first_of_step[position : position + 2])].tolist()
 
     def num_tokens(self, step: int) -> int:
-        return int(self.num_tokens_S[self.indices(step)].sum())
+        return int(self.num_tokens_E[self.indices(step)].sum())
 
     def share(self, step: int, process: int, num_processes: int) -> list[int]:
-        """The sequences of a step that fall to one of several processes, with about the same tokens for each."""
+        """The sequences of a step that one of several processes reads; all processes get about as many tokens."""
         indices = self.indices(step)
         loads = [0] * num_processes
         owner: dict[int, int] = {}
-        for index in sorted(indices, key=lambda index: -self.num_tokens_S[index]):
+        for index in sorted(indices, key=lambda index: -self.num_tokens_E[index]):
             owner[index] = loads.index(min(loads))
-            loads[owner[index]] += int(self.num_tokens_S[index])
+            loads[owner[index]] += int(self.num_tokens_E[index])
         return [index for index in indices if owner[index] == process]
 
     def _shuffle(self, number: int) -> _Epoch:
         generator = counter_generator(self.seed, "epoch", number)
-        part_order = torch.randperm(int(self.part_S.max()) + 1, generator=generator).numpy()
-        key_S = torch.randperm(len(self.part_S), generator=generator).numpy()
-        order_S = np.lexsort((key_S, part_order[self.part_S] // PARTS_AT_ONCE))
-        lengths_S = self.num_tokens_S[order_S].astype(np.int64)
-        num_sequences, steps = len(order_S), np.arange(self.steps_per_epoch + 1)
-        first = np.searchsorted(lengths_S.cumsum() - lengths_S, steps * lengths_S.sum() / self.steps_per_epoch)
-        # A step that a long sequence leaves nothing to takes the next one, so that none is empty.
+        part_order = torch.randperm(int(self.part_E.max()) + 1, generator=generator).numpy()
+        key_E = torch.randperm(len(self.part_E), generator=generator).numpy()
+        order_E = np.lexsort((key_E, part_order[self.part_E] // PARTS_AT_ONCE))
+        lengths_E = self.num_tokens_E[order_E].astype(np.int64)
+        num_sequences, steps = len(order_E), np.arange(self.steps_per_epoch + 1)
+        first = np.searchsorted(lengths_E.cumsum() - lengths_E, steps * lengths_E.sum() / self.steps_per_epoch)
+        # Where a long sequence leaves a step empty, the step takes the next sequence.
         first = np.maximum.accumulate(first - steps) + steps
-        return _Epoch(number, order_S, np.minimum(first, num_sequences - steps[::-1]))
+        return _Epoch(number, order_E, np.minimum(first, num_sequences - steps[::-1]))

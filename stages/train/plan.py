@@ -1,4 +1,4 @@
-"""From settings to a `Trainer`: shape, split, first drafts."""
+"""From settings to a `Trainer`: the drafter's shape, the split of the sequences, first drafts, evaluation."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from ..drafter.checkpoint import check_fits, drafter_fingerprint
 from ..drafter.shape import DrafterShape, rope_parameters
 from ..drafter.target_pieces import TargetPieces, choose_mask_token, load_target_config, load_tokenizer
 from ..evaluate.config import EvalConfig
-from ..evaluate.replay import Replay, require_all_anchors, require_replayable
+from ..evaluate.plan import ReplayPlan, plan_replay, require_complete
 from ..holdout import split_rows
 from .checkpoints import find_drafter
 from .config import DrafterSection, TrainConfig
-from .samples import boundary_readers, require_anchor
-from .trainer import Evaluation, Trainer
+from .samples import draft_readers, require_anchor
+from .trainer import Evaluator, Trainer
 
 DEFAULT_MAX_POSITIONS = 32768
 
 
 def plan_shape(cache: Cache, section: DrafterSection) -> DrafterShape:
-    """The drafter's shape: the config's, and the target's where it says nothing.
+    """The drafter's shape: the target's, where the settings do not say otherwise.
 
     Raises:
         DrafterError: the shape is impossible.
@@ -68,20 +68,19 @@ def shape_for(
 
 
 def plan_first_drafts(cache: Cache, shape: DrafterShape, config: TrainConfig) -> FirstDrafts | None:
-    """The first drafts that training reads; None if it needs none.
+    """The first drafts that training reads; None if no sampler in use reads them.
 
     Raises:
-        CacheNotFoundError: it needs them, and the cache has none, or not for all its parts.
+        CacheNotFoundError: a sampler reads them, and the cache has none or lacks some of its parts'.
         ConfigError: they were made with another block size.
     """
-    readers = boundary_readers(config)
+    readers = draft_readers(config)
     if not readers:
         return None
     if not list_drafts(cache.storage):
         raise CacheNotFoundError(
-            f"{', '.join(readers)}: needs to know where the first draft fails, but {cache.place} holds no first "
-            f"drafts. Make them with vpd draft {cache.place} --first-drafter DIR, or choose --prefix-sampler geometric "
-            "and --anchor-sampler uniform."
+            f"{', '.join(readers)}: expected first drafts in {cache.place}, found none. Make them with vpd draft "
+            f"{cache.place} --first-drafter DIR, or choose --prefix-sampler geometric and --anchor-sampler uniform."
         )
     drafts = FirstDrafts.open(cache, first_drafter_fingerprint(config))
     if drafts.block_size != shape.block_size:
@@ -91,19 +90,6 @@ def plan_first_drafts(cache: Cache, shape: DrafterShape, config: TrainConfig) ->
         )
     require_complete(drafts)
     return drafts
-
-
-def require_complete(drafts: FirstDrafts) -> None:
-    """
-    Raises:
-        CacheNotFoundError: a part of the cache has no first drafts.
-    """
-    if missing := drafts.missing_parts():
-        cache = drafts.cache
-        raise CacheNotFoundError(
-            f"the first drafts {drafts.fingerprint} lack {len(missing)} of {len(cache.parts)} parts of "
-            f"{cache.place}. Complete them: vpd draft {cache.place} --first-drafter DIR."
-        )
 
 
 def make_trainer(
@@ -118,7 +104,8 @@ def make_trainer(
     """Checks everything that can be checked before the first step, and resumes the run if it has checkpoints.
 
     Args:
-        pieces: the target's, where another trainer has loaded them.
+        evaluation: how checkpoints are evaluated, if `train.eval_limit` asks for it.
+        pieces: the target's pieces if another trainer has loaded them.
     """
     read = read or ReadConfig()
     shape = plan_shape(cache, section)
@@ -126,50 +113,44 @@ def make_trainer(
     training, held_out = split_rows(cache, config.holdout)
     drafts = plan_first_drafts(cache, shape, config)
     require_anchor(cache, training, config.max_len)
-    judge = None
+    evaluator = None
     if config.eval_limit:
-        judge = plan_evaluation(cache, held_out, config, read, evaluation or EvalConfig())
-    trainer = Trainer(cache, training, drafts, shape, config, run, read, judge, pieces)
+        evaluator = plan_evaluator(cache, held_out, config, read, evaluation or EvalConfig())
+    trainer = Trainer(cache, training, drafts, shape, config, run, read, evaluator, pieces)
     trainer.resume()
     return trainer
 
 
-def plan_evaluation(
-    cache: Cache, rows: SequenceIndex, config: TrainConfig, read: ReadConfig, evaluation: EvalConfig
-) -> Evaluation:
-    """Judges by the acceptance length on held-out rows; a VP-Drafter's is beside the cached first drafts.
+def plan_evaluator(
+    cache: Cache, held_out: SequenceIndex, config: TrainConfig, read: ReadConfig, evaluation: EvalConfig
+) -> Evaluator:
+    """Evaluates checkpoints by the acceptance length on held-out rows, a VP-Drafter's beside the cached first drafts.
 
     Raises:
         CacheNotFoundError: the cache lacks first drafts, or there is nothing to replay.
     """
     settings = evaluation.model_copy(update={"limit": config.eval_limit, "max_k": evaluation.k})
-    drafts = plan_replay(cache, rows, config, settings)
+    plan = plan_run_replay(cache, held_out, config, settings, read)
 
     def alpha_of(checkpoint: Path) -> float:
-        if drafts is None:
-            return Replay(cache, checkpoint, None, settings, read).run(rows).alpha["first"]
-        return Replay(cache, drafts, checkpoint, settings, read).run(rows).alpha["d2sd"]
+        return plan.run(checkpoint).best_alpha
 
     measure = settings.model_dump(mode="json", exclude={"device", "live_prompts"})
-    return Evaluation(alpha_of, measure | {"first_drafts": None if drafts is None else drafts.fingerprint})
+    first_drafts = plan.first.fingerprint if isinstance(plan.first, FirstDrafts) else None
+    return Evaluator(alpha_of, measure | {"first_drafts": first_drafts})
 
 
-def plan_replay(
-    cache: Cache, held_out: SequenceIndex, config: TrainConfig, evaluation: EvalConfig
-) -> FirstDrafts | None:
-    """The first drafts that a run's drafter is replayed beside; None if it is a first drafter itself.
+def plan_run_replay(
+    cache: Cache, held_out: SequenceIndex, config: TrainConfig, evaluation: EvalConfig, read: ReadConfig
+) -> ReplayPlan:
+    """The replay of a run's drafter: a VP-Drafter beside the cached first drafts, a first drafter alone.
 
     Raises:
         CacheNotFoundError: the cache lacks first drafts, or there is nothing to replay.
         DrafterError: the first drafts leave out anchors.
     """
-    require_replayable(cache, held_out[: evaluation.limit])
-    if config.objective != "vp":
-        return None
-    drafts = FirstDrafts.open(cache, first_drafter_fingerprint(config))
-    require_complete(drafts)
-    require_all_anchors(drafts)
-    return drafts
+    first = FirstDrafts.open(cache, first_drafter_fingerprint(config)) if config.objective == "vp" else None
+    return plan_replay(cache, held_out, first, evaluation, read)
 
 
 def first_drafter_fingerprint(config: TrainConfig) -> str | None:

@@ -1,6 +1,6 @@
-"""Training data: the sequences held out, and the blocks drawn from each of the others."""
+"""Training data: the blocks drawn from each sequence, and the blocks of one pass."""
 
-# S tokens of a sequence, T with a state, M anchors to choose from, N blocks, G block size, J = G-1, D context features
+# S tokens of a sequence, T with a state, D context features, M anchors to choose from, N blocks, G block size
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -10,35 +10,37 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from ...data.cache.cache import NO_CHOICE, Cache
-from ...data.cache.drafts import NOT_DRAFTED, FirstDrafts
+from ...data.cache.arrays import NO_CHOICE
+from ...data.cache.cache import Cache
+from ...data.cache.drafts import FirstDrafts
 from ...data.cache.index import SequenceRow
 from ...data.cache.reader import CachedSequence, CachedTokens
 from ...data.errors import CacheNotFoundError
 from ..drafter.blocks import anchors_of, block_tokens, show_prefix
-from . import anchors, prefix
-from .anchors import AnchorFacts, choose_anchors
+from .anchors import ANCHOR_SAMPLERS, AnchorCandidates, choose_anchors
 from .config import TrainConfig
-from .objective import BlockLabels, position_weights
+from .drafted import Drafted
+from .objective import BlockLabels
 from .order import counter_generator
-from .prefix import BlockFacts, draw_prefixes, samplers_in_use
+from .prefix import PREFIX_SAMPLERS, BlockFacts, draw_prefixes, samplers_in_use
+from .samplers import Reads
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceBlocks:
-    """The blocks that start in one sequence, before their prefixes are chosen; on the CPU."""
+    """The blocks that start in one sequence, before their prefixes are drawn; on the CPU."""
 
     anchors_N: Tensor
     tokens_NG: Tensor
     """Recorded tokens."""
     labelled_NG: Tensor
+    """bool: positions that have a label."""
     labels_NG: Tensor
+    """Tokens to predict."""
     uniform_N: Tensor
-    """In [0, 1): decides the prefix length of each block."""
-    accept_len_N: Tensor | None
-    draft_NJ: Tensor | None
-    """The first draft's tokens at positions 1..G-1."""
-    confidence_NJ: Tensor | None
+    """float32 in [0, 1): decides the prefix length of each block."""
+    drafted: Drafted | None
+    """The first drafts at the anchors; None if nothing reads them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ class TrainingBlocks:
     """The blocks of the sequences of one pass, all on the training device."""
 
     features_TD: Tensor
-    """bfloat16 context features."""
+    """bfloat16: context features of all sequences, one after another."""
     num_tokens: list[int]
     """Context tokens of each sequence."""
     num_blocks: list[int]
@@ -58,15 +60,15 @@ class TrainingBlocks:
 
 
 def anchors_within(sequence: CachedTokens, max_len: int) -> Tensor:
-    """Anchors [M] among the first `max_len` tokens; the token after the last of those still counts as a label."""
+    """Anchors [M] among the first `max_len` tokens; the token after these may still be a label."""
     return anchors_of(sequence.loss_mask_S[: max_len + 1], min(sequence.row.num_tokens, max_len))
 
 
 def require_anchor(cache: Cache, rows: Sequence[SequenceRow], max_len: int) -> None:
-    """Reads sequences until one has an anchor.
+    """Checks that some sequence has an anchor.
 
     Raises:
-        CacheNotFoundError: none has.
+        CacheNotFoundError: no sequence has one.
     """
     if not any(len(anchors_within(cache.read_tokens(row), max_len)) for row in rows):
         raise CacheNotFoundError(
@@ -82,9 +84,9 @@ def draw_blocks(
     block_size: int,
     step: int,
 ) -> SequenceBlocks | None:
-    """Chooses a sequence's anchors; None if it has none within `max_len`.
+    """Chooses a sequence's anchors; None if the sequence has none within `max_len`.
 
-    What is drawn depends on seed, step and sequence alone.
+    The choice depends only on seed, step and sequence.
     """
     generator = counter_generator(config.seed, step, sequence.row.seq_id)
     token_ids_S, loss_mask_S = (x[: config.max_len + 1] for x in (sequence.token_ids_S, sequence.loss_mask_S))
@@ -92,42 +94,28 @@ def draw_blocks(
     if not len(anchors_M):
         return None
     tokens_MG, labelled_MG = block_tokens(token_ids_S, loss_mask_S, anchors_M, block_size)
-    accept_len_M = None if drafts is None else drafts.accept_lengths(sequence.row)[anchors_M]
-    facts = AnchorFacts(anchors_M, labelled_MG.sum(dim=1), accept_len_M, block_size)
-    chosen_N = choose_anchors(config.anchor, facts, config.num_anchors, generator)
+    reads = max(draft_readers(config).values(), default=Reads.NOTHING)
+    drafted_M = Drafted.read(drafts, sequence.row, anchors_M, reads) if drafts is not None and reads else None
+    candidates = AnchorCandidates(anchors_M, labelled_MG.sum(dim=1), block_size, drafted_M)
+    chosen_N = choose_anchors(config.anchor, candidates, config.num_anchors, generator)
     anchors_N, tokens_NG = anchors_M[chosen_N], tokens_MG[chosen_N]
-    draft_NJ = confidence_NJ = None
-    if drafts is not None and reads_draft_tokens(config):
-        drafted = drafts.read(sequence.row)
-        draft_NJ, confidence_NJ = drafted.tokens_TGA[anchors_N, :, 0].long(), drafted.probs_TGA[anchors_N, :, 0].float()
     return SequenceBlocks(
         anchors_N=anchors_N,
         tokens_NG=tokens_NG,
         labelled_NG=labelled_MG[chosen_N],
         labels_NG=_labels(sequence, tokens_NG, anchors_N, config),
         uniform_N=torch.rand(len(anchors_N), generator=generator),
-        accept_len_N=None if accept_len_M is None else accept_len_M[chosen_N],
-        draft_NJ=draft_NJ,
-        confidence_NJ=confidence_NJ,
+        drafted=None if drafted_M is None else drafted_M.at(chosen_N),
     )
 
 
-def boundary_readers(config: TrainConfig) -> list[str]:
-    """The settings for which training reads where the first draft failed."""
-    found = []
+def draft_readers(config: TrainConfig) -> dict[str, Reads]:
+    """The samplers in use that read first drafts, such as `prefix sampler topk`, and how much each reads."""
+    found = {f"anchor sampler {config.anchor.sampler}": ANCHOR_SAMPLERS[config.anchor.sampler].reads}
     if config.objective == "vp":
-        found = [f"prefix sampler {n}" for n in sorted(samplers_in_use(config.prefix) & prefix.READ_BOUNDARIES)]
-        if config.visible == "first-draft":
-            found.append("visible first-draft")
-    if config.anchor.sampler in anchors.READ_BOUNDARIES:
-        found.append(f"anchor sampler {config.anchor.sampler}")
-    return found
-
-
-def reads_draft_tokens(config: TrainConfig) -> bool:
-    """Whether training reads the first draft's tokens and confidences too."""
-    of_prefix = samplers_in_use(config.prefix) & prefix.READ_CONFIDENCES
-    return config.objective == "vp" and bool(of_prefix or config.visible == "first-draft")
+        prefix_samplers = samplers_in_use(config.prefix)
+        found = {f"prefix sampler {name}": PREFIX_SAMPLERS[name].reads for name in prefix_samplers} | found
+    return {name: reads for name, reads in found.items() if reads}
 
 
 def pack(
@@ -149,35 +137,26 @@ def pack(
     def packed(name: str) -> Tensor:
         return torch.cat([getattr(sequence, name) for sequence in sequences]).to(device)
 
-    def packed_or_none(name: str) -> Tensor | None:
-        return None if getattr(sequences[0], name) is None else packed(name)
-
     tokens_NG, labelled_NG = packed("tokens_NG"), packed("labelled_NG")
-    accept_len_N, draft_NJ = packed_or_none("accept_len_N"), packed_or_none("draft_NJ")
-    facts = BlockFacts(labelled_NG.sum(dim=1), accept_len_N, packed_or_none("confidence_NJ"))
+    num_labels_N = labelled_NG.sum(dim=1)
     if config.objective == "dflash":
-        prefix_len_N = torch.zeros_like(facts.num_labels_N)
+        prefix_len_N = torch.zeros_like(num_labels_N)
     else:
-        prefix_len_N = draw_prefixes(config.prefix, facts, block_size, packed("uniform_N"))
-    visible_NG = tokens_NG
-    if config.visible == "first-draft" and draft_NJ is not None and accept_len_N is not None:
-        drafted_NG = torch.cat([tokens_NG[:, :1], draft_NJ], dim=1)
-        visible_NG = torch.where((accept_len_N != NOT_DRAFTED)[:, None], drafted_NG, tokens_NG)
+        parts = [sequence.drafted for sequence in sequences if sequence.drafted is not None]
+        drafted = Drafted.concatenate(parts, device) if parts else None
+        prefix_len_N = draw_prefixes(config.prefix, BlockFacts(num_labels_N, block_size, drafted), packed("uniform_N"))
     return TrainingBlocks(
         features_TD=features_TD,
         num_tokens=num_tokens,
         num_blocks=[len(sequence.anchors_N) for sequence in sequences],
         anchors_N=packed("anchors_N"),
-        block_ids_NG=show_prefix(visible_NG, prefix_len_N, mask_token_id),
-        labels=BlockLabels(
-            labels_NG=packed("labels_NG"),
-            weights_NG=position_weights(labelled_NG, prefix_len_N, config.tau),
-        ),
+        block_ids_NG=show_prefix(tokens_NG, prefix_len_N, mask_token_id),
+        labels=BlockLabels(packed("labels_NG"), labelled_NG, prefix_len_N),
     )
 
 
 def _labels(sequence: CachedSequence, tokens_NG: Tensor, anchors_N: Tensor, config: TrainConfig) -> Tensor:
-    """Recorded tokens, or the target's own choice at each position given the recorded tokens before it."""
+    """Recorded tokens, or at each position the target's choice after the recorded tokens before that position."""
     if config.labels == "recorded":
         return tokens_NG
     previous_NG = anchors_N[:, None] + torch.arange(tokens_NG.shape[1]) - 1
@@ -187,7 +166,8 @@ def _labels(sequence: CachedSequence, tokens_NG: Tensor, anchors_N: Tensor, conf
 def feature_rms(cache: Cache, rows: Sequence[SequenceRow], num_sequences: int = 16) -> Tensor:
     """Root mean square of each context feature, float32 [D], over the first sequences.
 
-    Hidden states have a few channels hundreds of times larger than the rest; divided by these, all are alike.
+    A few channels of hidden states are hundreds of times larger than the rest. Training divides the features by these
+    values, so that all channels have the same size.
     """
     squares_D, num_tokens = torch.zeros(1), 0
     for row in rows[:num_sequences]:

@@ -1,12 +1,10 @@
 """One training run: a drafter, and what changes its weights."""
 
-# T context tokens, N blocks, G block size, D context features, H hidden width, J = G-1
+# T context tokens, D context features, N blocks, G block size, J = G - 1, H hidden width
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -26,45 +24,42 @@ from ..drafter.target_pieces import TargetPieces
 from .checkpoints import (
     STATE,
     STATE_VERSION,
-    Judgement,
+    CheckpointResult,
     checkpoint_path,
     find_drafter,
     keep_latest,
     list_checkpoints,
     load_state,
-    note_judgement,
-    read_judgement,
+    read_result,
     remove_unfinished,
     step_of,
+    write_result,
 )
 from .config import TrainConfig
 from .feed import BlockPlan
 from .objective import BlockLabels, HeadRows, VocabularySampler, block_loss
 from .optimization import WeightAverage, make_optimizers, make_schedules
 from .order import DataOrder, counter_generator
-from .parallel import ParallelDrafter
+from .parallel import PATIENCE, ParallelDrafter, check_joined, check_rendezvous
 from .samples import TrainingBlocks, feature_rms, label_tokens
+from .steps import count_steps
 
 NAMES_SHOWN = 16
-PATIENCE = timedelta(hours=6)
-"""How long processes wait for each other: the first alone writes checkpoints and replays with them."""
+"""Sequences that an error message names."""
 MOST_SKIPPED = 100
-"""Steps in a row that may be skipped."""
-RENDEZVOUS = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-"""Where torchrun and MPI tell how many processes there are."""
+"""Consecutive skipped steps after which a run ends."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one optimizer step saw, over all processes."""
+    """Figures of one optimizer step, over all processes."""
 
     loss: float
     grad_norm: float
     accepted_J: list[float]
     """Blocks whose first j + 1 predicted tokens are right."""
     predicted_J: list[float]
-    """Blocks that predict so many."""
+    """Blocks that predict at least j + 1 tokens."""
 
     @property
     def is_finite(self) -> bool:
@@ -75,17 +70,17 @@ class StepResult:
         return round(sum(self.predicted_J))
 
 
-class Evaluation(NamedTuple):
-    """How a run's checkpoints are judged."""
+class Evaluator(NamedTuple):
+    """How a run's checkpoints are evaluated."""
 
     alpha_of: Callable[[Path], float]
     """The acceptance length of a checkpoint on held-out sequences."""
     measure: dict[str, Any]
-    """What it depends on beside the checkpoint."""
+    """JSON values of everything else that alpha depends on."""
 
 
 class Trainer:
-    """Everything that a run holds: drafter, optimizers, schedules, data order."""
+    """The state of a run, and its optimizer steps, checkpoints and evaluations."""
 
     def __init__(
         self,
@@ -96,31 +91,35 @@ class Trainer:
         config: TrainConfig,
         run: Path,
         read: ReadConfig,
-        evaluation: Evaluation | None = None,
+        evaluator: Evaluator | None = None,
         pieces: TargetPieces | None = None,
     ):
         """
         Args:
-            evaluation: None: acceptance lengths are not asked for.
-            pieces: the target's, where another trainer has loaded them.
+            drafts: the first drafts; None if no sampler in use reads them.
+            evaluator: None: checkpoints are not evaluated.
+            pieces: the target's pieces if another trainer has loaded them.
+
+        Raises:
+            ConfigError: this process is one of several but can't join the others, or the layers can't be compiled.
         """
-        self.evaluation = evaluation
+        self.evaluator = evaluator
         self.cache, self.rows, self.drafts, self.shape = cache, rows, drafts, shape
         self.config, self.run, self.read = config, run, read
         check_rendezvous()
         self.accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),  # several processes without a GPU are else not joined
+            cpu=not torch.accelerator.is_available(),  # without this, processes without a GPU do not join
             log_with=[*config.trackers] or None,
             project_dir=run if config.trackers else None,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
         check_joined(self.accelerator.num_processes)
         device = self.accelerator.device
-        self.device = torch.device("cpu") if device.type == "cpu" else device  # cpu:0 is not a device everywhere
+        self.device = torch.device("cpu") if device.type == "cpu" else device  # not every call takes cpu:0
         self.dtype = choose_precision(config.precision)
         self.pieces = pieces or TargetPieces.load(cache.target_folder, device=self.device, dtype=self.dtype)
         self.feature_rms_D = feature_rms(cache, rows).to(self.device)
-        # A run that goes on has weights of its own.
+        # A run that is resumed takes its weights from its checkpoint.
         initial = config.model_copy(update={"init": None}) if list_checkpoints(run) else config
         drafter = make_drafter(shape, initial, self.feature_rms_D.cpu()).to(self.device).train()
         drafter.attention = choose_attention(config, self.device)
@@ -128,7 +127,7 @@ class Trainer:
             drafter.compile_layers()
         self.drafter = ParallelDrafter(drafter, self.accelerator, config.sharding, self.dtype)
         self.order = DataOrder.of(rows, config.max_len, config.batch_tokens, config.seed)
-        self.num_steps = config.max_steps or max(1, round(config.epochs * self.order.steps_per_epoch))
+        self.num_steps = count_steps(config, self.order.steps_per_epoch)
         self.optimizers = make_optimizers(self.drafter.module, config)
         self.schedules = make_schedules(self.optimizers, config, self.num_steps)
         self.average = WeightAverage(self.drafter.module, config.ema) if config.ema else None
@@ -139,14 +138,14 @@ class Trainer:
             )
         self.step = self.num_skipped = self._skipped_in_a_row = 0
         self.failure: NonFiniteError | None = None
-        """Why it stopped while others that it runs together with went on."""
+        """Why this run stopped while the runs trained together with it went on."""
 
     @property
     def plan(self) -> BlockPlan:
         return BlockPlan(self.config, self.drafts, self.shape.block_size, self.shape.mask_token_id)
 
     def resume(self) -> None:
-        """Goes on from the run's latest checkpoint, if there is one, made by any number of processes.
+        """Loads the run's latest checkpoint, if there is one. Any number of processes may have written it.
 
         Raises:
             ConfigError: processes have found different checkpoints.
@@ -177,25 +176,38 @@ class Trainer:
             )
 
     def begin_step(self) -> None:
+        """Clears the gradients and the step's sums."""
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         self._rows = self._head_rows()
         self._totals = torch.zeros(2 + 2 * (self.shape.block_size - 1), device=self.device, dtype=torch.float64)
 
     def add_pass(self, blocks: TrainingBlocks | None, last: bool) -> None:
-        """Adds a pass's gradient of the summed loss. None: there is nothing, but other processes may have a pass."""
+        """Adds the gradient of a pass's summed loss.
+
+        Args:
+            blocks: None: this process has no pass, but other processes may have one.
+            last: whether the pass ends the step.
+        """
         with self.drafter.summing(last):
             if blocks is None:
                 if self.accelerator.num_processes > 1:
                     (0.0 * self._states(self._idle_blocks()).sum()).backward()
                 return
             parts = block_loss(self._states(blocks), blocks.labels, self._rows, self.config)
-            # Not by accelerate, which divides by what its own configuration says of accumulation.
+            # Not accelerate's backward, which divides by the gradient accumulation steps of its own configuration.
             parts.loss_sum.backward()
         self._totals += torch.cat([part.detach().double().flatten() for part in parts])
 
     def finish_step(self) -> StepResult | None:
-        """Changes the weights; None if no sequence of the step has an anchor."""
+        """Changes the weights.
+
+        Returns:
+            None if no sequence of the step has an anchor.
+
+        Raises:
+            NonFiniteError: loss or gradient is not finite, and the settings or the number of skipped steps end the run.
+        """
         totals = cast(Tensor, self.accelerator.reduce(self._totals, "sum")).tolist()
         (loss_sum, denominator), counts = totals[:2], totals[2:]
         self.step += 1
@@ -223,7 +235,7 @@ class Trainer:
         return result
 
     def save(self) -> None:
-        """Writes a checkpoint, with all processes at work."""
+        """Writes a checkpoint; all processes must call this."""
         weights = self.drafter.weights()
         optimizer = self.drafter.optimizer_state(self.optimizers)
         average = None if self.average is None else self.drafter.whole(self.average.weights)
@@ -241,19 +253,20 @@ class Trainer:
             self._write(weights if average is None else average, state)
         self.accelerator.wait_for_everyone()
 
-    def judge(self) -> float | None:
-        """The latest checkpoint's acceptance length, found by one process while the others wait.
+    def evaluate(self) -> float | None:
+        """Evaluates the latest checkpoint in the first process, while the others wait.
 
-        None if it is not asked for, or has been found before.
+        Returns:
+            The acceptance length; None if there is no evaluator, or the checkpoint was evaluated before.
         """
         alpha = None
         latest = list_checkpoints(self.run)[-1:] if self.accelerator.is_main_process else []
-        if self.evaluation is not None and latest:
-            alpha_of, measure = self.evaluation
-            found = read_judgement(latest[0])
+        if self.evaluator is not None and latest:
+            alpha_of, measure = self.evaluator
+            found = read_result(latest[0])
             if found is None or found.measure != measure:
                 alpha = alpha_of(latest[0])
-                note_judgement(latest[0], Judgement(alpha, measure))
+                write_result(latest[0], CheckpointResult(alpha, measure))
                 keep_latest(self.run, self.config.keep)
         self.accelerator.wait_for_everyone()
         return alpha
@@ -270,7 +283,7 @@ class Trainer:
         keep_latest(self.run, self.config.keep)
 
     def _states(self, blocks: TrainingBlocks) -> Tensor:
-        # Not accelerate's, which knows one type for a process, where the runs of a sweep may differ.
+        # Not accelerate's autocast, which has one type for all runs of a process.
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             return self.drafter.module(
                 blocks.features_TD.float() / self.feature_rms_D,
@@ -282,10 +295,10 @@ class Trainer:
             )
 
     def _idle_blocks(self) -> TrainingBlocks:
-        """One block over one token, which stand for nothing."""
+        """One block over one token, for a process that must take part in a pass without having one."""
         zeros_NG = torch.zeros(1, self.shape.block_size, dtype=torch.int64, device=self.device)
         features_TD = torch.zeros(1, len(self.feature_rms_D), device=self.device)
-        labels = BlockLabels(zeros_NG, zeros_NG.float())
+        labels = BlockLabels(zeros_NG, zeros_NG.bool(), zeros_NG[:, 0])
         return TrainingBlocks(features_TD, [1], [1], zeros_NG[:, 0], zeros_NG, labels)
 
     def _head_rows(self) -> HeadRows:
@@ -311,7 +324,10 @@ class Trainer:
 def make_drafter(shape: DrafterShape, config: TrainConfig, feature_rms_D: Tensor) -> Drafter:
     """A new drafter, or the one that `train.init` names, for context features divided by `feature_rms_D`.
 
-    Checkpoints hold the weights for the features as they are.
+    Checkpoints hold the weights for features that are not divided.
+
+    Raises:
+        VpdError: the drafter that `train.init` names has another shape.
     """
     if config.init is not None:
         drafter = load_drafter(find_drafter(config.init))
@@ -328,48 +344,17 @@ def make_drafter(shape: DrafterShape, config: TrainConfig, feature_rms_D: Tensor
     return drafter
 
 
-def check_rendezvous() -> None:
-    """
-    Raises:
-        ConfigError: this is one of several processes, but not told how to find the others.
-    """
-    size = os.environ.get("WORLD_SIZE", "1")
-    missing = [name for name in RENDEZVOUS if name not in os.environ]
-    if size != "1" and missing:
-        raise ConfigError(
-            f"WORLD_SIZE is {size}, which makes this one of several processes, but {', '.join(missing)} is not set, so "
-            "it can't join them. Start them with torchrun or --num-processes, or unset WORLD_SIZE to train alone."
-        )
-
-
-def check_joined(num_processes: int) -> None:
-    """
-    Raises:
-        ConfigError: a launcher has started another number of processes than work together.
-    """
-    if num_processes > 1 and os.environ.get("WORLD_SIZE") == str(num_processes):
-        return  # MPI may have started one torchrun on each machine, and tells the number of these
-    for name in WORLD_SIZES:
-        if int(size := os.environ.get(name, "1")) not in (1, num_processes):
-            raise ConfigError(
-                f"{name} makes this one of {size} processes, but it "
-                + ("trains alone" if num_processes == 1 else f"works with {num_processes}")
-                + ", and all would write one folder. Start them with torchrun or --num-processes, or unset "
-                f"{name} to train alone."
-            )
-
-
 def choose_precision(name: str) -> torch.dtype:
     """What the forward pass computes in."""
     if name == "auto":
-        name = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
-    return {"float32": torch.float32, "bf16": torch.bfloat16}[name]
+        name = "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
 def choose_attention(config: TrainConfig, device: torch.device) -> str:
     """
     Raises:
-        ConfigError: it can't be compiled.
+        ConfigError: the attention can't be compiled, and `train.compile` is on.
     """
     name = config.attention
     if name == "auto":

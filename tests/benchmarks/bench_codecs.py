@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import TypeVar
 
 import numcodecs.blosc
 import numpy as np
@@ -15,10 +15,10 @@ from report import Figure
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
+from vpd.data.cache.array_spec import ArraySpec
 from vpd.data.cache.cache import CHUNK_TOKENS, Cache
-from vpd.data.cache.codecs import Codec, CodecName, measure_channels, whitened_cosine
+from vpd.data.cache.codecs import CODECS, Codec, measure_channels, whitened_cosine
 from vpd.data.cache.reader import decompress
-from vpd.data.cache.shard import ArraySpec
 from vpd.data.chat import ChatFormat
 from vpd.data.errors import CacheCorruptError, CacheNotFoundError
 from vpd.data.prompts.records import read_prompts
@@ -44,9 +44,9 @@ def bench_codecs(folder: Path) -> list[Figure]:
         synthetic = next(QWEN3.sequences())["hidden_TKH"]
         data, sequences = real_states(folder)
         found: list[Figure] = []
-        for name in get_args(CodecName):
-            found += measure(Codec(name), QWEN3.name, [synthetic], is_real=False)
-            found += measure(Codec(name), data, sequences, is_real=True)
+        for codec in CODECS.values():
+            found += measure(codec, QWEN3.name, [synthetic], is_real=False)
+            found += measure(codec, data, sequences, is_real=True)
         return found
     finally:
         torch.set_num_threads(threads[0])

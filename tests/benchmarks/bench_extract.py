@@ -159,7 +159,7 @@ def serve_ours(pipe: Connection, target_folder: Path, prompts_file: Path) -> Non
 
 
 def prompt_ids(target_folder: Path, prompts_file: Path) -> list[list[int]]:
-    from vpd.stages.extract.plan import make_chat, plan_prompts
+    from vpd.stages.extract.inputs import make_chat, plan_prompts
     from vpd.stages.extract.target import load_target
 
     config = make_config()
@@ -230,8 +230,8 @@ class Extraction:
     def run(self, with_drafts: bool) -> float:
         """The whole way into a new cache, first drafts included; the clock starts where a first request could."""
         from vpd.data.cache.cache import Cache
-        from vpd.pipeline.extraction import ExtractJob, drafting_beside, has_room_beside, prepare
-        from vpd.stages.extract.plan import open_cache
+        from vpd.pipeline.extraction import ExtractJob, can_draft_beside, drafting_beside, prepare
+        from vpd.stages.extract.manifest import open_cache
         from vpd.stages.extract.run import extract
 
         self.num_caches += 1
@@ -241,7 +241,7 @@ class Extraction:
         self.drafting = self.drafting or self.make_drafting(cache)
         factory = partial(Kept, self.engine)
         started = time.perf_counter()
-        is_beside = with_drafts and has_room_beside(elsewhere=False)
+        is_beside = with_drafts and can_draft_beside(is_engine_elsewhere=False)
         with drafting_beside(out, self.drafting, lambda: False) if is_beside else nullcontext():
             extract(factory, cache, prepared.plan, self.config)
         if with_drafts:
@@ -261,8 +261,8 @@ class Extraction:
         return time.perf_counter() - started
 
     def num_anchors(self) -> int:
+        from vpd.data.cache.arrays import NOT_DRAFTED
         from vpd.data.cache.cache import Cache
-        from vpd.data.cache.drafts import NOT_DRAFTED
         from vpd.stages.draft.first_draft import open_first_drafts
 
         cache = Cache.open(self.last_cache)

@@ -58,7 +58,7 @@ def bench_feed(folder: Path, workload: Workload) -> list[Figure]:
 def run_reader(cache: Cache, rows: SequenceIndex, order: DataOrder) -> float:
     started = time.monotonic()
     requests = [Request(rows[index]) for step in range(order.steps_per_epoch) for index in order.indices(step)]
-    with closing(read_ahead(cache, requests, READ.num_threads, READ.num_buffers)) as sequences:
+    with closing(read_ahead(cache.states, requests, READ.num_threads)) as sequences:
         for _ in sequences:
             pass
     return time.monotonic() - started

@@ -14,11 +14,11 @@ from statistics import median
 import pyarrow as pa
 from bench_write import status_bytes
 from report import Figure
+from vpd.data.cache.array_spec import METADATA
 from vpd.data.cache.cache import CHUNK_TOKENS, Cache
 from vpd.data.cache.index import SequenceIndex, rows_to_table, write_snapshot
 from vpd.data.cache.part import COMMITS, PARTS, commit_file, part_folder
 from vpd.data.cache.records import dump_record
-from vpd.data.cache.shard import METADATA
 from vpd.data.cache.storage.local import LocalStorage
 from workload import MIB, make_manifest
 

@@ -104,7 +104,7 @@ def run_ours(place: Path, rows: list[SequenceRow], num_threads: int, verify: boo
     cache = Cache.open(place)
     started = before_open if time_open else time.perf_counter()
     requests = (Request(row, verify) for row in rows)
-    with closing(read_ahead(cache, requests, num_threads, num_threads + 1)) as sequences:
+    with closing(read_ahead(cache.states, requests, num_threads, num_threads + 1)) as sequences:
         found = sum(len(sequence.stored_TKW) for sequence in sequences)
     seconds = time.perf_counter() - started
     assert found == sum(row.num_tokens for row in rows)

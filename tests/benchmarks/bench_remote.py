@@ -41,7 +41,7 @@ def bench_remote(folder: Path, workload: Workload) -> list[Figure]:
             cache = Cache.open(server.place)
             server.take_requests()
             started = time.perf_counter()
-            with closing(read_ahead(cache, map(Request, rows), NUM_THREADS, NUM_BUFFERS)) as sequences:
+            with closing(read_ahead(cache.states, map(Request, rows), NUM_THREADS, NUM_BUFFERS)) as sequences:
                 found = sum(len(sequence.stored_TKW) for sequence in sequences)
             seconds = time.perf_counter() - started
             requests["ours"] = len(server.take_requests())

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from vpd.stages.drafter.blocks import show_prefix
 from vpd.stages.drafter.model import Drafter, DrafterLayer, RMSNorm, SwiGLU, rotary, rotate
 from vpd.stages.drafter.shape import DrafterShape
-from vpd.stages.train.anchors import AnchorFacts, choose_anchors
+from vpd.stages.train.anchors import AnchorCandidates, choose_anchors
 from vpd.stages.train.config import AnchorConfig, PrefixConfig, TrainConfig
 from vpd.stages.train.cost import training_flops
 from vpd.stages.train.objective import BlockLabels, HeadRows, block_loss, position_weights
@@ -39,9 +39,9 @@ from workload import MIB, QWEN3, SMOLLM2
 NAME = "train"
 OURS, STRAIGHTFORWARD = "ours", "straightforward"
 PREFIX = PrefixConfig(sampler="geometric", beta=0.9)
-TRAIN = TrainConfig(prefix=PREFIX, normalise="batch")
+TRAIN = TrainConfig(prefix=PREFIX, normalize="batch")
 TARGET_SECONDS, TARGET_BYTES = 0.6, 0.5
-TOLERANCES = {"float32": 1e-4, "bf16": 1e-2}
+TOLERANCES = {"float32": 1e-4, "bfloat16": 1e-2}
 """Relative, of the loss. bfloat16 keeps 8 bits of a logit, and of a log-probability in the straightforward form."""
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}
 """Of dense products in bf16, by a part of the device's name."""
@@ -93,10 +93,10 @@ SMOLLM2_SHAPE = make_shape(49152, 576, (9, 3), 64, 1536, 3)
 QWEN3_SHAPE = make_shape(151936, 4096, (32, 8), 128, 12288, 5)
 ON_CPU = [
     Setting(SMOLLM2.name, "cpu", "float32", "structured", 512, 64, 5, SMOLLM2_SHAPE),
-    Setting(SMOLLM2.name, "cpu", "bf16", "structured", 512, 64, 3, SMOLLM2_SHAPE),
+    Setting(SMOLLM2.name, "cpu", "bfloat16", "structured", 512, 64, 3, SMOLLM2_SHAPE),
 ]
 ON_GPU = [
-    Setting(QWEN3.name, "cuda", "bf16", "flex", 3072, 512, 10, QWEN3_SHAPE, compiled=compiled)
+    Setting(QWEN3.name, "cuda", "bfloat16", "flex", 3072, 512, 10, QWEN3_SHAPE, compiled=compiled)
     for compiled in (False, True)
 ]
 
@@ -190,7 +190,7 @@ class Step:
         self.drafter.init_weights(torch.Generator(setting.device).manual_seed(0))
         if setting.compiled and name == OURS:
             self.drafter.compile_layers()
-        self.dtype = torch.bfloat16 if setting.precision == "bf16" else torch.float32
+        self.dtype = torch.bfloat16 if setting.precision == "bfloat16" else torch.float32
         self.device = setting.device
         self.loss = our_loss if name == OURS else straightforward_loss
         batch = make_batch(setting, self.dtype)
@@ -246,12 +246,12 @@ def make_batch(setting: Setting, dtype: torch.dtype) -> Batch:
     num_features = len(shape.target_layer_ids) * shape.hidden_size
     features_TD = torch.randn(setting.num_tokens, num_features, generator=generator)
     positions_M = torch.arange(1, setting.num_tokens + 1)
-    facts = AnchorFacts(positions_M, torch.full_like(positions_M, G - 1), None, G)
-    anchors_N = positions_M[choose_anchors(AnchorConfig(), facts, N, generator)]
+    candidates = AnchorCandidates(positions_M, torch.full_like(positions_M, G - 1), G, None)
+    anchors_N = positions_M[choose_anchors(AnchorConfig(), candidates, N, generator)]
     tokens_NG = torch.randint(shape.mask_token_id, (N, G), generator=generator)
     num_labels_N = torch.full((N,), G - 1)
-    prefix_len_N = draw_prefixes(PREFIX, BlockFacts(num_labels_N, None, None), G, torch.rand(N, generator=generator))
-    weights_NG = position_weights((torch.arange(G) > 0).expand(N, G), prefix_len_N, TRAIN.tau)
+    prefix_len_N = draw_prefixes(PREFIX, BlockFacts(num_labels_N, G, None), torch.rand(N, generator=generator))
+    labels = BlockLabels(tokens_NG, (torch.arange(G) > 0).expand(N, G), prefix_len_N)
     matrices = [torch.empty(shape.vocab_size, shape.hidden_size, dtype=dtype, device=setting.device) for _ in range(2)]
     on_device = torch.Generator(setting.device).manual_seed(2)
     embed_VH, head_VH = (matrix.normal_(std=0.02, generator=on_device) for matrix in matrices)
@@ -259,7 +259,7 @@ def make_batch(setting: Setting, dtype: torch.dtype) -> Batch:
         features_TD.to(setting.device),
         anchors_N.to(setting.device),
         show_prefix(tokens_NG, prefix_len_N, shape.mask_token_id).to(setting.device),
-        BlockLabels(tokens_NG.to(setting.device), weights_NG.to(setting.device)),
+        BlockLabels(*(field.to(setting.device) for field in labels)),
         embed_VH,
         head_VH,
     )
@@ -286,7 +286,7 @@ def straightforward_loss(drafter: Drafter, batch: Batch, dtype: torch.dtype) -> 
     loss_Q = F.cross_entropy(logits_QV, batch.labels.labels_NG.flatten(), reduction="none")
     with torch.no_grad():
         (logits_QV.argmax(dim=1) == batch.labels.labels_NG.flatten()).sum()  # The accuracy, which both forms find.
-    weights_Q = batch.labels.weights_NG.flatten()
+    weights_Q = position_weights(batch.labels, TRAIN.tau).flatten()
     return (loss_Q * weights_Q).sum() / weights_Q.sum()
 
 
@@ -336,7 +336,7 @@ def autocast(batch: Batch, dtype: torch.dtype) -> torch.autocast:
 
 def model_flops(setting: Setting) -> float:
     batch = make_batch(setting, torch.bfloat16)
-    num_labels = int((batch.labels.weights_NG > 0).sum())
+    num_labels = len(batch.labels.predicted_P)
     return training_flops(
         setting.shape, setting.num_tokens, setting.num_blocks, num_labels, float(batch.anchors_N.sum())
     )

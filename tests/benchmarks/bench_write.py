@@ -14,7 +14,7 @@ import torch
 from report import Figure, interleave, median_ratio
 from vpd.data.cache.cache import Cache
 from vpd.data.cache.writer import StateWriter
-from workload import GIB, MIB, Workload, make_manifest
+from workload import GIB, MIB, Workload, append, make_manifest
 
 NAME = "write"
 ROUNDS = 5
@@ -50,7 +50,7 @@ def bench_write(folder: Path, workload: Workload) -> list[Figure]:
         started = time.perf_counter()
         writer = StateWriter(cache, 2 * GIB, {})
         for sequence in sequences:
-            writer.append(**sequence)
+            append(writer, **sequence)
         writer.finish()
         seconds = time.perf_counter() - started
         peak_bytes = max(peak_bytes, peak())

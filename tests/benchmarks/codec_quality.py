@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import click
 import numpy as np
@@ -21,12 +20,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from vpd.data.cache.cache import Cache
-from vpd.data.cache.codecs import Codec, CodecName, measure_channels, whitened_cosine
-from vpd.data.cache.maintenance.transfer import TransferReport, append_sequence, copy_target, recode
+from vpd.data.cache.codecs import CODECS, measure_channels, whitened_cosine
+from vpd.data.cache.maintenance.transfer import TransferReport, copy_target, recode
 from vpd.data.cache.writer import StateWriter
 from vpd.pipeline.config import load_config
 from vpd.stages.evaluate.replay import Replay
-from vpd.stages.extract.estimate import CODECS
 from vpd.stages.holdout import is_held_out
 from vpd.stages.train.checkpoints import find_drafter
 from vpd.stages.train.loop import run_together
@@ -53,7 +51,7 @@ def train_and_replay(source: Cache, cache: Cache, run: Path, recipe: str, steps:
 def write_mixed(source: Cache, place: Path) -> tuple[float, list[float]]:
     """Writes the states as `mixed` would give them back; returns its share of the bytes and whitened cosines."""
     writer = StateWriter(Cache.create_or_open(place, source.manifest), 1 << 30, {})
-    low, high = Codec("int4"), Codec("fp8")
+    low, high = CODECS["int4"], CODECS["fp8"]
     share, cosines, scale_KH = 0.0, [], None
     for row in source.rows:
         sequence = source.read(row)
@@ -65,7 +63,7 @@ def write_mixed(source: Cache, place: Path) -> tuple[float, list[float]]:
         share += (prompt.nbytes + response.nbytes) / (original.nbytes * len(source.rows))
         mixed_TKH = torch.cat(parts)
         cosines += whitened_cosine(original, mixed_TKH).flatten().tolist()
-        append_sequence(writer, replace(sequence, stored_TKW=mixed_TKH.view(torch.uint16)))
+        writer.append(sequence.as_new(), mixed_TKH)
     writer.finish()
     copy_target(source.storage, writer.cache.storage)
     return share, cosines
@@ -79,7 +77,7 @@ def measure(source: Cache, out: Path, codec: str, recipe: str, steps: int, seeds
         report = TransferReport(cosines=np.array(cosines))
         cache = Cache.open(out / codec)
     else:
-        report = recode(source, out / codec, cast(CodecName, codec), 1 << 30)
+        report = recode(source, out / codec, codec, 1 << 30)
         cache = Cache.open(out / codec)
         share = cache.num_bytes / source.num_bytes
     runs = [train_and_replay(source, cache, out / f"{codec}-{seed}", recipe, steps, seed) for seed in range(seeds)]

@@ -25,6 +25,7 @@ from bench_feed import bench_feed
 from bench_open import bench_open
 from bench_read import bench_read
 from bench_remote import bench_remote
+from bench_start import bench_start
 from bench_train import bench_train
 from bench_write import bench_write
 from report import Figure, describe_machine, print_table, write_json
@@ -33,6 +34,7 @@ from workload import QWEN3, SMOLLM2
 BENCHMARKS: dict[str, list[Callable[[Path], list[Figure]]]] = {
     "write": [partial(bench_write, workload=workload) for workload in (QWEN3, SMOLLM2)],
     "read": [partial(bench_read, workload=workload) for workload in (QWEN3, SMOLLM2)],
+    "start": [bench_start],
     "open": [bench_open],
     "codecs": [bench_codecs],
     "feed": [partial(bench_feed, workload=SMOLLM2)],

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from vpd.data.cache.cache import CHUNK_TOKENS, Cache
 from vpd.data.cache.manifest import CacheManifest
+from vpd.data.cache.sequence import NewSequence
 from vpd.data.cache.writer import StateWriter
 
 GIB, MIB = 1 << 30, 1 << 20
@@ -43,7 +44,7 @@ class Workload:
         return value if self.has_targets else None
 
     def sequences(self) -> Iterator[dict[str, Any]]:
-        """Arguments of `StateWriter.append`; the states are views of one pool, so that making them takes no time."""
+        """Arguments of `append`; the states are views of one pool, so that making them takes no time."""
         generator = np.random.default_rng(0)
         pool_TKH = torch.empty(POOL_TOKENS, self.num_layers, self.hidden_size, dtype=torch.bfloat16)
         pool_TKH.normal_(generator=torch.Generator().manual_seed(0))
@@ -64,13 +65,19 @@ def sequence_arguments(seq_id: str, hidden_TKH: torch.Tensor) -> dict[str, Any]:
         "source": "synthetic",
         "source_row": 1,
         "hidden_TKH": hidden_TKH,
-        "token_ids": list(range(length)),
-        "loss_mask": [0] * (length // 2) + [1] * (length - length // 2),
-        "target_argmax": list(range(length)),
+        "arrays": {
+            "token_ids": list(range(length)),
+            "loss_mask": [0] * (length // 2) + [1] * (length - length // 2),
+            "target_argmax": list(range(length)),
+        },
         "prompt_len": length // 2,
         "final_token_id": 2,
         "finish_reason": "stop",
     }
+
+
+def append(writer: StateWriter, *, hidden_TKH: torch.Tensor, **fields: Any) -> None:
+    writer.append(NewSequence(**fields), hidden_TKH)
 
 
 def make_manifest(num_layers: int, hidden_size: int, codec: str = "raw") -> CacheManifest:
@@ -100,6 +107,6 @@ def write_cache(folder: Path, workload: Workload, part_bytes: int, num_sequences
     cache = Cache.create_or_open(folder, make_manifest(workload.num_layers, workload.hidden_size))
     writer = StateWriter(cache, part_bytes, {})
     for sequence in islice(workload.sequences(), num_sequences):
-        writer.append(**sequence)
+        append(writer, **sequence)
     writer.finish()
     return Cache.open(folder)

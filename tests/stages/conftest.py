@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 from support.tiny import PROMPTS as EXTRACT_PROMPTS
 from support.tiny import write_jsonl
-from vpd.pipeline import commands
+from support.tiny_world import World, make_world
+from vpd.pipeline.commands.draft import run_draft
+from vpd.pipeline.commands.extract import run_extract
+from vpd.pipeline.commands.train import run_train
 from vpd.pipeline.config import load_config
 from vpd.pipeline.demo import PROMPTS, make_target
 
@@ -35,6 +38,11 @@ def four_prompts(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
 def vllm_imported() -> None:
     """vLLM's import looks up deprecated names of torch; its warnings are not the project's."""
     with warnings.catch_warnings():
@@ -48,15 +56,15 @@ def make_run(
     """Extraction, first drafter (trained briefly, so that it fails often), first drafts and VP-Drafter."""
     cache, first, vp = root / "cache", root / "first", root / "vp"
     config = load_config(recipe, settings)
-    commands.extract(str(target), (str(prompts),), str(cache), None, config, True)
-    commands.train(
+    run_extract(str(target), (str(prompts),), str(cache), None, config, True)
+    run_train(
         str(cache),
         first,
         load_config(recipe, settings | {"train.objective": "dflash", "train.max_steps": first_steps}),
         True,
     )
-    commands.draft(str(cache), first, config, True)
-    commands.train(str(cache), vp, load_config(recipe, settings | {"train.init": str(first)}), True)
+    run_draft(str(cache), first, config, True)
+    run_train(str(cache), vp, load_config(recipe, settings | {"train.init": str(first)}), True)
     return {"target_folder": target, "cache_folder": cache, "first": first, "vp": vp}
 
 

@@ -1,18 +1,17 @@
-"""Comparisons between runs that were replayed over the same sequences."""
+"""Comparisons of replays over the same sequences."""
 
-# S sequences
+# E sequences
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-
-from .report import CONFIDENCE, resamples
+from vpd.stages.evaluate.report import CONFIDENCE, resamples
 
 
 class Estimate(NamedTuple):
-    """A figure with its 95 % bootstrap interval over sequences."""
+    """A value with its 95 % bootstrap interval over sequences."""
 
     value: float
     low: float
@@ -24,25 +23,25 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class Lifts:
-    """Acceptance lengths over that of the first drafter alone."""
+    """Differences of acceptance lengths to that of the first drafter alone."""
 
-    num_tokens_S: np.ndarray
-    first_cycles_S: np.ndarray
+    num_tokens_E: np.ndarray
+    first_cycles_E: np.ndarray
 
-    def lift(self, cycles_S: np.ndarray) -> Estimate:
-        """alpha of a way of decoding minus the first drafter's; cycles may be means over seeds."""
-        return self._estimate(self._lifts(cycles_S))
+    def lift(self, cycles_E: np.ndarray) -> Estimate:
+        """Alpha of a way of decoding minus the first drafter's; cycles may be means over seeds."""
+        return self._estimate(self._lifts(cycles_E))
 
-    def ratio(self, cycles_S: np.ndarray, other_S: np.ndarray) -> Estimate:
-        """How many times another way's lift a way lifts, both resampled together."""
-        return self._estimate(self._lifts(cycles_S) / self._lifts(other_S))
+    def ratio(self, cycles_E: np.ndarray, other_E: np.ndarray) -> Estimate:
+        """A way's lift divided by another way's; both are resampled together."""
+        return self._estimate(self._lifts(cycles_E) / self._lifts(other_E))
 
-    def _lifts(self, cycles_S: np.ndarray) -> np.ndarray:
-        """The lift over all sequences, then over each resample of them."""
-        num_sequences = len(self.num_tokens_S)
+    def _lifts(self, cycles_E: np.ndarray) -> np.ndarray:
+        """The lift over all sequences, then over each resample of the sequences."""
+        num_sequences = len(self.num_tokens_E)
         times_drawn = np.concatenate([np.ones((1, num_sequences)), resamples(num_sequences)])
-        num_tokens = times_drawn @ self.num_tokens_S
-        return num_tokens / (times_drawn @ cycles_S) - num_tokens / (times_drawn @ self.first_cycles_S)
+        num_tokens = times_drawn @ self.num_tokens_E
+        return num_tokens / (times_drawn @ cycles_E) - num_tokens / (times_drawn @ self.first_cycles_E)
 
     @staticmethod
     def _estimate(values: np.ndarray) -> Estimate:

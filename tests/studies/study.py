@@ -1,6 +1,6 @@
-"""The study: what prefix samplers, anchors, objectives and branch policies are worth on a real model."""
+"""The study: how much prefix samplers, anchors, objectives and branch policies gain on a real model."""
 
-# S sequences, C ways of decoding
+# E sequences, C ways of decoding
 from __future__ import annotations
 
 import contextlib
@@ -14,22 +14,24 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-
-from ..data.cache.cache import Cache
-from ..data.cache.drafts import FirstDrafts
-from ..data.errors import PromptError
-from ..stages.drafter.checkpoint import drafter_fingerprint
-from ..stages.evaluate.replay import Replay
-from ..stages.evaluate.report import ReplayReport
-from ..stages.holdout import is_held_out
-from ..stages.train.checkpoints import find_drafter
-from ..stages.train.samples import boundary_readers
-from . import commands
-from .config import load_config
-from .demo import make_target
-from .study_report import write_report
+from study_report import write_report
+from vpd.data.cache.cache import Cache
+from vpd.data.cache.drafts import FirstDrafts
+from vpd.data.errors import PromptError
+from vpd.pipeline.commands.draft import run_draft
+from vpd.pipeline.commands.extract import run_extract
+from vpd.pipeline.commands.train import run_train
+from vpd.pipeline.config import VpdConfig, load_config
+from vpd.pipeline.demo import make_target
+from vpd.stages.drafter.checkpoint import drafter_fingerprint
+from vpd.stages.evaluate.plan import plan_replay
+from vpd.stages.evaluate.report import ReplayReport
+from vpd.stages.holdout import is_held_out
+from vpd.stages.train.checkpoints import find_drafter
+from vpd.stages.train.samples import draft_readers
 
 HELD_OUT, FIRST_SHARE = 0.1, 0.5
+"""Share of the prompts that is held out; share of the rest that the first drafter learns from."""
 VARIANTS = (
     "",
     "\n\nThink step by step.",
@@ -37,20 +39,21 @@ VARIANTS = (
     "\n\nExplain your answer to a beginner.",
     "\n\nGive the result first, then the reasons.",
 )
-"""Added to the training prompts, so that more responses come from them."""
+"""Texts appended to the training prompts, which give more responses."""
 REUSED = "reused"
+"""Name of the first drafter's result as its own second drafter."""
 PAPER_ARM, DEFAULT_ARM = "geometric-0.9", "posterior, warm"
 FIRST_STEPS = 4
-"""Steps of the first drafter in multiples of a VP-Drafter's."""
+"""Steps of the first drafter, in multiples of a VP-Drafter's steps."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """A VP-Drafter that differs from the others in one thing."""
+    """A VP-Drafter, by the settings in which it differs from the others."""
 
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
-    """Dotted settings beside the study's own."""
+    """Dotted settings on top of the study's."""
     num_seeds: int = 1
     warm: bool = False
     """Whether it starts from the first drafter."""
@@ -89,25 +92,20 @@ ARMS = (
         prefix("mixture", mixture={"posterior": 0.5, "past-boundary": 0.5}),
         warm=True,
     ),
-    Arm("past-boundary, chain", PAST | {"train.anchor.sampler": "chain"}),
     Arm("past-boundary, failure", PAST | {"train.anchor.sampler": "failure"}),
-    Arm("past-boundary, batch", PAST | {"train.normalise": "batch"}),
+    Arm("past-boundary, batch", PAST | {"train.normalize": "batch"}),
     Arm("past-boundary, tau 3", PAST | {"train.tau": 3.0}),
     Arm("boundary, warm", prefix("boundary"), warm=True),
-    Arm(
-        "mixture, first draft visible",
-        prefix("mixture", mixture={"past-boundary": 0.7, "geometric": 0.3}) | {"train.visible": "first-draft"},
-    ),
     Arm("past-boundary, warm, lr 3e-4", PAST | {"train.lr": 3e-4}, warm=True),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """Where everything lies, and the settings that all runs share."""
+    """The study's folder, and the settings that all runs share."""
 
     out: Path
-    recipe: str | None
+    recipe: Path
     overrides: dict[str, Any]
 
     @property
@@ -117,17 +115,17 @@ class Study:
     def cache(self, split: str) -> str:
         return str(self.out / "caches" / split)
 
-    def config(self, **settings: Any) -> Any:
+    def config(self, **settings: Any) -> VpdConfig:
         return load_config(self.recipe, self.overrides | settings)
 
 
 def run_study(
     study: Study, prompts: Sequence[Path], unseen: Sequence[Path], num_variants: int, num_workers: int
 ) -> None:
-    """Runs every step that is not done yet; each arm's result is written as it comes.
+    """Runs every step that is not done yet, and writes each arm's result as soon as it is there.
 
     Args:
-        prompts: prompt files to train on; a tenth of their prompts is held out, half the rest is the first drafter's.
+        prompts: prompt files to train on. `plan_splits` splits their prompts.
         unseen: prompt files of another kind, never trained on.
     """
     splits = plan_splits(prompts, unseen, num_variants)
@@ -137,7 +135,7 @@ def run_study(
     for split, records in splits.items():
         (study.out / f"{split}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         console.rule(f"extract {split}")
-        commands.extract(
+        run_extract(
             str(study.out / "target"),
             (str(study.out / f"{split}.jsonl"),),
             study.cache(split),
@@ -146,23 +144,23 @@ def run_study(
             True,
         )
     with worker_pool(num_workers) as pool:
-        # What needs no first drafter trains beside it.
+        # Arms that need no first drafter train while the first drafter trains.
         for arm in ARMS:
-            if not (arm.warm or boundary_readers(study.config(**arm.settings).train)):
+            if not (arm.warm or draft_readers(study.config(**arm.settings).train)):
                 for seed in range(arm.num_seeds):
                     pool.submit(train_arm, study, arm, seed)
         console.rule("first drafter")
-        commands.train(study.cache("first"), study.first, first_config(study), True)
+        run_train(study.cache("first"), study.first, first_config(study), True)
         for split in ("train", "held", "unseen"):
             console.rule(f"draft {split}")
-            commands.draft(study.cache(split), study.first, study.config(), True)
+            run_draft(study.cache(split), study.first, study.config(), True)
         run_arms(study, pool, console)
     print(write_report(study.out, study.config().eval.k, PAPER_ARM, DEFAULT_ARM))
 
 
 @contextlib.contextmanager
 def worker_pool(num_workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that are ended where the caller fails or is stopped: what they have saved is where they go on."""
+    """A pool of processes, which are killed if the caller fails or is stopped. A later study resumes their runs."""
     with ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             yield pool
@@ -173,14 +171,15 @@ def worker_pool(num_workers: int) -> Iterator[ProcessPoolExecutor]:
             raise
 
 
-def first_config(study: Study) -> Any:
+def first_config(study: Study) -> VpdConfig:
     """The first drafter's settings: the study's, with more steps."""
     steps = study.config().train.max_steps
+    assert steps is not None
     return study.config(**{"train.objective": "dflash", "train.max_steps": FIRST_STEPS * steps})
 
 
 def run_arms(study: Study, pool: ProcessPoolExecutor, console: Console) -> None:
-    """Trains and evaluates all arms, several at a time; an arm that fails is named and costs no other."""
+    """Trains and evaluates all arms, several at a time; if an arm fails, the others go on."""
     futures: dict[Future[dict[str, Any]], str] = {pool.submit(run_arm, study, None, 0): REUSED}
     for arm in ARMS:
         for seed in range(arm.num_seeds):
@@ -192,7 +191,7 @@ def run_arms(study: Study, pool: ProcessPoolExecutor, console: Console) -> None:
 
 
 def run_arm(study: Study, arm: Arm | None, seed: int) -> dict[str, Any]:
-    """Trains a VP-Drafter, or takes the first drafter, replays it on both held-out splits, writes what came out."""
+    """Trains a VP-Drafter (None: takes the first drafter), replays it on both held-out splits, writes the result."""
     name = REUSED if arm is None else arm.name
     path = study.out / "results" / f"{file_name(name)}.{seed}.json"
     if path.is_file():
@@ -209,14 +208,14 @@ def run_arm(study: Study, arm: Arm | None, seed: int) -> dict[str, Any]:
 
 
 def train_arm(study: Study, arm: Arm, seed: int) -> Path:
-    """Trains a VP-Drafter to its last step, unless it is there; returns the run's folder."""
+    """Trains a VP-Drafter to its last step, unless that is done; returns the run's folder."""
     run = study.out / "arms" / f"{file_name(arm.name)}.{seed}"
     settings = {**arm.settings, "train.seed": seed, "train.first_drafter": str(study.first)}
     if arm.warm:
         settings["train.init"] = str(study.first)
     run.mkdir(parents=True, exist_ok=True)
     with silenced(run / "log.txt"):
-        commands.train(study.cache("train"), run, study.config(**settings), True)
+        run_train(study.cache("train"), run, study.config(**settings), True)
     return run
 
 
@@ -228,32 +227,33 @@ def replay(study: Study, split: str, drafter: Path) -> ReplayReport:
     cache = Cache.open(study.cache(split))
     config = study.config()
     drafts = FirstDrafts.open(cache, drafter_fingerprint(find_drafter(study.first)))
-    return Replay(cache, drafts, find_drafter(drafter), config.eval, config.read).run(cache.rows)
+    return plan_replay(cache, cache.rows, drafts, config.eval, config.read).run(find_drafter(drafter))
 
 
 def summary(report: ReplayReport) -> dict[str, Any]:
     """A report with each way's cycles by sequence, which paired comparisons need."""
-    cycles_SC = np.stack(report.cycles_SC)
+    cycles_EC = np.stack(report.cycles_EC)
     ways = [
-        {**way._asdict(), "alpha": alpha, "cycles": cycles_SC[:, c].tolist()}
+        {**way._asdict(), "alpha": alpha, "cycles": cycles_EC[:, c].tolist()}
         for c, (way, alpha) in enumerate(zip(report.ways, report.alphas().tolist(), strict=True))
     ]
     found = report.to_json()
     kept = {name: found[name] for name in ("recovery", "calibration", "hits", "num_tokens", "num_sequences", "skipped")}
-    return {"ways": ways, "tokens": report.num_tokens_S, **kept}
+    return {"ways": ways, "tokens": report.num_tokens_E, **kept}
 
 
 @contextlib.contextmanager
 def silenced(log: Path) -> Iterator[None]:
-    """What a run prints goes to its log."""
+    """Sends what a run prints to its log."""
     with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         yield
 
 
 def plan_splits(prompts: Sequence[Path], unseen: Sequence[Path], num_variants: int) -> dict[str, list[dict[str, Any]]]:
-    """The prompts of the splits `first`, `train`, `held` and `unseen`, chosen by their text; no variants of `held`.
+    """The prompts of the splits `first`, `train`, `held` and `unseen`, chosen by a hash of their text.
 
-    The first drafter learns from prompts of its own: on what it has learnt by heart it fails elsewhere than in use.
+    The first drafter has training prompts of its own. On prompts that it has learnt by heart, its drafts would fail
+    at other places than in use. The variants are made for the training prompts only.
 
     Raises:
         PromptError: a file can't be read, or a record has another form than {"turns": [...]}.

@@ -1,6 +1,6 @@
-"""What the study has found: tables in Markdown, figures, and all of it as JSON."""
+"""The study's report: tables in Markdown, a figure, and all values as JSON."""
 
-# S sequences
+# E sequences
 from __future__ import annotations
 
 import json
@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from ..data.errors import VpdError
-from ..stages.evaluate.compare import Estimate, Lifts
+from lifts import Estimate, Lifts
+from vpd.data.errors import VpdError
 
 POLICIES = ("paper", "exclude", "runner-up", "reranked")
 MEANINGS = {"held": "held-out prompts of the same sets", "unseen": "prompts of a set never trained on"}
@@ -19,12 +18,12 @@ MEANINGS = {"held": "held-out prompts of the same sets", "unseen": "prompts of a
 
 @dataclass(frozen=True)
 class Results:
-    """The results of one split; cycles are means over an arm's seeds."""
+    """The results of one split. Cycles are means over an arm's seeds."""
 
     split: str
     k: int
     arms: dict[str, list[dict[str, Any]]]
-    """Each arm's results of this split, one for each seed."""
+    """Each arm's results on this split, one per seed."""
 
     @classmethod
     def load(cls, folder: Path, split: str, k: int) -> Results:
@@ -37,17 +36,17 @@ class Results:
             result = json.loads(path.read_text())
             arms.setdefault(result["arm"], []).append(result[split])
         if not arms:
-            raise VpdError(f"expected results of the study in {folder}, found none. Run `vpd study` first.")
+            raise VpdError(f"expected results of the study in {folder}, found none. Run `make study` first.")
         return cls(split, k, arms)
 
-    def cycles(self, arm: str, setting: str, policy: str | None, k: int) -> np.ndarray:
-        """Cycles [S] of a way of decoding."""
-        key = {"setting": setting, "policy": policy, "k": k}
+    def cycles(self, arm: str, name: str, policy: str | None, k: int) -> np.ndarray:
+        """Cycles [E] of a way of decoding."""
+        key = {"name": name, "policy": policy, "k": k}
         found = [
             way["cycles"]
             for result in self.arms[arm]
             for way in result["ways"]
-            if all(way[name] == value for name, value in key.items())
+            if all(way[field] == value for field, value in key.items())
         ]
         return np.mean(found, axis=0)
 
@@ -57,12 +56,12 @@ class Results:
         return Lifts(np.array(self.arms[arm][0]["tokens"]), self.cycles(arm, "first", None, 0))
 
     @property
-    def tree_cycles_S(self) -> np.ndarray:
+    def tree_cycles_E(self) -> np.ndarray:
         return self.cycles(next(iter(self.arms)), "first_tree", None, self.k)
 
     @property
     def first_alpha(self) -> float:
-        return float(self.lifts.num_tokens_S.sum() / self.lifts.first_cycles_S.sum())
+        return float(self.lifts.num_tokens_E.sum() / self.lifts.first_cycles_E.sum())
 
 
 def write_report(out: Path, k: int, paper: str, default: str) -> str:
@@ -79,11 +78,11 @@ def write_report(out: Path, k: int, paper: str, default: str) -> str:
         rows = lift_rows(results)
         ratios = headline_ratios(results, paper, default)
         figures[split] = {"first": results.first_alpha, "lifts": rows, "ratios": ratios}
-        num_sequences, num_tokens = len(results.lifts.num_tokens_S), int(results.lifts.num_tokens_S.sum())
+        num_sequences, num_tokens = len(results.lifts.num_tokens_E), int(results.lifts.num_tokens_E.sum())
         text.append(
             f"{meaning[0].upper()}{meaning[1:]}: {num_tokens} tokens of {num_sequences} responses, K = {k}; the first "
             f"drafter alone has alpha {results.first_alpha:.3f}, first_tree lifts it by "
-            f"{results.lifts.lift(results.tree_cycles_S)}."
+            f"{results.lifts.lift(results.tree_cycles_E)}."
         )
         text += ["", f"| second drafter | seeds | {' | '.join(POLICIES)} |", "|---|---|" + "---|" * len(POLICIES)]
         text += [
@@ -111,19 +110,19 @@ def lift_rows(results: Results) -> list[dict[str, Any]]:
 
 
 def headline_ratios(results: Results, paper: str, default: str) -> dict[str, Estimate]:
-    """The default recipe's lift over those that it has to beat."""
+    """Ratios of the default recipe's lift to the lifts that it must exceed."""
     if not {paper, default} <= set(results.arms):
         return {}
     lifts = results.lifts
-    ours_S = results.cycles(default, "d2sd", "reranked", results.k)
+    ours_E = results.cycles(default, "d2sd", "reranked", results.k)
     return {
-        f"{default}, reranked / {paper}, paper": lifts.ratio(ours_S, results.cycles(paper, "d2sd", "paper", results.k)),
-        f"{default}, reranked / first_tree": lifts.ratio(ours_S, results.tree_cycles_S),
+        f"{default}, reranked / {paper}, paper": lifts.ratio(ours_E, results.cycles(paper, "d2sd", "paper", results.k)),
+        f"{default}, reranked / first_tree": lifts.ratio(ours_E, results.tree_cycles_E),
     }
 
 
 def plot_recovery(results: Results, arms: list[str], path: Path) -> None:
-    """How often, and by how many tokens, the second draft rescues a boundary at each position."""
+    """Plots how often the second draft commits more tokens than the first, and how many, by boundary position."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3), layout="constrained")
@@ -133,7 +132,7 @@ def plot_recovery(results: Results, arms: list[str], path: Path) -> None:
         positions = [each["boundary"] for each in recovery]
         axes[0].plot(positions, [each["recovered"] for each in recovery], marker=".", label=arm)
         axes[1].plot(positions, [each["gained_tokens"] for each in recovery], marker=".", label=arm)
-    axes[0].set(xlabel="boundary position", ylabel="share of anchors rescued", ylim=(0, None))
+    axes[0].set(xlabel="boundary position", ylabel="share of anchors with a gain", ylim=(0, None))
     axes[1].set(xlabel="boundary position", ylabel="tokens gained, mean", ylim=(0, None))
     axes[0].legend()
     figure.savefig(path, dpi=120)

@@ -1,10 +1,10 @@
-"""Lifts and their ratios: against sums written out, and against what the intervals must do."""
+"""Lifts and their ratios against sums written out, and their intervals against another bootstrap."""
 
 import random
 
 import numpy as np
 import pytest
-from vpd.stages.evaluate.compare import Lifts
+from lifts import Lifts
 
 TOKENS = [30, 12, 50, 7, 21, 40]
 FIRST, ONE, OTHER = [15, 8, 20, 7, 9, 31], [10, 6, 15, 5, 8, 20], [12, 7, 18, 6, 8, 25]
@@ -38,7 +38,7 @@ def test_intervals_are_those_of_a_bootstrap_with_other_draws(lifts: Lifts):
         (lifts.ratio(np.array(ONE), np.array(OTHER)), [lift(ONE, c) / lift(OTHER, c) for c in drawn]),
     ):
         ordered = sorted(values)
-        # Quantiles of 1,000 and of 4,000 draws differ by a few hundredths of the interval's width.
+        # Quantiles of 1,000 and of 4,000 draws differ by a few percent of the interval's width.
         slack = 0.12 * (ordered[3900] - ordered[100])
         assert found.low == pytest.approx(ordered[100], abs=slack)
         assert found.high == pytest.approx(ordered[3900], abs=slack)

@@ -1,4 +1,4 @@
-"""The study: how prompts are split, and what its report says of results made by hand."""
+"""The study: how prompts are split, and the report of results made by hand."""
 
 import json
 import sys
@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tiny import run_vpd, write_jsonl
+from click.testing import CliRunner
+from run import main
+from study import ARMS, DEFAULT_ARM, PAPER_ARM, VARIANTS, plan_splits, worker_pool
+from study_report import POLICIES, write_report
+from support.tiny import write_jsonl
 from vpd.data.errors import VpdError
 from vpd.pipeline.config import load_config
-from vpd.pipeline.study import ARMS, DEFAULT_ARM, PAPER_ARM, VARIANTS, plan_splits, worker_pool
-from vpd.pipeline.study_report import POLICIES, write_report
 
 QUESTIONS = [{"turns": [f"how much is {i} and {i}?"]} for i in range(200)]
 
@@ -21,12 +23,12 @@ def test_no_form_of_a_held_out_prompt_is_trained_on(tmp_path: Path):
     splits = plan_splits([prompts], [unseen], 3)
     held, *trained = ([record["turns"][0] for record in splits[name]] for name in ("held", "first", "train"))
     bases = [{text.split("\n")[0] for text in texts} for texts in (held, *trained)]
-    # Every question is in one split alone, with all its forms where it is trained on.
+    # Every question is in one split only; training splits have all its variants.
     assert sum(map(len, bases)) == len(set.union(*bases)) == 200
     for texts, base in zip(trained, bases[1:], strict=True):
         assert len(set(texts)) == len(texts) == 3 * len(base)
         assert sum(text.endswith(VARIANTS[1]) for text in texts) == len(base)
-    # Shares of 10 % and 45 % of 200 by hash, give or take 4.5 standard deviations.
+    # Shares of 10 % and 45 % of 200 by hash, within 4.5 standard deviations.
     assert 2 <= len(held) <= 39
     assert all(58 <= len(base) <= 122 for base in bases[1:])
     assert splits["unseen"] == QUESTIONS[:3]
@@ -46,9 +48,9 @@ def test_prompts_that_cannot_be_used_are_named_before_anything_is_made(
     path = tmp_path / "a.jsonl"
     if content is not None:
         path.write_text(content)
-    outcome = run_vpd("study", path, "--unseen", path, "--out", tmp_path / "out")
-    assert outcome.code == 1
-    assert all(word in outcome.message for word in words)
+    outcome = CliRunner().invoke(main, [str(path), "--unseen", str(path), "--out", str(tmp_path / "out")])
+    assert outcome.exit_code == 1
+    assert all(word in outcome.stderr for word in words)
     assert not (tmp_path / "out").exists()
 
 
@@ -68,18 +70,19 @@ def test_what_waits_for_a_worker_is_not_begun_once_the_study_is_stopped(tmp_path
 @pytest.mark.parametrize("recipe", ["study", "study-gpu"])
 @pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
 def test_every_arm_is_a_setting_of_its_own(recipe: str, arm: Any):
-    config = load_config(recipe, arm.settings)
+    path = Path(__file__).with_name(f"{recipe}.yaml")
+    config = load_config(path, arm.settings)
     assert config.train.objective == "vp"
-    same = [other for other in ARMS if load_config(recipe, other.settings) == config and other.warm == arm.warm]
+    same = [other for other in ARMS if load_config(path, other.settings) == config and other.warm == arm.warm]
     assert same == [arm]
 
 
 def make_result(arm: str, seed: int, cycles: dict[str, list[int]]) -> dict[str, Any]:
     """`cycles` by policy, of two sequences of 40 and 60 tokens; the first drafter needs 50 cycles, a tree 40."""
     ways = [
-        {"setting": "first", "policy": None, "k": 0, "cycles": [20, 30]},
-        {"setting": "first_tree", "policy": None, "k": 4, "cycles": [16, 24]},
-        *({"setting": "d2sd", "policy": policy, "k": 4, "cycles": cycles[policy]} for policy in POLICIES),
+        {"name": "first", "policy": None, "k": 0, "cycles": [20, 30]},
+        {"name": "first_tree", "policy": None, "k": 4, "cycles": [16, 24]},
+        *({"name": "d2sd", "policy": policy, "k": 4, "cycles": cycles[policy]} for policy in POLICIES),
     ]
     split = {"ways": ways, "tokens": [40, 60], "recovery": [{"boundary": 1, "recovered": 0.5, "gained_tokens": 1.0}]}
     return {"arm": arm, "seed": seed, "held": split, "unseen": split}
@@ -117,5 +120,5 @@ def test_the_report_holds_lifts_and_ratios(tmp_path: Path):
 
 
 def test_a_report_of_nothing_says_so(tmp_path: Path):
-    with pytest.raises(VpdError, match="vpd study"):
+    with pytest.raises(VpdError, match="make study"):
         write_report(tmp_path, 4, PAPER_ARM, DEFAULT_ARM)

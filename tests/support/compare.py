@@ -1,4 +1,4 @@
-"""What tests compare of training runs that lie in folders."""
+"""Comparison of training runs by their folders."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ def train(cache: Path, run: Path, **settings: Any) -> list[object]:
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what depends on the clock."""
+    """The lines of metrics.jsonl without the metrics that depend on the clock."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in CLOCK} for line in lines]
 
@@ -57,7 +57,7 @@ def check_equal_states(one: Any, other: Any) -> None:
 
 
 def check_equal_runs(one: Path, other: Path) -> None:
-    """Equality of metrics, but for the clock, and of all that a checkpoint holds, bit for bit."""
+    """Equality of the metrics, except those of the clock, and of all that a checkpoint holds, bit for bit."""
     assert metrics(one) == metrics(other)
     checkpoints = [list_checkpoints(run)[-1] for run in (one, other)]
     assert checkpoints[0].name == checkpoints[1].name
@@ -66,23 +66,23 @@ def check_equal_runs(one: Path, other: Path) -> None:
 
 
 def check_close_runs(one: Path, other: Path, steps: int) -> None:
-    """Equality of metrics and weights but for the rounding of sums that are made in another order."""
+    """Equality of metrics and weights up to rounding: sums are computed in another order."""
     assert steps_logged(one) == steps_logged(other) == [*range(1, steps + 1)]
     for ours, theirs in zip(metrics(one), metrics(other), strict=True):
         for name in ("epoch", "lr", "num_labels", "num_skipped"):
             assert ours[name] == theirs[name], name
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-        # A float32 norm over all weights is only that exact on a CPU.
+        # On a CPU a float32 norm over all weights is not more exact.
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
     ours, theirs = weights(one), weights(other)
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
-        # Adam divides by the gradient's size, which makes rounding of a tiny gradient a visible share of a step.
+        # Adam divides by the gradient's size, so the rounding of a tiny gradient is a visible share of a step.
         assert torch.linalg.vector_norm(value - theirs[name]) < 1e-4 * torch.linalg.vector_norm(theirs[name]), name
 
 
 def cut_short(run: Path, copy: Path, step: int) -> Path:
-    """A copy of a run as it was when it had made the checkpoint of a step."""
+    """A copy of a run as it was right after the checkpoint of a step."""
     shutil.copytree(run, copy)
     for path, found in zip(list_checkpoints(copy), checkpoint_steps(copy), strict=True):
         if found > step:

@@ -1,9 +1,8 @@
-"""Runs of `vpd` in processes of their own, forked from one that has imported it already, which takes seconds."""
+"""Runs of `vpd` in processes that are forked from one that has imported everything, since imports take seconds."""
 
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,16 +10,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vpd.pipeline.launch import open_group
+
 from support.tiny import Outcome
 
 SECONDS = 60.0
-"""By when a process must have ended."""
+"""Time after which a process that has not ended is killed."""
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONFAULTHANDLER": "1"}
-"""As many processes as a test wants, on the CPU; one that aborts says where."""
+"""Any number of processes fits on the CPU; a process that aborts shows where."""
 
 
 class Process:
-    """A run of the command in its own session, with files for what it prints."""
+    """A run of the command in a session of its own; files hold what it prints."""
 
     def __init__(self, ask: Callable[..., Any], pid: int, out: Path, err: Path):
         self._ask, self.pid, self._out, self._err = ask, pid, out, err
@@ -29,17 +30,17 @@ class Process:
         os.kill(self.pid, number)
 
     def wait(self) -> Outcome:
-        """Its end: the exit code as a shell tells it, but minus the signal's number where one has killed it."""
+        """Waits for the end. The exit code is the signal's number, negative, if a signal has killed the process."""
         deadline = time.monotonic() + SECONDS
         while (code := self._ask(poll=self.pid)) is None:
             if time.monotonic() > deadline:
                 os.killpg(self.pid, signal.SIGKILL)
-                raise AssertionError(f"still at work after {SECONDS} s: {self._err.read_text()}")
+                raise AssertionError(f"not ended after {SECONDS} s: {self._err.read_text()}")
             time.sleep(0.01)
         return Outcome(code, self._out.read_text(), self._err.read_text())
 
     def result(self) -> dict[str, Any]:
-        """What a run that must succeed has printed with `--json`."""
+        """What a run has printed with `--json`; the run must succeed."""
         outcome = self.wait()
         assert outcome.code == 0, outcome.err
         return outcome.result
@@ -50,6 +51,7 @@ class Forks:
 
     def __init__(self, folder: Path):
         self._folder, self._count = folder, 0
+        self._stores: list[object] = []
         self._server = subprocess.Popen(
             [sys.executable, Path(__file__).with_name("fork_server.py")],
             stdin=subprocess.PIPE,
@@ -69,14 +71,8 @@ class Forks:
 
     def start_ranks(self, arguments: Sequence[object], num_processes: int = 2) -> list[Process]:
         """`vpd` in processes that work on one thing together, as a launcher starts them."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            shared = {
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(free.getsockname()[1]),
-                "WORLD_SIZE": str(num_processes),
-                "LOCAL_WORLD_SIZE": str(num_processes),
-            }
+        store, shared = open_group(num_processes)
+        self._stores.append(store)
         ranks = map(str, range(num_processes))
         return [self.start(arguments, shared | {"RANK": rank, "LOCAL_RANK": rank}) for rank in ranks]
 
@@ -92,7 +88,7 @@ class Forks:
 
 
 def wait_for_lines(path: Path, count: int, process: Process | None = None) -> None:
-    """Returns as soon as a file has so many lines."""
+    """Waits until a file has that many lines."""
     deadline = time.monotonic() + SECONDS
     while not path.is_file() or path.read_bytes().count(b"\n") < count:
         assert time.monotonic() < deadline, process and process.wait()

@@ -1,6 +1,6 @@
-"""Greedy decoding with two drafters and the real target, written out plainly: the oracle of replay."""
+"""Greedy decoding with two drafters and the real target, written plainly, to check replay."""
 
-# T context tokens, D context features, G block size
+# D context features, G block size
 from __future__ import annotations
 
 import math
@@ -28,14 +28,14 @@ class LiveDecoder:
     k: int
 
     @torch.inference_mode()
-    def decode(self, prompt_ids: list[int], max_new_tokens: int, setting: str) -> tuple[list[int], int]:
+    def decode(self, prompt_ids: list[int], max_new_tokens: int, way: str) -> tuple[list[int], int]:
         """Returns the response and the number of drafting cycles it took."""
         past = DynamicCache()
         logits, features = self.step(prompt_ids, past)
         tokens = [*prompt_ids, int(logits[-1].argmax())]
         start, cycles = len(prompt_ids), 0
         while not self.over(tokens[start:], max_new_tokens):
-            candidates = self.candidates(tokens[-1], features, len(tokens) - 1, setting)
+            candidates = self.candidates(tokens[-1], features, len(tokens) - 1, way)
             committed, new_features = self.verify(tokens[-1], candidates, past)
             features = torch.cat([features, new_features])
             tokens += committed
@@ -49,7 +49,7 @@ class LiveDecoder:
 
     def step(self, token_ids: list[int], past: DynamicCache) -> tuple[Tensor, Tensor]:
         out = self.target(torch.tensor([token_ids]), past_key_values=past, use_cache=True, output_hidden_states=True)
-        # The cache stores states as bfloat16, so the oracle rounds them too.
+        # The cache stores states as bfloat16, so this decoder rounds them too.
         states = torch.cat([out.hidden_states[i + 1][0] for i in self.layer_ids], dim=-1)
         return out.logits[0], states.bfloat16().float()
 
@@ -68,14 +68,14 @@ class LiveDecoder:
         self.step([anchor, *best[0][:-1]], past)
         return best
 
-    def candidates(self, anchor: int, features: Tensor, position: int, setting: str) -> list[list[int]]:
+    def candidates(self, anchor: int, features: Tensor, position: int, way: str) -> list[list[int]]:
         top = self.fill(self.first, [anchor], features, position)
         draft = [int(tokens[0]) for tokens, _ in top]
-        if setting == "first":
+        if way == "first":
             return [draft]
-        if setting == "first_tree":
+        if way == "first_tree":
             return [draft, *([*kept, *draft[len(kept) :]] for kept, _ in self.branches("runner-up", top))]
-        second = self.second if setting == "d2sd" else self.first
+        second = self.second if way == "d2sd" else self.first
         candidates = [draft]
         if self.policy == "reranked":
             chosen = self.reranked(second, anchor, top, features, position)
@@ -111,7 +111,7 @@ class LiveDecoder:
     def reranked(
         self, second: Drafter, anchor: int, top: list[tuple[Tensor, Tensor]], features: Tensor, position: int
     ) -> list[tuple[list[int], None]]:
-        """Pairs of a length and a token there, of what the second drafter would put after the 4 likeliest lengths."""
+        """The best pairs of a length and the second drafter's token there, at the 4 likeliest lengths."""
         draft = [int(tokens[0]) for tokens, _ in top]
         confidence = [float(probs[0]) for _, probs in top]
         posterior = [math.prod(confidence[:i]) * (1 - confidence[i]) for i in range(len(draft))]
@@ -129,7 +129,7 @@ class LiveDecoder:
     def fill(
         self, drafter: Drafter, visible: list[int], features: Tensor, position: int
     ) -> list[tuple[Tensor, Tensor]]:
-        """Six best tokens and probabilities of block positions 1..G-1; the context ends before the anchor."""
+        """The six likeliest tokens and their probabilities at positions 1..G-1; the context ends before the anchor."""
         assert len(features) == position
         shape = drafter.shape
         block = visible + [shape.mask_token_id] * (shape.block_size - len(visible))

@@ -1,4 +1,4 @@
-"""A place with targets, caches and a first drafter, for tests of the command line."""
+"""Targets, caches and a first drafter for tests of the command line."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ ANSWERED = {"prompt": "name a dog", "response": "the lazy dog"}
 
 
 class Place(NamedTuple):
-    """What a case may use; `cache` and `drafted` are copies of its own."""
+    """What a test may use; `cache` and `drafted` are copies that belong to the test."""
 
     folder: Path
     llama: Path
@@ -23,13 +23,13 @@ class Place(NamedTuple):
     first_run: Path
 
     def write(self, *lines: object) -> Path:
-        """A prompt file; strings go in as they are."""
+        """A prompt file with these lines: strings as they are, other objects as JSON."""
         path = self.folder / "some.jsonl"
         path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
         return path
 
     def drafter(self, **changes: Any) -> Path:
-        """A first drafter whose shape differs."""
+        """A first drafter of another shape."""
         checkpoint = sorted((self.first_run / "checkpoints").iterdir())[-1]
         return save_random_drafter(self.folder / "drafter", checkpoint, **changes)
 
@@ -52,6 +52,7 @@ class Place(NamedTuple):
 
 
 def check_message(outcome: Outcome, code: int, words: list[str]) -> None:
+    """The command has failed with one paragraph that contains these words."""
     message = outcome.message
     for word in words:
         assert word in message

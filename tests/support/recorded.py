@@ -1,4 +1,4 @@
-"""Sequences and first drafts in memory, each of whose tokens tells where it stands."""
+"""Sequences and first drafts in memory; every token shows its position."""
 
 # S tokens of a sequence, T with a state, N blocks, G block size
 from types import SimpleNamespace
@@ -16,8 +16,8 @@ from support.tiny import make_cached, make_index, make_row
 
 G, MASK = 5, 999
 TOKEN, ARGMAX, DRAFT = 100, 500, 2000
-"""Position p holds token TOKEN + p, and the target's own choice there is ARGMAX + p; block position k of the first
-draft at anchor p is DRAFT + 10 * p + k: nothing passes for another."""
+"""Position p holds token TOKEN + p, and the target's choice there is ARGMAX + p. Position k of the first draft at
+anchor p is DRAFT + 10 * p + k. So all tokens differ."""
 
 
 def parse_mask(turns: str) -> list[bool]:
@@ -26,7 +26,7 @@ def parse_mask(turns: str) -> list[bool]:
 
 
 def make_sequence(turns: str, *, final_token: bool = False, seq_id: str = "s", seed: int = 0) -> CachedSequence:
-    """A sequence; with `final_token` its last token is one that the target never saw."""
+    """A sequence; with `final_token` its last token has no state."""
     mask = parse_mask(turns)
     T = len(mask) - final_token
     row = make_row(
@@ -43,7 +43,7 @@ def make_sequence(turns: str, *, final_token: bool = False, seq_id: str = "s", s
 
 
 def make_drafts(accept_len_T: list[int]) -> FirstDrafts:
-    """First drafts with these accept lengths, whatever their tokens are."""
+    """First drafts with these accept lengths; their tokens do not fit the accept lengths."""
     T = len(accept_len_T)
     accept_len = torch.tensor(accept_len_T, dtype=torch.uint8)
     tokens_TG = DRAFT + 10 * torch.arange(T)[:, None] + torch.arange(1, G)
@@ -54,7 +54,7 @@ def make_drafts(accept_len_T: list[int]) -> FirstDrafts:
 
 
 def make_cache(sequences: list[CachedSequence]) -> Cache:
-    """A cache that has these sequences in memory."""
+    """A cache that holds these sequences in memory."""
     by_id = {sequence.row.seq_id: sequence for sequence in sequences}
     rows = make_index(sequence.row for sequence in sequences)
 
@@ -79,7 +79,7 @@ def draw(
 def training_blocks(
     sequence: CachedSequence, config: TrainConfig, step: int = 0, drafts: FirstDrafts | None = None
 ) -> TrainingBlocks:
-    """The blocks of a pass that holds this sequence alone."""
+    """The blocks of a pass with this sequence only."""
     return pack_all([sequence], [draw(sequence, config, step, drafts)], config)
 
 
@@ -90,7 +90,7 @@ def pack_all(
     block_size: int = G,
     mask_token_id: int = MASK,
 ) -> TrainingBlocks:
-    """The blocks of a pass that holds these sequences."""
+    """The blocks of a pass with these sequences."""
     features = [sequence.hidden_TKH[: config.max_len].flatten(1) for sequence in sequences]
     num_tokens = [len(each) for each in features]
     return pack(drawn, torch.cat(features), num_tokens, config, block_size, mask_token_id)

@@ -1,6 +1,6 @@
 """Decoding with two drafts as the method describes it: one block, one branch and one cycle at a time.
 
-Contexts are cut off before the anchor, so that nothing a drafter must not see is there, and every branch is completed.
+The context is cut off before the anchor, so that a drafter can't see more than it should. Every branch is completed.
 """
 
 # G block size, D context features (K layers x H), V vocabulary
@@ -30,9 +30,9 @@ class Branch(NamedTuple):
 
 
 class SlowDrafter:
-    def __init__(self, drafter: Drafter, pieces: dict[str, Tensor], features_TD: Tensor, block_size: int | None = None):
+    def __init__(self, drafter: Drafter, pieces: dict[str, Tensor], features_TD: Tensor):
         self.drafter, self.features_TD = drafter, features_TD
-        self.block_size = block_size or drafter.shape.block_size
+        self.block_size = drafter.shape.block_size
         self.embed_VH, self.head_VH = pieces["embed_tokens.weight"], pieces["lm_head.weight"]
         self.ranked = cache(self._ranked)
         self.context = cache(self._context)
@@ -42,7 +42,7 @@ class SlowDrafter:
 
     @torch.no_grad()
     def _ranked(self, anchor: int, visible: tuple[int, ...]) -> Ranked:
-        """Of every masked position, all tokens of the vocabulary; the first visible token is the anchor's."""
+        """All tokens of the vocabulary for every masked position; the first visible token is the anchor's."""
         ids = [*visible, *[self.drafter.shape.mask_token_id] * (self.block_size - len(visible))]
         states_GH = self.drafter(self.embed_VH[ids][None], torch.tensor([anchor]), self.context(anchor))[0]
         probs_GV = (states_GH[len(visible) :] @ self.head_VH.T).double().softmax(dim=1)
@@ -51,7 +51,7 @@ class SlowDrafter:
         ]
 
     def complete(self, anchor: int, visible: tuple[int, ...], excluded: int | None = None) -> list[int]:
-        """The tokens after the anchor: visible ones are kept, the others drafted as far as the block goes."""
+        """The tokens after the anchor: the visible ones, then drafted ones to the end of the block."""
         if len(visible) >= self.block_size:
             return [*visible[1:]]
         ranked = self.ranked(anchor, visible)
@@ -67,7 +67,7 @@ def slow_posterior(confidences: list[float]) -> list[float]:
 
 
 Ask = Callable[[int], list[tuple[float, int]]]
-"""The second drafter's tokens right after so many draft tokens, best first; none past its block."""
+"""The second drafter's tokens after a number of draft tokens, best first; none past its block."""
 
 
 def slow_branches(policy: str, ranked: Ranked, ask: Ask | None = None) -> list[Branch]:
@@ -118,7 +118,7 @@ def slow_candidates(
 
 
 def slow_accept_length(candidates: list[list[int]], continuation: list[int]) -> int:
-    """Longest common beginning of a candidate and what the target goes on with."""
+    """Length of the longest common beginning of a candidate and the target's continuation."""
     best = 0
     for candidate in candidates:
         length = 0
@@ -129,7 +129,7 @@ def slow_accept_length(candidates: list[list[int]], continuation: list[int]) -> 
 
 
 def slow_count(accept_len_at: Callable[[int], int], num_tokens: int) -> int:
-    """Cycles that decode a response token by token; its first one is there already."""
+    """Cycles that decode a response token by token; its first token comes from the prefill."""
     num_written, cycles = 1, 0
     while num_written < num_tokens:
         cycles += 1

@@ -21,11 +21,13 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from vpd.data.cache.arrays import TOKEN_ARRAYS
 from vpd.data.cache.cache import CHUNK_TOKENS, Cache
-from vpd.data.cache.codecs import Codec
+from vpd.data.cache.codecs import CODECS
 from vpd.data.cache.index import SequenceIndex, SequenceRow, rows_to_table
 from vpd.data.cache.manifest import CacheManifest
 from vpd.data.cache.reader import CachedSequence
+from vpd.data.cache.sequence import NewSequence
 from vpd.data.cache.storage.base import Storage
 from vpd.data.cache.work import finished_units, read_units
 from vpd.data.cache.writer import StateWriter
@@ -182,11 +184,14 @@ def vpd(*arguments: object, **flags: object) -> dict[str, Any]:
 
 
 def as_flags(flags: dict[str, Any]) -> list[str]:
-    """`num_layers=1` as `--num-layers 1`, `skip_bad=True` as `--skip-bad`."""
+    """`num_layers=1` as `--num-layers 1`, `skip_bad=True` as `--skip-bad`, a dotted name as `--set NAME=VALUE`."""
     found: list[str] = []
     for name, value in flags.items():
         flag = f"--{name.replace('_', '-')}"
-        found += [flag] if value is True else [flag, str(value)]
+        if "." in name:
+            found += ["--set", f"{name}={value}"]
+        else:
+            found += [flag] if value is True else [flag, str(value)]
     return found
 
 
@@ -233,7 +238,7 @@ def make_manifest(**changes: Any) -> CacheManifest:
 
 
 def make_sequence(seq_id: str, num_tokens: int, num_layers: int, width: int, **changes: Any) -> dict[str, Any]:
-    """Arguments of `StateWriter.append`: random states, and token ids that depend on `seq_id`."""
+    """Arguments of `append`: random states, and token ids that depend on `seq_id`."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seq_id} {num_tokens}".encode()))
     prompt_len = num_tokens // 2
     sequence: dict[str, Any] = {
@@ -251,6 +256,12 @@ def make_sequence(seq_id: str, num_tokens: int, num_layers: int, width: int, **c
     return sequence | changes
 
 
+def append(writer: StateWriter, *, hidden_TKH: Tensor, **made: Any) -> str | None:
+    """Writes a sequence of `make_sequence`; returns the part's name if the part is full."""
+    arrays = {name: made.pop(name) for name in TOKEN_ARRAYS}
+    return writer.append(NewSequence(arrays=arrays, **made), hidden_TKH)
+
+
 def chunk_bytes(num_layers: int, width: int) -> int:
     """Bytes of a stored chunk of `raw` states, its checksum included."""
     return CHUNK_TOKENS * num_layers * width * 2 + 4
@@ -261,7 +272,7 @@ def fill_cache(
 ) -> list[str]:
     """Creates or continues a cache with these sequences; returns the names of the parts made."""
     writer = StateWriter(Cache.create_or_open(folder, make_manifest(**changes)), part_bytes, {})
-    parts = [writer.append(**sequence) for sequence in sequences]
+    parts = [append(writer, **sequence) for sequence in sequences]
     parts.append(writer.commit())
     writer.finish()
     return [part for part in parts if part is not None]
@@ -303,11 +314,12 @@ def make_cached(
     """A sequence as a reader gives it, without a cache."""
     return CachedSequence(
         row=row,
+        arrays={},
         token_ids_S=torch.tensor(token_ids),
         loss_mask_S=torch.tensor(loss_mask, dtype=torch.bool),
         target_argmax_T=torch.tensor(target_argmax),
         stored_TKW=hidden_TKH.view(torch.uint16),
-        codec=Codec("raw"),
+        codec=CODECS["raw"],
         hidden_size=hidden_TKH.shape[-1],
         channel_scale_KH=None,
     )

@@ -1,4 +1,4 @@
-"""A tiny cache with drafters of several block sizes, and its slow decode at every anchor."""
+"""A tiny cache, drafters of several block sizes, and the slow decode at every anchor."""
 
 # K context layers, D context features (K x H), H hidden width, G block size, V vocabulary
 from __future__ import annotations
@@ -26,11 +26,11 @@ from vpd.stages.drafter.model import Drafter
 from vpd.stages.drafter.shape import DrafterShape
 from vpd.stages.evaluate.config import EvalConfig
 from vpd.stages.evaluate.replay import Replay
-from vpd.stages.evaluate.report import AnchorFacts, ReplayReport, Way
+from vpd.stages.evaluate.report import FirstDraftOutcomes, ReplayReport, Way
 
 from support.slow_decode import POLICIES, Ranked, SlowDrafter, slow_accept_length, slow_candidates
 from support.tiny import SHAPE as ANY_SHAPE
-from support.tiny import make_manifest
+from support.tiny import append, make_manifest
 
 V = 12
 SHAPE = replace(ANY_SHAPE, vocab_size=V, mask_token_id=V - 1)
@@ -39,20 +39,8 @@ MAX_K = 20
 """More than the pairs of a first draft."""
 
 
-class Second(NamedTuple):
-    """A second drafter: its folder, and the block size that the configuration asks of it."""
-
-    name: str
-    block_size: int | None = None
-
-
-SECONDS = {
-    "same-block": Second("same"),
-    "larger-block": Second("larger"),
-    "smaller-block": Second("smaller"),
-    "stretched": Second("same", G + 2),
-    "cut": Second("larger", G - 2),
-}
+SECONDS = {"same-block": "same", "larger-block": "larger", "smaller-block": "smaller"}
+"""Folders of second drafters, by what their block size is compared with the first drafter's."""
 SHAPES = {
     "first": SHAPE,
     "same": replace(SHAPE, num_layers=1, mask_token_id=V - 2),
@@ -77,7 +65,7 @@ def responses_of(lengths: list[int]) -> list[tuple[int, int]]:
 
 
 class Anchor(NamedTuple):
-    """An anchor, its token, and what the target goes on with."""
+    """An anchor, its token, and the target's continuation."""
 
     seq_id: str
     position: int
@@ -91,9 +79,11 @@ class Recorder(ReplayReport):
 
     accept_lens: list[np.ndarray] = field(default_factory=list)
 
-    def add(self, accept_lens_NC: np.ndarray, response_lens: Sequence[Sequence[int]], facts: AnchorFacts) -> None:
+    def add(
+        self, accept_lens_NC: np.ndarray, response_lens: Sequence[Sequence[int]], outcomes: FirstDraftOutcomes
+    ) -> None:
         self.accept_lens.append(accept_lens_NC)
-        super().add(accept_lens_NC, response_lens, facts)
+        super().add(accept_lens_NC, response_lens, outcomes)
 
     def by_way(self) -> dict[Way, list[int]]:
         """Accept lengths at all anchors."""
@@ -101,15 +91,15 @@ class Recorder(ReplayReport):
 
 
 class World:
-    """Read-only; what the slow decode finds is kept."""
+    """Cache and drafters, which tests only read; results of the slow decode are kept."""
 
     def __init__(self, folder: Path, pieces: dict[str, Tensor]):
         self.folder, self.pieces = folder, pieces
         self.cache = Cache.open(folder / "cache")
         self.sequence: Callable[[str], CachedSequence] = cache(lambda seq_id: self.cache.read(self.row(seq_id)))
         self.drafted: Callable[[str], DraftedSequence] = cache(lambda seq_id: self.drafts.read(self.row(seq_id)))
-        self.slow: Callable[[str, Second], SlowDrafter] = cache(self._slow)
-        self.expected: Callable[[Second, bool], dict[Way, list[int]]] = cache(self._expected)
+        self.slow: Callable[[str, str], SlowDrafter] = cache(self._slow)
+        self.expected: Callable[[str, bool], dict[Way, list[int]]] = cache(self._expected)
 
     def row(self, seq_id: str) -> SequenceRow:
         (row,) = [row for row in self.cache.rows if row.seq_id == seq_id]
@@ -124,11 +114,9 @@ class World:
         """Recorded first drafts."""
         return FirstDrafting(self.folder / "first", DraftConfig(device="cpu")).run(self.cache)
 
-    def replay(self, second: Second | None = None, first: FirstDrafts | None = None, **config: Any) -> Replay:
+    def replay(self, second: str | None = None, first: FirstDrafts | None = None, **config: Any) -> Replay:
         settings = {"policies": list(POLICIES), "device": "cpu"} | config
-        if second is not None:
-            settings["second_block_size"] = second.block_size
-        path = None if second is None else self.folder / second.name
+        path = None if second is None else self.folder / second
         return Replay(self.cache, first or self.folder / "first", path, EvalConfig(**settings))
 
     def run(self, rows: Sequence[SequenceRow], *args: Any, **config: Any) -> Recorder:
@@ -146,46 +134,44 @@ class World:
                 found += [Anchor(seq_id, a, tokens[a], tokens[a + 1 : end]) for a in range(start, end - 1)]
         return found
 
-    def _slow(self, seq_id: str, second: Second) -> SlowDrafter:
+    def _slow(self, seq_id: str, second: str) -> SlowDrafter:
         features_TD = self.sequence(seq_id).hidden_TKH.flatten(1).float()
-        return SlowDrafter(load_drafter(self.folder / second.name), self.pieces, features_TD, second.block_size)
+        return SlowDrafter(load_drafter(self.folder / second), self.pieces, features_TD)
 
     def ranked(self, anchor: Anchor) -> Ranked:
         """The first draft and its alternatives, best first."""
-        return self.slow(anchor.seq_id, Second("first")).ranked(anchor.position, (anchor.token,))
+        return self.slow(anchor.seq_id, "first").ranked(anchor.position, (anchor.token,))
 
     def recorded(self, anchor: Anchor) -> Ranked:
-        """The same as it was recorded, with the rounding of the probabilities."""
+        """The recorded first draft and its alternatives, with rounded probabilities."""
         drafted = self.drafted(anchor.seq_id)
         rows = zip(
             drafted.probs_TGA[anchor.position].tolist(), drafted.tokens_TGA[anchor.position].tolist(), strict=True
         )
         return [list(zip(probs, tokens, strict=True)) for probs, tokens in rows]
 
-    def _expected(self, second: Second, recorded: bool) -> dict[Way, list[int]]:
+    def _expected(self, second: str, recorded: bool) -> dict[Way, list[int]]:
         """Accept lengths of every way at all anchors, by the slow decode."""
-        seconds = {"d2sd": second} if recorded else {"first_as_second": Second("first"), "d2sd": second}
+        seconds = {"d2sd": second} if recorded else {"first_as_second": "first", "d2sd": second}
         ranked = self.recorded if recorded else self.ranked
         found = [self.slow_lens(seconds, anchor, ranked(anchor)) for anchor in self.anchors()]
         return {way: [lens[way] for lens in found] for way in found[0]}
 
-    def slow_lens(
-        self, seconds: dict[str, Second], anchor: Anchor, ranked: Ranked, max_k: int = MAX_K
-    ) -> dict[Way, int]:
+    def slow_lens(self, seconds: dict[str, str], anchor: Anchor, ranked: Ranked, max_k: int = MAX_K) -> dict[Way, int]:
         """Accept lengths of every way of decoding."""
         draft = [best[0][1] for best in ranked]
         found = {Way("first", None, 0): slow_accept_length([draft], anchor.continuation)}
-        ways = [("first_tree", None), *((setting, policy) for setting in seconds for policy in POLICIES)]
-        for setting, policy in ways:
-            second = self.slow(anchor.seq_id, seconds[setting]) if policy else None
+        ways = [("first_tree", None), *((name, policy) for name in seconds for policy in POLICIES)]
+        for name, policy in ways:
+            second = self.slow(anchor.seq_id, seconds[name]) if policy else None
             candidates = slow_candidates(ranked, second, policy or "runner-up", anchor.position, anchor.token)
             for k in range(max_k + 1):
-                found[Way(setting, policy, k)] = slow_accept_length(candidates[: k + 1], anchor.continuation)
+                found[Way(name, policy, k)] = slow_accept_length(candidates[: k + 1], anchor.continuation)
         return found
 
 
 def write_drafter(folder: Path, shape: DrafterShape, seed: int) -> Path:
-    """A drafter whose drafts differ from place to place: its attention is far from uniform."""
+    """A drafter whose drafts differ between anchors, since its attention is far from uniform."""
     generator = torch.Generator().manual_seed(seed)
     drafter = Drafter(shape)
     with torch.no_grad():
@@ -197,8 +183,8 @@ def write_drafter(folder: Path, shape: DrafterShape, seed: int) -> Path:
 
 
 def write_response(tokens: list[int], length: int, drafters: list[SlowDrafter], generator: torch.Generator) -> None:
-    """Appends a response that random drafters would partly get right: each stretch follows one of their candidates
-    for some tokens, then goes another way."""
+    """Appends a response that the random drafters partly predict: each stretch follows one of their candidates for some
+    tokens, then leaves it."""
 
     def pick(n: int) -> int:
         return int(torch.randint(n, (), generator=generator))
@@ -239,7 +225,7 @@ def make_world(folder: Path) -> World:
     writer = StateWriter(empty, part_bytes=1 << 20, facts={})
 
     def add(seq_id: str, lengths: list[int], unseen_end: bool, greedy: Callable[[int], bool]) -> None:
-        """`greedy` says of each position of a response whether its token is the target's own choice."""
+        """`greedy` says for each position of a response whether its token is the target's choice."""
         hidden_TKH = torch.randn(sum(lengths), K, H, generator=generator).bfloat16()
         features_TD = hidden_TKH.flatten(1).float()
         drafters = [SlowDrafter(load_drafter(path), pieces, features_TD) for path in folders]
@@ -254,7 +240,8 @@ def make_world(folder: Path) -> World:
         choices = [token if greedy(p) else (token + 1) % V for p, token in enumerate(tokens)]
         argmax = [*choices[1:], 0]
         T = len(tokens) - unseen_end
-        writer.append(
+        append(
+            writer,
             seq_id=seq_id,
             source="prompts.jsonl",
             source_row=0,

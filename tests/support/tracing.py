@@ -1,4 +1,4 @@
-"""Has PyTorch trace what it would compile, forwards and backwards, without making code for a processor."""
+"""Lets PyTorch trace what it would compile, forward and backward, without generating code."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch.nn.attention import flex_attention
 
 
 def trace_compiled_modules(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The list of graphs, which grows by one for each that would be compiled."""
+    """A list that gets every graph that would be compiled from now on."""
     graphs: list[Any] = []
 
     def backend(graph: Any, inputs: list[Tensor]) -> Any:
@@ -23,7 +23,7 @@ def trace_compiled_modules(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         original(module, **arguments, backend=backend)
 
     monkeypatch.setattr(nn.Module, "compile", compile_without_code)
-    # Flex attention refuses gradients on a CPU, for which it has no kernel; what is traced has them.
+    # Flex attention refuses gradients on a CPU, since it has no kernel there; tracing needs no kernel.
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
     torch.compiler.reset()
     return graphs

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ...errors import CacheCorruptError
+from ...lazy import LazyModule
 from ..array_spec import ArraySpec
 from ..arrays import NO_CHOICE, constant_specs, state_specs
 from ..codecs import CHANNEL_SCALE, CODECS, HIDDEN
@@ -22,6 +21,11 @@ from ..shard import parse_footer
 from ..storage.base import Storage
 from .problems import Problem, check_file, text_of
 from .salvage import locate_chunks, whole_chunks
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = LazyModule("torch")
 
 
 @dataclass(frozen=True, slots=True)

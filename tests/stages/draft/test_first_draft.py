@@ -1,4 +1,4 @@
-"""First drafts of a whole cache against a slow drafting of one anchor at a time."""
+"""First drafts of a whole cache against drafts made one anchor at a time."""
 
 import shutil
 import threading
@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from support.tiny import EXTRACT, vpd
+from vpd.data.cache.arrays import NOT_DRAFTED
 from vpd.data.cache.cache import Cache
-from vpd.data.cache.drafts import NOT_DRAFTED, DraftedSequence, FirstDrafts
+from vpd.data.cache.drafts import DraftedSequence, FirstDrafts
 from vpd.data.cache.part import committed_parts
 from vpd.data.cache.reader import CachedSequence
 from vpd.data.errors import DrafterError
+from vpd.stages.draft import first_draft
 from vpd.stages.draft.config import DraftConfig
 from vpd.stages.draft.first_draft import FirstDrafting
 from vpd.stages.drafter.checkpoint import load_drafter
@@ -26,7 +28,7 @@ def slow_anchors(mask: list[bool], num_context: int) -> list[int]:
 
 
 def check_drafts(sequence: CachedSequence, drafts: DraftedSequence, drafter: Drafter, pieces: TargetPieces) -> int:
-    """Compares every anchor's row with a drafting whose context ends before the anchor; returns their number."""
+    """Compares each anchor's row with a draft whose context ends before the anchor; returns the number of anchors."""
     tokens, mask = sequence.token_ids_S.tolist(), sequence.loss_mask_S.tolist()
     features = sequence.hidden_TKH.float().flatten(1)
     anchors = slow_anchors(mask, len(features))
@@ -62,11 +64,14 @@ def test_every_anchor_is_drafted_from_the_states_before_it(drafted_cache: Path, 
     assert count > 100
 
 
-def test_a_stride_leaves_the_anchors_between_out(tiny_cache: Path, first_run: Path, tmp_path: Path):
+def test_a_stride_leaves_the_anchors_between_out(
+    tiny_cache: Path, first_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(first_draft, "ANCHORS_PER_PASS", 2)
     folder = tmp_path / "cache"
     shutil.copytree(tiny_cache, folder)
     cache = Cache.open(folder)
-    drafts = FirstDrafting(find_drafter(first_run), DraftConfig(stride=3, anchors_per_pass=2)).run(cache)
+    drafts = FirstDrafting(find_drafter(first_run), DraftConfig(stride=3)).run(cache)
     for row in cache.rows:
         anchors = slow_anchors(cache.read(row).loss_mask_S.tolist(), row.num_tokens)
         drafted = (drafts.read(row).accept_len_T != NOT_DRAFTED).nonzero().flatten().tolist()
@@ -109,7 +114,7 @@ def test_what_another_process_drafts_meanwhile_is_not_drafted_again(
     assert len(cache.parts) == 3
     assert sorted(drafts.parts) == sorted(cache.parts)
     committed = committed_parts(cache.storage, drafts.root)
-    assert len(committed) == 3 + 1  # both had begun one
+    assert len(committed) == 3 + 1  # both have written one part
 
 
 @pytest.mark.parametrize("has_room", [True, False])
@@ -124,7 +129,7 @@ def test_drafting_beside_or_after_extraction_gives_the_same_drafts(
 ):
     out, beside = tmp_path / "cache", []
     monkeypatch.setattr("vpd.pipeline.extraction.SECONDS_BETWEEN_DRAFTINGS", 0.01)
-    monkeypatch.setattr("vpd.pipeline.commands.has_room_beside", lambda elsewhere: has_room)
+    monkeypatch.setattr("vpd.pipeline.commands.extract.can_draft_beside", lambda is_engine_elsewhere: has_room)
     run = FirstDrafting.run
 
     def noted(drafting: FirstDrafting, cache: Cache, *args: Any, **settings: Any) -> FirstDrafts:

@@ -4,11 +4,11 @@
 import pytest
 import torch
 from support.slow_decode import NUM_ALTERNATIVES
-from support.tiny_world import SECONDS, Anchor, Second, V, World
+from support.tiny_world import SECONDS, Anchor, V, World
 from torch import Tensor
-from vpd.stages.draft.redraft import OpenBranches, complete_branches, draft_anew
+from vpd.stages.draft.passes import OpenBranches, complete_branches, draft_pass
+from vpd.stages.drafter.blocks import NO_TOKEN
 from vpd.stages.drafter.model import Context, Drafter
-from vpd.stages.evaluate.branches import NONE
 
 TOGETHER = ("two-answers", "short-answers", "answer-given-in-full")
 """Sequences that are packed, in this order."""
@@ -32,7 +32,7 @@ def test_first_drafts(world: World, seq_ids: tuple[str, ...]):
     replay = world.replay()
     assert replay.first is not None
     anchors = world.anchors(seq_ids)
-    tokens, probs = draft_anew(
+    tokens, probs = draft_pass(
         replay.first,
         replay.pieces,
         packed(world, replay.first, seq_ids),
@@ -43,15 +43,15 @@ def test_first_drafts(world: World, seq_ids: tuple[str, ...]):
     )
     best = [[position[:NUM_ALTERNATIVES] for position in world.ranked(anchor)] for anchor in anchors]
     assert tokens.tolist() == [[[token for _, token in position] for position in ranked] for ranked in best]
-    # float32 against sums in another order.
+    # Float32 sums in another order.
     expected = torch.tensor([[[prob for prob, _ in position] for position in ranked] for ranked in best])
     torch.testing.assert_close(probs, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("shown_len", [2, 4, 9])
 @pytest.mark.parametrize("second", [pytest.param(second, id=name) for name, second in SECONDS.items()])
-def test_completed_branches(world: World, second: Second, shown_len: int):
-    """Every visible length, the next token free, ruled out where it is the best, or ruled out to no effect."""
+def test_completed_branches(world: World, second: str, shown_len: int):
+    """All visible lengths; the excluded token is none, the best one, or another one."""
     drafter = world.replay(second).second
     assert drafter is not None
     generator = torch.Generator().manual_seed(shown_len)
@@ -65,7 +65,7 @@ def test_completed_branches(world: World, second: Second, shown_len: int):
             free = slow.complete(anchor.position, visible)
             best = free[visible_len] if visible_len < J else 0
             for excluded in (None, best, (best + 1) % V):
-                cases.append((anchor, shown, visible_len, NONE if excluded is None else excluded))
+                cases.append((anchor, shown, visible_len, NO_TOKEN if excluded is None else excluded))
                 expected.append(slow.complete(anchor.position, visible, excluded))
                 if visible_len < J:
                     assert (expected[-1][visible_len] != best) == (excluded == best)
@@ -83,4 +83,4 @@ def test_completed_branches(world: World, second: Second, shown_len: int):
             column(excluded),
         ),
     )
-    assert [[token for token in candidate if token != NONE] for candidate in found.tolist()] == expected
+    assert [[token for token in candidate if token != NO_TOKEN] for candidate in found.tolist()] == expected

@@ -1,4 +1,4 @@
-"""The three ways to attend against the plain drafter, and what they plan against masks written out by loops."""
+"""The three attentions against the plain drafter, and their plans against masks written out by loops."""
 
 # N blocks, G block size, Q = N * G block positions, T context tokens, K = T + Q keys, H hidden width
 import random
@@ -19,10 +19,10 @@ from vpd.stages.drafter.attention import BLOCKS_PER_GROUP, Layout, group_blocks,
 from vpd.stages.drafter.model import Drafter
 from vpd.stages.drafter.shape import DrafterShape
 
-# Softmax and rotary angles are float32, everything else is float64: errors are 5e-6 and less, largest in gradients.
-# One context row too few changes a block by more than 1e-2 at the sizes below.
+# Softmax and rotary angles are float32, everything else is float64: errors are at most 5e-6, largest in gradients.
+# A missing context row changes a block by more than 1e-2 at the sizes below.
 TOLERANCE = 5e-5
-# On a GPU everything is float32, and kernels add up in an order of their own.
+# On a GPU everything is float32, and kernels add in another order.
 CUDA_TOLERANCE = 1e-3
 
 SHAPE = DrafterShape(
@@ -52,7 +52,7 @@ class Packing(NamedTuple):
 
     @property
     def blocks(self) -> list[tuple[int, int, int]]:
-        """Of each block its sequence, the first context row of that, and the anchor."""
+        """For each block its sequence, the sequence's first context row, and the anchor."""
         firsts = [0, *accumulate(self.num_tokens)]
         return [(s, firsts[s], anchor) for s, anchors in enumerate(self.anchors) for anchor in anchors]
 
@@ -70,7 +70,7 @@ class Packing(NamedTuple):
 
 
 def random_packing(num_tokens: list[int], num_blocks: list[int], block_size: int) -> Packing:
-    """Anchors in no order, the sequences' first and last position among them."""
+    """Anchors in any order, which include the first and last positions of sequences."""
     chance = random.Random(0)
     counts = zip(num_tokens, num_blocks, strict=True)
     anchors = [[end, 0, *(chance.randint(0, end) for _ in range(count))][:count] for end, count in counts]
@@ -86,7 +86,7 @@ def packings(draw: st.DrawFn, max_blocks: int, max_block_size: int = 40) -> Pack
 
 
 def random_inputs(packing: Packing, with_gradients: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Features, blocks, and a gradient of the outputs to start from."""
+    """Features, blocks, and a gradient of the outputs."""
     generator = torch.Generator().manual_seed(1)
     T, N, G = sum(packing.num_tokens), sum(packing.num_blocks), packing.block_size
     features_TH = torch.randn(T, 12, generator=generator).double().requires_grad_(with_gradients)
@@ -107,7 +107,7 @@ def run(drafter: Drafter, packing: Packing, with_gradients: bool) -> list[Tensor
 
 
 def run_plainly(packing: Packing) -> list[Tensor]:
-    """The same, each sequence on its own."""
+    """The same, one sequence at a time."""
     weights = dict(random_drafter(SHAPE).double().named_parameters())
     features_TH, blocks_NGH, direction_NGH = random_inputs(packing, with_gradients=True)
     features, blocks = features_TH.split(packing.num_tokens), blocks_NGH.split(packing.num_blocks)
@@ -147,13 +147,13 @@ PACKINGS = [
 
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize(("attention", "device"), [("eager", "cpu"), ("structured", "cpu"), *FLEX])
-def test_packed_sequences_are_as_plain_ones(attention: str, device: str, packing: Packing):
+def test_packed_sequences_equal_plain_ones(attention: str, device: str, packing: Packing):
     assert_like_the_plain_drafter(attention, device, packing)
 
 
 @settings(deadline=None, max_examples=15)
 @given(st.sampled_from(["eager", "structured"]), packings(max_blocks=20, max_block_size=9))
-def test_any_packed_sequences_are_as_plain_ones(attention: str, packing: Packing):
+def test_any_packed_sequences_equal_plain_ones(attention: str, packing: Packing):
     assert_like_the_plain_drafter(attention, "cpu", packing)
 
 
@@ -185,7 +185,7 @@ def test_the_listed_tiles_are_those_that_hold_anything_to_see(packing: Packing, 
         partial = partial_columns[0, 0, i, : num_partial[0, 0, i]].tolist()
         full = full_columns[0, 0, i, : num_full[0, 0, i]].tolist()
         assert sorted(partial + full) == [j for j, each in enumerate(tiles) if each.any()]
-        # Nothing in a full tile is masked. None within the context is missed; those of a wide block may be.
+        # A full tile masks nothing. All full tiles of the context are listed; those of a wide block may be missing.
         whole = {j for j, each in enumerate(tiles) if each.all()}
         assert {j for j in whole if column_starts[j] + tile <= sum(packing.num_tokens)} <= set(full) <= whole
 
@@ -208,7 +208,7 @@ def test_a_group_is_of_one_sequence_and_ends_at_its_largest_anchor(packing: Pack
 
 
 class ScoreCounter(TorchDispatchMode):
-    """How many scores there are: what all softmaxes take in."""
+    """Number of scores: all inputs of softmaxes."""
 
     num_scores = 0
 
@@ -230,7 +230,7 @@ def test_the_cost_of_structured_attention_is_that_of_the_context_before_the_bloc
     assert count_scores([3000, 640, 9], [[], anchors, [9]]) == expected + G * (9 + G)
 
 
-# PyTorch looks at the gradients of what it traces.
+# PyTorch reads the gradients of the tensors that it traces.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("attention", ["eager", "flex"])
 def test_compiled_layers_serve_all_layouts(attention: str, monkeypatch: pytest.MonkeyPatch):
@@ -246,7 +246,7 @@ def test_compiled_layers_serve_all_layouts(attention: str, monkeypatch: pytest.M
     found = [run(drafter, layout, with_gradients=True) for layout in layouts]
     for tensors in zip(chain(*found), chain(*expected), strict=True):
         assert relative_error(*tensors) < TOLERANCE
-    assert len(graphs) == 2  # the first layer's, then that of the others
+    assert len(graphs) == 2  # of the first layer, and of the others
 
 
 def test_drafters_of_many_shapes_are_compiled_in_one_process(monkeypatch: pytest.MonkeyPatch):

@@ -25,7 +25,7 @@ class Talk(NamedTuple):
 def talks(draw: st.DrawFn) -> Talk:
     turns = draw(st.lists(st.tuples(st.booleans(), st.integers(1, 6)), min_size=1, max_size=6))
     mask = [assistant for assistant, length in turns for _ in range(length)]
-    # Tokens are their own positions, so a token from another place can't pass for the right one.
+    # Each token is its position, so that a token from another place is noticed.
     return Talk(list(range(len(mask))), mask, len(mask) - draw(st.integers(0, 1)), draw(st.integers(2, 8)))
 
 
@@ -41,7 +41,7 @@ def expected_anchors(talk: Talk) -> list[int]:
 
 
 def turn_end(talk: Talk, position: int) -> int:
-    """First position after `position` that is not the assistant's."""
+    """First position after `position` that is no assistant token."""
     while position < len(talk.mask) and talk.mask[position]:
         position += 1
     return position
@@ -98,7 +98,7 @@ def test_a_prefix_is_the_anchor_and_as_many_tokens_as_its_length(data: st.DataOb
 
 def slow_accept_length(draft: list[int], recorded: list[int], labelled: list[bool]) -> int:
     length = 0
-    while length + 1 < len(draft) and labelled[length + 1] and draft[length + 1] == recorded[length + 1]:
+    while length < len(draft) and labelled[length + 1] and draft[length] == recorded[length + 1]:
         length += 1
     return length
 
@@ -109,10 +109,10 @@ def test_accept_lengths_count_the_right_tokens_before_the_first_wrong_one(data: 
     row = st.lists(st.integers(0, 1), min_size=G, max_size=G)
     rows = st.lists(row, min_size=N, max_size=N)
     draft, recorded, labelled = data.draw(rows), data.draw(rows), data.draw(rows)
-    found = accept_lengths(torch.tensor(draft), torch.tensor(recorded), torch.tensor(labelled).bool())
+    found = accept_lengths(torch.tensor(draft)[:, 1:], torch.tensor(recorded), torch.tensor(labelled).bool())
     expected = [
-        slow_accept_length(*row)
-        for row in zip(draft, recorded, [[bool(x) for x in row] for row in labelled], strict=True)
+        slow_accept_length(row[1:], recorded_row, [bool(x) for x in labelled_row])
+        for row, recorded_row, labelled_row in zip(draft, recorded, labelled, strict=True)
     ]
     assert found.tolist() == expected
 
@@ -120,11 +120,10 @@ def test_accept_lengths_count_the_right_tokens_before_the_first_wrong_one(data: 
 @pytest.mark.parametrize(
     ("draft", "num_labels", "expected"),
     [
-        pytest.param([0, 1, 2, 3], 3, 3, id="all-right"),
-        pytest.param([9, 1, 2, 3], 3, 3, id="position-of-the-anchor-does-not-count"),
-        pytest.param([0, 9, 2, 3], 3, 0, id="first-wrong"),
-        pytest.param([0, 1, 9, 3], 3, 1, id="right-again-later"),
-        pytest.param([0, 1, 2, 3], 2, 2, id="turn-ends-inside"),
+        pytest.param([1, 2, 3], 3, 3, id="all-right"),
+        pytest.param([9, 2, 3], 3, 0, id="first-wrong"),
+        pytest.param([1, 9, 3], 3, 1, id="right-again-later"),
+        pytest.param([1, 2, 3], 2, 2, id="turn-ends-inside"),
     ],
 )
 def test_accept_length(draft: list[int], num_labels: int, expected: int):

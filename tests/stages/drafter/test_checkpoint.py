@@ -1,4 +1,4 @@
-"""Drafter checkpoints: the public form others load, and refusal of what would be computed differently."""
+"""Drafter checkpoints: the public form that other programs load, and refusals of unsupported variants."""
 
 # H hidden width
 import json
@@ -156,8 +156,8 @@ def largest_file(num_bytes: int) -> None:
 
 
 @pytest.mark.parametrize("num_bytes", [10, 4000, 60_000], ids=["no-config", "no-weights", "no-state"])
-def test_of_a_checkpoint_that_cannot_be_written_nothing_is_left(num_bytes: int, saved: Path):
-    """As on a full disk: the system refuses what goes beyond a limit."""
+def test_a_checkpoint_that_cannot_be_written_leaves_nothing(num_bytes: int, saved: Path):
+    """Acts like a full disk: the system refuses writes beyond a limit."""
     before, drafter = snapshot(saved), load_drafter(saved)
     state = {"weights": torch.zeros(100_000)}
     largest_file(num_bytes)
@@ -218,7 +218,7 @@ def test_the_fingerprint_is_that_of_the_content(saved: Path, tmp_path: Path):
 @pytest.mark.parametrize("place", [-1, -1001], ids=["last-weight", "inner-weight"])
 def test_one_weight_changes_the_fingerprint(saved: Path, place: int):
     before = drafter_fingerprint(saved)
-    # Cloned: what `load_file` gives may be a view of the file.
+    # Cloned, since `load_file` may return views of the file.
     weights = {name: value.clone() for name, value in load_file(saved / "model.safetensors").items()}
     content = bytearray((saved / "model.safetensors").read_bytes())
     content[place] ^= 1

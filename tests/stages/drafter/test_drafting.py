@@ -1,4 +1,4 @@
-"""Filling blocks: the head's most likely tokens against a full softmax and a sort."""
+"""Filling blocks: the head's likeliest tokens against a full softmax and a sort."""
 
 # T context tokens, N blocks, G block size, A alternatives, H hidden width, V vocabulary
 import math
@@ -55,7 +55,7 @@ def inputs() -> tuple[Tensor, Tensor]:
 
 
 def ranked_tokens(state_H: list[float], head_VH: list[list[float]]) -> list[tuple[float, int]]:
-    """Every token with its probability, most likely first."""
+    """Every token with its probability, likeliest first."""
     logits = [math.fsum(a * b for a, b in zip(state_H, row, strict=True)) for row in head_VH]
     total = math.fsum(math.exp(logit) for logit in logits)
     return sorted(((math.exp(logit) / total, token) for token, logit in enumerate(logits)), reverse=True)
@@ -96,7 +96,7 @@ def test_wanted_positions_get_the_most_likely_tokens_and_others_nothing(
             if WANTED[wanted][n, k]:
                 expected = ranked_tokens(states_NGH[n][k], pieces.head_VH.tolist())[:num_alternatives]
             assert tokens_NGA[n, k].tolist() == [token for _, token in expected]
-            # Logits below 10 in float32: a probability is off by a few 1e-6 of itself.
+            # Logits below 10 in float32: relative errors of probabilities are a few 1e-6.
             assert probs_NGA[n, k].tolist() == pytest.approx([prob for prob, _ in expected], rel=2e-5, abs=0)
 
 

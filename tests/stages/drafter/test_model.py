@@ -1,4 +1,4 @@
-"""The drafter against a second, plain implementation of it, and what a block's output may depend on."""
+"""The drafter against a plain implementation, and the inputs on which a block's output may depend."""
 
 # T context tokens, N blocks, G block size, M = N * G positions of all blocks, D context features (K layers x H)
 # H hidden width, d head width
@@ -14,15 +14,15 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3Rot
 from vpd.stages.drafter.model import Drafter, SwiGLU
 from vpd.stages.drafter.shape import DrafterShape
 
-# The drafter runs in float64 here, apart from its softmax and its rotary angles, which it computes in float32. At
-# positions below 64 an angle is off by up to 64 * 2^-24 = 4e-6, and a few layers and their gradients make that a
-# small multiple. Leaving a position out, or turning one by a single step, changes results by more than 1e-2.
+# The drafter runs in float64 here, except for its softmax and its rotary angles, which are float32. At positions below
+# 64 the error of an angle is at most 64 * 2^-24 = 4e-6, and a few layers and their gradients multiply the error by a
+# small number. A missing position, or a position that is wrong by one, changes results by more than 1e-2.
 TOLERANCE = 5e-5
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """With tensors this small, threads only wait for each other, on a busy machine for long."""
+    """With tensors this small, several threads only wait for each other."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -101,8 +101,8 @@ def test_values_and_gradients_are_those_of_the_plain_implementation(case: Case):
 
 
 def test_a_block_without_context_is_a_bidirectional_qwen3_layer():
-    # A third witness, the code that others load the checkpoint with: it pins down how heads are grouped, which
-    # entries RoPE pairs, and where the norms go.
+    # A third implementation, transformers' Qwen3, shows that the grouping of heads, RoPE's pairs and the places of the
+    # norms are right.
     case = Case("", 4, 2, 4, 1, 1, 3, 5, [0])
     shape = make_shape(case)
     drafter = random_drafter(shape).double()
@@ -127,7 +127,7 @@ def test_a_block_without_context_is_a_bidirectional_qwen3_layer():
     assert relative_error(found, expected) < TOLERANCE
 
 
-# What an output depends on. Masked scores are exactly zero weights, so outputs are equal bit for bit.
+# Inputs of an output. Masked scores give weights of exactly zero, so outputs are equal bit for bit.
 
 SEEN = Case("", 4, 2, 4, 2, 2, 9, 4, [3, 5, 9])
 
@@ -185,7 +185,7 @@ def test_a_block_sees_itself_in_both_directions(world: World, position: int):
 
 
 def test_a_block_does_not_depend_on_the_company_it_is_computed_in(world: World):
-    # Context cut off at the anchor and no other blocks: the sums run over other shapes, hence float32's rounding.
+    # The context is cut at the anchor and there are no other blocks, so sums have other shapes and round differently.
     together = world.run()
     for block, anchor in enumerate(SEEN.anchors):
         one = slice(block, block + 1)
@@ -206,7 +206,7 @@ def test_drawn_weights_depend_on_the_generator_alone():
             assert bool((value == 1).all()), name
         else:
             assert not torch.equal(value, states[2][name]), name
-            # 120 entries and more: the standard deviation of their standard deviation is below 7 %.
+            # With at least 120 entries, the standard deviation of their standard deviation is below 7 %.
             assert float(value.std()) == pytest.approx(0.02, rel=0.3), name
 
 
@@ -241,7 +241,7 @@ def test_packed_sequences_are_what_each_is_alone(num_blocks: list[int]):
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # PyTorch's own use
 def test_the_backward_pass_keeps_no_product_of_gates_and_values():
-    """Compiled or not, the factors are kept, and the product, as large as each, is computed again."""
+    """The factors are kept, compiled or not, and the product, as large as each factor, is recomputed."""
     shape = make_shape(CASES[2])
     mlp = SwiGLU(shape)
     states_PH = torch.randn(50, shape.hidden_size, requires_grad=True)
@@ -253,7 +253,7 @@ def test_the_backward_pass_keeps_no_product_of_gates_and_values():
 
 
 def kept_shapes(module: nn.Module, inputs: Tensor) -> list[tuple[int, ...]]:
-    """Shapes of the tensors that the backward pass of a module needs, each once."""
+    """Shapes of the tensors that are saved for a module's backward pass, without repetition."""
     shapes: dict[int, tuple[int, ...]] = {}
 
     def keep(tensor: Tensor) -> Tensor:

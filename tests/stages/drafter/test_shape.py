@@ -1,4 +1,4 @@
-"""Reading `config.json`: published spellings, and refusal of what would be computed differently."""
+"""Reading `config.json`: published forms, and refusals of unsupported variants."""
 
 import json
 from dataclasses import replace
@@ -11,7 +11,7 @@ from vpd.data.errors import DrafterError
 from vpd.stages.drafter.checkpoint import load_shape
 from vpd.stages.drafter.shape import DrafterShape
 
-# In the manner of published first drafters, which are older than the `rope_parameters` key.
+# The form of published first drafters, which are older than the `rope_parameters` key.
 PUBLISHED: dict[str, Any] = {
     "architectures": ["DFlashDraftModel"],
     "attention_bias": False,
@@ -203,7 +203,7 @@ OLDER_LINEAR = {"type": "linear", "factor": 2.0}
             id="sliding-layer",
         ),
         pytest.param(
-            # Without `layer_types`, Qwen3 lets every layer from `max_window_layers` on slide.
+            # Without `layer_types`, the layers from `max_window_layers` on have a sliding window.
             {"layer_types": None, "use_sliding_window": True, "sliding_window": 2048, "max_window_layers": 2},
             "sliding-window",
             id="sliding-layers-older-spelling",

@@ -1,6 +1,6 @@
 """Branches of a decoding cycle against enumerated hypotheses."""
 
-# N anchors, J drafted positions, A alternatives kept per position (the first is the draft), B branches
+# N anchors, J = G - 1 drafted positions, A alternatives (the first is the draft), B branches per anchor
 import math
 
 import pytest
@@ -9,8 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.slow_decode import Branch, Ranked, slow_branches, slow_posterior
 from torch import Tensor
-from vpd.stages.evaluate.branches import NONE, POLICIES, Branches, boundary_posterior, launch, show_branches
-from vpd.stages.evaluate.config import PolicyName
+from vpd.stages.draft.posterior import boundary_posterior
+from vpd.stages.drafter.blocks import NO_TOKEN
+from vpd.stages.evaluate.branches import POLICIES, Branches, CycleFacts, show_branches
+from vpd.stages.evaluate.config import EvalConfig
+
+OF_FIRST_DRAFT = ("paper", "exclude", "runner-up")
+"""Policies that do not ask the second drafter."""
 
 SHAPES = [
     pytest.param(6, 7, 5, id="block-of-8"),
@@ -20,7 +25,7 @@ SHAPES = [
 
 
 def random_drafts(N: int, J: int, A: int) -> tuple[Tensor, Tensor]:
-    """Tokens that tell their place, and probabilities that fall from one alternative to the next."""
+    """Tokens that are all different, and probabilities that fall from one alternative to the next."""
     generator = torch.Generator().manual_seed(N)
     tokens_NJA = torch.arange(N * J * A).view(N, J, A)
     probs_NJA = torch.rand(N, J, A + 2, generator=generator).pow(3)
@@ -37,35 +42,37 @@ def as_ranked(tokens_JA: Tensor, probs_JA: Tensor) -> Ranked:
 
 def as_list(branches: Branches, n: int) -> list[Branch]:
     """The branches of one anchor."""
-    columns = [[None if value == NONE else value for value in column[n].tolist()] for column in branches]
+    columns = [[None if value == NO_TOKEN else value for value in column[n].tolist()] for column in branches]
     return [Branch(*row) for row in zip(*columns, strict=True)]
 
 
-def test_the_configuration_offers_every_policy():
-    assert PolicyName.__args__ == (*POLICIES, "reranked")
+def test_the_settings_take_every_policy_and_no_other():
+    assert EvalConfig(policies=[*POLICIES]).policies == [*OF_FIRST_DRAFT, "reranked"]
+    with pytest.raises(ValueError, match="'paper' or 'exclude'"):
+        EvalConfig(policies=["paper", "another"])
 
 
 @pytest.mark.parametrize(("N", "J", "A"), SHAPES)
-def test_the_posterior_is_the_chance_that_the_draft_fails_right_there(N: int, J: int, A: int):
+def test_the_posterior_is_the_probability_that_the_draft_fails_there(N: int, J: int, A: int):
     confidence_NJ = random_drafts(N, J, A)[1][..., 0]
     posterior = boundary_posterior(confidence_NJ)
     for found, confidences in zip(posterior.tolist(), confidence_NJ.tolist(), strict=True):
         assert found == pytest.approx(slow_posterior(confidences), rel=1e-5)
-        # Some boundary, or none.
+        # The draft fails at one position, or at none.
         assert sum(found) + math.prod(confidences) == pytest.approx(1)
 
 
-def test_a_certain_draft_has_no_boundary_before_the_doubt():
+def test_certain_tokens_are_no_boundary():
     posterior = boundary_posterior(torch.tensor([[1.0, 1.0, 0.25, 0.5]]))
     assert posterior.tolist() == [[0.0, 0.0, 0.75, 0.125]]
 
 
 @pytest.mark.parametrize("num_branches", [0, 1, 3, 50])
 @pytest.mark.parametrize(("N", "J", "A"), SHAPES)
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", OF_FIRST_DRAFT)
 def test_the_likeliest_hypotheses_are_launched(policy: str, N: int, J: int, A: int, num_branches: int):
     tokens_NJA, probs_NJA = random_drafts(N, J, A)
-    branches = POLICIES[policy](tokens_NJA, probs_NJA, num_branches)
+    branches = POLICIES[policy](CycleFacts(tokens_NJA, probs_NJA, num_branches))
     num_available = J * (A - 1) if policy == "runner-up" else J
     for n in range(N):
         expected = slow_branches(policy, as_ranked(tokens_NJA[n], probs_NJA[n]))[:num_branches]
@@ -75,43 +82,45 @@ def test_the_likeliest_hypotheses_are_launched(policy: str, N: int, J: int, A: i
 
 @settings(deadline=None, max_examples=50)
 @given(st.data(), st.integers(1, 6), st.integers(2, 4))
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", OF_FIRST_DRAFT)
 def test_k_branches_are_the_first_of_any_larger_number(policy: str, data: st.DataObject, J: int, A: int):
-    # Eighths: probabilities are often equal, as stored ones can be, and what follows a 0 has no chance at all.
+    # Multiples of 1/8: probabilities are often equal, as stored ones can be, and after a 0 all scores are 0.
     eighths = data.draw(st.lists(st.integers(0, 8), min_size=J * A, max_size=J * A))
     probs_JA = (torch.tensor(eighths) / 8).view(J, A)
     tokens_JA = torch.arange(J * A).view(J, A)
     expected = slow_branches(policy, as_ranked(tokens_JA, probs_JA))
     for k in range(len(expected) + 2):
-        assert as_list(POLICIES[policy](tokens_JA[None], probs_JA[None], k), 0) == expected[:k]
+        assert as_list(POLICIES[policy](CycleFacts(tokens_JA[None], probs_JA[None], k)), 0) == expected[:k]
 
 
 @pytest.mark.parametrize(
     ("policy", "expected"),
     [
-        # Hypotheses: wrong at 1 with 0.6, at 2 with 0.4 * 0.1.
-        pytest.param("paper", [(0, NONE, NONE), (1, NONE, NONE)], id="paper"),
-        pytest.param("exclude", [(0, NONE, 11), (1, NONE, 21)], id="exclude"),
+        # The draft fails at 1 with 0.6, at 2 with 0.4 * 0.1.
+        pytest.param("paper", [(0, NO_TOKEN, NO_TOKEN), (1, NO_TOKEN, NO_TOKEN)], id="paper"),
+        pytest.param("exclude", [(0, NO_TOKEN, 11), (1, NO_TOKEN, 21)], id="exclude"),
         # Both alternatives at position 1 compete, before those at position 2.
         pytest.param(
-            "runner-up", [(0, 12, NONE), (0, 13, NONE), (1, 22, NONE), (1, 23, NONE)], id="two-at-one-position"
+            "runner-up",
+            [(0, 12, NO_TOKEN), (0, 13, NO_TOKEN), (1, 22, NO_TOKEN), (1, 23, NO_TOKEN)],
+            id="two-at-one-position",
         ),
     ],
 )
 def test_branches_written_out(policy: str, expected: list[tuple[int, int, int]]):
     tokens_NJA = torch.tensor([[[11, 12, 13], [21, 22, 23]]])
     probs_NJA = torch.tensor([[[0.4, 0.3, 0.2], [0.9, 0.06, 0.03]]])
-    branches = POLICIES[policy](tokens_NJA, probs_NJA, 9)
+    branches = POLICIES[policy](CycleFacts(tokens_NJA, probs_NJA, 9))
     assert [tuple(row) for row in torch.stack(tuple(branches), dim=2)[0].tolist()] == expected
     extra = int(policy == "runner-up")
     assert branches.visible_len_NB.tolist() == [[i + extra for i, _, _ in expected]]
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", OF_FIRST_DRAFT)
 def test_a_branch_shows_the_draft_with_its_alternative(policy: str):
     tokens_NJA, probs_NJA = random_drafts(5, 4, 3)
     draft_NJ = tokens_NJA[..., 0].clone()
-    branches = POLICIES[policy](tokens_NJA, probs_NJA, 6)
+    branches = POLICIES[policy](CycleFacts(tokens_NJA, probs_NJA, 6))
     shown_NBJ = show_branches(draft_NJ, branches)
     assert torch.equal(draft_NJ, tokens_NJA[..., 0])
     for n, draft in enumerate(draft_NJ.tolist()):
@@ -125,20 +134,20 @@ def test_a_branch_shows_the_draft_with_its_alternative(policy: str):
 def test_reranked_pairs_are_the_likeliest_by_both_drafters(num_branches: int):
     tokens_NJA, probs_NJA = random_drafts(5, 7, 5)
     generator = torch.Generator().manual_seed(1)
-    # The second drafter knows the draft's token, some of the first one's alternatives and others, anywhere in order.
+    # The second drafter ranks the draft's token, some of the first drafter's alternatives and new ones, in any order.
     second_probs_NJA = torch.rand(5, 7, 6, generator=generator).sort(dim=2, descending=True).values / 3
     others_NJ2 = 1000 + torch.arange(5 * 7 * 2).view(5, 7, 2)
     known_NJA = torch.cat([tokens_NJA[..., :4], others_NJ2], dim=2)
     second_NJA = torch.stack([x[torch.randperm(6, generator=generator)] for x in known_NJA.flatten(0, 1)]).view(5, 7, 6)
 
     def next_tokens(branches: Branches) -> tuple[Tensor, Tensor]:
-        assert bool((branches.alternative_NB == NONE).all())
+        assert bool((branches.alternative_NB == NO_TOKEN).all())
         at = branches.prefix_len_NB[..., None].expand(-1, -1, 6)
         return second_NJA.gather(1, at), second_probs_NJA.gather(1, at)
 
-    found = launch("reranked", tokens_NJA, probs_NJA, num_branches, next_tokens)
+    found = POLICIES["reranked"](CycleFacts(tokens_NJA, probs_NJA, num_branches, next_tokens))
     for n in range(5):
         asked = as_ranked(second_NJA[n], second_probs_NJA[n])
         expected = slow_branches("reranked", as_ranked(tokens_NJA[n], probs_NJA[n]), asked.__getitem__)
-        assert len(expected) == 20  # 4 lengths with 6 tokens each, but for the draft's own
+        assert len(expected) == 20  # 4 lengths with 6 tokens each, without the draft's own
         assert as_list(found, n) == expected[:num_branches]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.slow_decode import NUM_ALTERNATIVES, POLICIES, slow_branches, slow_count
 from support.tiny import make_cached, make_row
-from support.tiny_world import MAX_K, SECONDS, SHAPE, TALKS, Second, V, World, responses_of, write_drafter
+from support.tiny_world import MAX_K, SECONDS, SHAPE, TALKS, V, World, responses_of, write_drafter
 from vpd.data.cache.cache import Cache
 from vpd.data.errors import CacheNotFoundError, DrafterError
 from vpd.stages.draft.config import DraftConfig
@@ -21,7 +21,7 @@ from vpd.stages.evaluate.config import EvalConfig
 from vpd.stages.evaluate.replay import Replay
 from vpd.stages.evaluate.report import Way
 
-FIRST = Second("first")
+FIRST = "first"
 SEVERAL_SECONDS = [pytest.param(second, id=name) for name, second in SECONDS.items()]
 SIZES = [
     # Tokens per batch, blocks per pass, batches of TALKS.
@@ -40,7 +40,7 @@ def set_sizes(monkeypatch: pytest.MonkeyPatch, tokens_per_batch: int, blocks_per
 @pytest.mark.parametrize("second", SEVERAL_SECONDS)
 def test_accept_lengths_are_those_of_the_slow_decode(
     world: World,
-    second: Second,
+    second: str,
     tokens_per_batch: int,
     blocks_per_pass: int,
     num_batches: int,
@@ -59,7 +59,7 @@ def test_accept_lengths_are_those_of_the_slow_decode(
 @pytest.mark.parametrize("second", SEVERAL_SECONDS)
 def test_recorded_first_drafts_replace_the_drafter(
     world: World,
-    second: Second,
+    second: str,
     tokens_per_batch: int,
     blocks_per_pass: int,
     num_batches: int,
@@ -87,13 +87,13 @@ def test_recorded_first_drafts_replace_the_drafter(
         assert all(ours == theirs for ours, theirs, same in pairs if same)
 
 
-def test_the_tiny_cache_tells_the_ways_apart(world: World):
-    # Otherwise the comparisons with the slow decode would show little.
+def test_the_ways_differ_on_the_tiny_cache(world: World):
+    # Else the comparisons with the slow decode would show little.
     lens = {name: world.run(world.talks, second, max_k=MAX_K).by_way() for name, second in SECONDS.items()}
     same = lens["same-block"]
     ways = [Way("first", None, 0), Way("first_tree", None, 4)]
-    ways += [Way(setting, policy, 4) for setting in ("first_as_second", "d2sd") for policy in POLICIES]
-    # A second drafter with other random weights hardly ever proposes the first draft's token.
+    ways += [Way(name, policy, 4) for name in ("first_as_second", "d2sd") for policy in POLICIES]
+    # A second drafter with other random weights rarely proposes the first draft's token.
     ways.remove(Way("d2sd", "exclude", 4))
     assert len({tuple(same[way]) for way in ways}) == len(ways)
     assert all(sum(same[way]) > sum(same[ways[0]]) for way in ways[1:])
@@ -101,13 +101,14 @@ def test_the_tiny_cache_tells_the_ways_apart(world: World):
         assert len({tuple(lens[name][Way("d2sd", policy, 4)]) for name in SECONDS}) == len(SECONDS), policy
     J = SHAPE.block_size - 1
     assert max(same[Way("d2sd", "paper", 4)]) == J
-    # Blocks of another size show: more is accepted than the first draft is long; a visible token lies past the block.
+    # Effects of another block size: more tokens are accepted than the first draft has; visible tokens reach past the
+    # second drafter's block.
     assert max(lens["larger-block"][Way("d2sd", "paper", 4)]) > J
     assert max(lens["smaller-block"][Way("d2sd", "runner-up", MAX_K)]) == J
 
 
 @pytest.mark.parametrize("second", SEVERAL_SECONDS)
-def test_more_branches_never_accept_less(world: World, second: Second):
+def test_more_branches_never_accept_less(world: World, second: str):
     report = world.run(world.talks, second, max_k=MAX_K)
     found = report.by_way()
     for way in report.ways:
@@ -142,8 +143,8 @@ def test_a_replay_is_a_decode_cycle_by_cycle(world: World, policy: str, k: int, 
             lens = [world.slow_lens(seconds, anchor, world.ranked(anchor)) for anchor in here]
             for way in report.ways:
                 cycles[-1][way] += slow_count(lambda i, way=way, lens=lens: lens[i][way], end - start)
-    assert report.num_tokens_S == num_tokens
-    assert [row.tolist() for row in report.cycles_SC] == [list(each.values()) for each in cycles]
+    assert report.num_tokens_E == num_tokens
+    assert [row.tolist() for row in report.cycles_EC] == [list(each.values()) for each in cycles]
     totals = {way: sum(each[way] for each in cycles) for way in report.ways}
     assert report.alphas().tolist() == pytest.approx([sum(num_tokens) / total for total in totals.values()])
     reported = {
@@ -153,13 +154,13 @@ def test_a_replay_is_a_decode_cycle_by_cycle(world: World, policy: str, k: int, 
         "d2sd": totals[Way("d2sd", policy, k)],
     }
     assert report.num_cycles == reported
-    assert report.alpha == {setting: pytest.approx(sum(num_tokens) / count) for setting, count in reported.items()}
+    assert report.alpha == {name: pytest.approx(sum(num_tokens) / count) for name, count in reported.items()}
     assert (report.num_tokens, report.num_responses) == (sum(num_tokens), 6)
     assert not report.skipped
 
 
 @pytest.mark.parametrize("second", SEVERAL_SECONDS)
-def test_facts_of_the_first_draft(world: World, second: Second, monkeypatch: pytest.MonkeyPatch):
+def test_outcomes_of_the_first_draft(world: World, second: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(replay_module, "TOKENS_PER_BATCH", 40)
     num_branches, J = 6, SHAPE.block_size - 1
     report = world.run(world.talks, second, k=num_branches, max_k=2)
@@ -177,13 +178,13 @@ def test_facts_of_the_first_draft(world: World, second: Second, monkeypatch: pyt
             pair = pairs.index(right) if right in pairs else -1
         expected.append((accept_len, num_recorded, boundary, pair))
     names = ("first_len_N", "num_recorded_N", "boundary_rank_N", "pair_rank_N")
-    columns = [np.concatenate([getattr(facts, name) for facts in report.facts]).tolist() for name in names]
+    columns = [np.concatenate([getattr(outcomes, name) for outcomes in report.outcomes]).tolist() for name in names]
     assert list(zip(*columns, strict=True)) == expected
     confidences = [[best[0][0] for best in world.ranked(anchor)] for anchor in world.anchors()]
-    found = np.concatenate([facts.confidence_NJ for facts in report.facts])
+    found = np.concatenate([outcomes.confidence_NJ for outcomes in report.outcomes])
     np.testing.assert_allclose(found, confidences, rtol=1e-4)
     assert np.concatenate(report.final_lens).tolist() == report.by_way()[Way("d2sd", "paper", num_branches)]
-    # All that may happen does.
+    # Every case occurs.
     assert {-1, 0, 1} <= set(columns[2]) & set(columns[3])
     assert {0, J} <= set(columns[0])
 
@@ -193,34 +194,34 @@ def test_first_drafts_are_recorded_as_the_slow_decode_finds_them(world: World):
         pairs = zip(world.ranked(anchor), world.recorded(anchor), strict=True)
         for slow, recorded in pairs:
             assert [token for _, token in recorded] == [token for _, token in slow[:NUM_ALTERNATIVES]]
-            # float16 keeps 11 bits.
+            # float16 has 11 bits.
             exact = [prob for prob, _ in slow[:NUM_ALTERNATIVES]]
             assert [prob for prob, _ in recorded] == pytest.approx(exact, rel=1e-3)
 
 
 @pytest.mark.parametrize("recorded", [False, True], ids=["drafter", "recorded"])
-def test_without_a_second_drafter_its_setting_is_left_out(world: World, recorded: bool):
+def test_without_a_second_drafter_its_way_is_left_out(world: World, recorded: bool):
     first = world.drafts if recorded else None
     alone = world.run(world.talks, None, first, k=2)
     both = world.run(world.talks, SECONDS["same-block"], first, k=2)
     assert set(both.num_cycles) - set(alone.num_cycles) == {"d2sd"}
     assert ("first_as_second" in alone.num_cycles) == (not recorded)
-    assert alone.num_cycles == {setting: both.num_cycles[setting] for setting in alone.num_cycles}
+    assert alone.num_cycles == {name: both.num_cycles[name] for name in alone.num_cycles}
 
 
 def test_the_first_drafter_given_as_second_equals_itself_reused(world: World):
     found = world.run(world.talks, FIRST, k=3).by_way()
-    for way in [way for way in found if way.setting == "d2sd"]:
-        assert found[way] == found[way._replace(setting="first_as_second")]
+    for way in [way for way in found if way.name == "d2sd"]:
+        assert found[way] == found[way._replace(name="first_as_second")]
 
 
 def test_what_cannot_be_replayed_is_counted_by_reason(world: World):
     report = world.run(world.cache.rows, SECONDS["same-block"], k=1)
     assert dict(report.skipped) == {"not the target's greedy output": 2}
-    # All of TALKS, and of the answer that goes astray the turn before it.
+    # All of TALKS, and the turn before the answer that is not greedy.
     lengths = [*(lengths for lengths, _ in TALKS.values()), [2, 6]]
     expected = [[end - start - 1 for start, end in responses_of(each)] for each in lengths]
-    assert report.num_tokens_S == [sum(each) for each in expected]
+    assert report.num_tokens_E == [sum(each) for each in expected]
     assert report.num_responses == sum(len(each) for each in expected)
 
 
@@ -244,7 +245,7 @@ def test_a_sequence_without_anchors_is_skipped(world: World, mask: list[bool], r
 def test_a_limit_reads_the_first_rows_and_every_sequence_is_reported(world: World):
     seen: list[None] = []
     report = world.replay(k=1, limit=2).run(world.cache.rows, lambda: seen.append(None))
-    assert (len(report.num_tokens_S), len(seen)) == (2, 2)
+    assert (len(report.num_tokens_E), len(seen)) == (2, 2)
 
 
 def test_nothing_to_replay_is_an_error(world: World):

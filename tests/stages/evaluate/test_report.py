@@ -1,13 +1,13 @@
 """Statistics of a replay against loops over anchors and sequences."""
 
-# N anchors, S sequences, C ways of decoding, J drafted positions
+# N anchors, E sequences, C ways of decoding, J = G - 1 drafted positions
 import json
 from collections import Counter
 
 import numpy as np
 import pytest
 from support.slow_decode import slow_count
-from vpd.stages.evaluate.report import AnchorFacts, ReplayReport, Way
+from vpd.stages.evaluate.report import FirstDraftOutcomes, ReplayReport, Way
 
 J, MAX_K = 4, 3
 WAYS = [
@@ -20,8 +20,8 @@ BATCHES = [[[6, 3], [9], [1]], [[12]], [[2, 2, 2], [7]]]
 LENS = [lens for batch in BATCHES for lens in batch]
 
 
-def random_batch(num_recorded: list[int], generator: np.random.Generator) -> tuple[np.ndarray, AnchorFacts]:
-    """Accept lengths and facts at anchors after which this many tokens are recorded."""
+def random_batch(num_recorded: list[int], generator: np.random.Generator) -> tuple[np.ndarray, FirstDraftOutcomes]:
+    """Accept lengths and outcomes at anchors after which this many tokens are recorded."""
     N = len(num_recorded)
     num_recorded_N = np.minimum(num_recorded, J)
     first_len_N = np.minimum(generator.integers(J + 1, size=N), num_recorded_N)
@@ -30,13 +30,13 @@ def random_batch(num_recorded: list[int], generator: np.random.Generator) -> tup
     ways_NC[:, 0] = first_len_N
     failed_N = first_len_N < num_recorded_N
     boundary_N, pair_N = (np.where(failed_N, generator.integers(-1, MAX_K + 2, size=N), -1) for _ in range(2))
-    # Bins have both ends in them, 1 among them.
+    # The values include the ends of all bins, and 1.
     confidence_NJ = generator.integers(21, size=(N, J)).astype(np.float32) / 20
-    return ways_NC, AnchorFacts(first_len_N, confidence_NJ, num_recorded_N, boundary_N, pair_N)
+    return ways_NC, FirstDraftOutcomes(first_len_N, confidence_NJ, num_recorded_N, boundary_N, pair_N)
 
 
 @pytest.fixture
-def batches() -> list[tuple[np.ndarray, AnchorFacts]]:
+def batches() -> list[tuple[np.ndarray, FirstDraftOutcomes]]:
     generator = np.random.default_rng(5)
     found = []
     for batch in BATCHES:
@@ -46,25 +46,27 @@ def batches() -> list[tuple[np.ndarray, AnchorFacts]]:
 
 
 @pytest.fixture
-def report(batches: list[tuple[np.ndarray, AnchorFacts]]) -> ReplayReport:
+def report(batches: list[tuple[np.ndarray, FirstDraftOutcomes]]) -> ReplayReport:
     found = ReplayReport(WAYS, "runner-up", 2, J + 1)
-    for (accept_lens_NC, facts), lens in zip(batches, BATCHES, strict=True):
-        found.add(accept_lens_NC, lens, facts)
+    for (accept_lens_NC, outcomes), lens in zip(batches, BATCHES, strict=True):
+        found.add(accept_lens_NC, lens, outcomes)
     return found
 
 
-def anchors_of(batches: list[tuple[np.ndarray, AnchorFacts]]) -> list[dict]:
+def anchors_of(batches: list[tuple[np.ndarray, FirstDraftOutcomes]]) -> list[dict]:
     """One record for each anchor."""
     found = []
-    for accept_lens_NC, facts in batches:
+    for accept_lens_NC, outcomes in batches:
         for n, accept_lens in enumerate(accept_lens_NC.tolist()):
             record = {"accept_lens": dict(zip(WAYS, accept_lens, strict=True))}
-            record |= {name[:-2]: values[n].tolist() for name, values in facts._asdict().items() if name[-2:] == "_N"}
-            found.append(record | {"confidence": facts.confidence_NJ[n].tolist()})
+            record |= {
+                name[:-2]: values[n].tolist() for name, values in outcomes._asdict().items() if name[-2:] == "_N"
+            }
+            found.append(record | {"confidence": outcomes.confidence_NJ[n].tolist()})
     return found
 
 
-def slow_cycles(batches: list[tuple[np.ndarray, AnchorFacts]]) -> list[dict[Way, int]]:
+def slow_cycles(batches: list[tuple[np.ndarray, FirstDraftOutcomes]]) -> list[dict[Way, int]]:
     """Cycles of every sequence."""
     anchors = iter(anchors_of(batches))
     found = []
@@ -76,22 +78,22 @@ def slow_cycles(batches: list[tuple[np.ndarray, AnchorFacts]]) -> list[dict[Way,
     return found
 
 
-def test_cycles_and_alpha(report: ReplayReport, batches: list[tuple[np.ndarray, AnchorFacts]]):
+def test_cycles_and_alpha(report: ReplayReport, batches: list[tuple[np.ndarray, FirstDraftOutcomes]]):
     cycles = slow_cycles(batches)
     totals = {way: sum(each[way] for each in cycles) for way in WAYS}
     num_tokens = sum(map(sum, LENS))
-    assert report.num_tokens_S == [sum(lens) for lens in LENS]
+    assert report.num_tokens_E == [sum(lens) for lens in LENS]
     assert (report.num_tokens, report.num_responses) == (num_tokens, sum(map(len, LENS)))
-    assert [row.tolist() for row in report.cycles_SC] == [[each[way] for way in WAYS] for each in cycles]
+    assert [row.tolist() for row in report.cycles_EC] == [[each[way] for way in WAYS] for each in cycles]
     assert report.alphas().tolist() == [num_tokens / totals[way] for way in WAYS]
     chosen = {"first": WAYS[0], "first_tree": Way("first_tree", None, 2), "d2sd": Way("d2sd", "runner-up", 2)}
-    assert report.num_cycles == {setting: totals[way] for setting, way in chosen.items()}
-    assert report.alpha == {setting: num_tokens / totals[way] for setting, way in chosen.items()}
-    assert report.cycles_of_reported() == {setting: [row[way] for row in cycles] for setting, way in chosen.items()}
+    assert report.num_cycles == {name: totals[way] for name, way in chosen.items()}
+    assert report.alpha == {name: num_tokens / totals[way] for name, way in chosen.items()}
+    assert report.cycles_of_reported() == {name: [row[way] for row in cycles] for name, way in chosen.items()}
 
 
 def slow_quantile(values: list[float], share: float) -> float:
-    """Between neighbours, in proportion."""
+    """With linear interpolation between neighbors."""
     ordered = sorted(values)
     place = share * (len(ordered) - 1)
     low = int(place)
@@ -100,7 +102,7 @@ def slow_quantile(values: list[float], share: float) -> float:
 
 
 def test_intervals_are_those_of_a_bootstrap_sequence_by_sequence(
-    report: ReplayReport, batches: list[tuple[np.ndarray, AnchorFacts]]
+    report: ReplayReport, batches: list[tuple[np.ndarray, FirstDraftOutcomes]]
 ):
     cycles = slow_cycles(batches)
     samples = np.random.default_rng(0).integers(len(LENS), size=(1000, len(LENS))).tolist()
@@ -118,17 +120,17 @@ def test_intervals_hold_alpha_and_repeat(report: ReplayReport):
 
 def test_one_sequence_leaves_no_doubt():
     report = ReplayReport(WAYS, "paper", 1, J + 1)
-    accept_lens_NC, facts = random_batch([3, 2, 1], np.random.default_rng(0))
-    report.add(accept_lens_NC, [[3]], facts)
+    accept_lens_NC, outcomes = random_batch([3, 2, 1], np.random.default_rng(0))
+    report.add(accept_lens_NC, [[3]], outcomes)
     assert report.intervals() == (report.alphas().tolist(), report.alphas().tolist())
 
 
-def test_recovery_by_boundary(report: ReplayReport, batches: list[tuple[np.ndarray, AnchorFacts]]):
+def test_recovery_by_boundary(report: ReplayReport, batches: list[tuple[np.ndarray, FirstDraftOutcomes]]):
     expected = []
     for boundary in range(1, J + 1):
         gains = []
         for anchor in anchors_of(batches):
-            # The response goes on at the boundary, so that the draft failed there.
+            # The response has a token at the boundary, so the draft failed there.
             if anchor["first_len"] == boundary - 1 and anchor["num_recorded"] >= boundary:
                 gains.append(anchor["accept_lens"][Way("d2sd", "runner-up", 2)] - anchor["first_len"])
         assert gains
@@ -146,18 +148,18 @@ def test_recovery_by_boundary(report: ReplayReport, batches: list[tuple[np.ndarr
 def test_a_boundary_that_never_happens_is_left_out():
     report = ReplayReport(WAYS, "paper", 1, J + 1)
     first_len_N, num_recorded_N = np.array([0, 2, 1]), np.array([4, 4, 1])
-    facts = AnchorFacts(first_len_N, np.full((3, J), 0.5), num_recorded_N, np.full(3, -1), np.full(3, -1))
-    report.add(np.tile(first_len_N[:, None], len(WAYS)), [[3]], facts)
+    outcomes = FirstDraftOutcomes(first_len_N, np.full((3, J), 0.5), num_recorded_N, np.full(3, -1), np.full(3, -1))
+    report.add(np.tile(first_len_N[:, None], len(WAYS)), [[3]], outcomes)
     assert [(row["boundary"], row["num_anchors"], row["gained_tokens"]) for row in report.recovery()] == [
         (1, 1, 0.0),
         (3, 1, 0.0),
     ]
 
 
-def test_calibration_bin_by_bin(report: ReplayReport, batches: list[tuple[np.ndarray, AnchorFacts]]):
+def test_calibration_bin_by_bin(report: ReplayReport, batches: list[tuple[np.ndarray, FirstDraftOutcomes]]):
     pairs = []
     for anchor in anchors_of(batches):
-        # The target checks the accepted tokens and the one after them, if the response has it.
+        # The draft reaches the accepted tokens and the next one, if the response has it.
         for position in range(min(anchor["first_len"] + 1, anchor["num_recorded"])):
             pairs.append((anchor["confidence"][position], position < anchor["first_len"]))
     bins = []
@@ -186,12 +188,12 @@ def test_calibration_bin_by_bin(report: ReplayReport, batches: list[tuple[np.nda
 )
 def test_calibration_error_written_out(confidences: list[float], ece: float):
     report = ReplayReport(WAYS, "paper", 1, J + 1)
-    facts = AnchorFacts(np.array([2]), np.array([confidences]), np.array([4]), np.array([-1]), np.array([-1]))
-    report.add(np.full((1, len(WAYS)), 2), [[1]], facts)
+    outcomes = FirstDraftOutcomes(np.array([2]), np.array([confidences]), np.array([4]), np.array([-1]), np.array([-1]))
+    report.add(np.full((1, len(WAYS)), 2), [[1]], outcomes)
     assert report.calibration()["ece"] == pytest.approx(ece)
 
 
-def test_hits_by_number_of_branches(report: ReplayReport, batches: list[tuple[np.ndarray, AnchorFacts]]):
+def test_hits_by_number_of_branches(report: ReplayReport, batches: list[tuple[np.ndarray, FirstDraftOutcomes]]):
     failed = [anchor for anchor in anchors_of(batches) if anchor["first_len"] < anchor["num_recorded"]]
     expected = {}
     for name in ("boundary", "pair"):
@@ -208,7 +210,7 @@ def test_drafts_that_never_fail_have_no_boundary_to_hit():
     report.add(
         np.array([[2], [1]]).repeat(len(WAYS), axis=1),
         [[2]],
-        AnchorFacts(np.array([2, 1]), np.full((2, J), 0.5), np.array([2, 1]), never, never),
+        FirstDraftOutcomes(np.array([2, 1]), np.full((2, J), 0.5), np.array([2, 1]), never, never),
     )
     assert report.hits() == {"boundary": [0.0] * (MAX_K + 1), "pair": [0.0] * (MAX_K + 1)}
     assert report.recovery() == []
@@ -220,10 +222,10 @@ def test_the_report_as_json_holds_plain_values(report: ReplayReport):
     assert json.loads(json.dumps(found)) == found
     low_C, high_C = report.intervals()
     intervals = {way: list(bounds) for way, *bounds in zip(WAYS, low_C, high_C, strict=True)}
-    reported = {way.setting: way for way in report.reported}
+    reported = {way.name: way for way in report.reported}
     assert found == {
         "alpha": report.alpha,
-        "interval": {setting: intervals[way] for setting, way in reported.items()},
+        "interval": {name: intervals[way] for name, way in reported.items()},
         "policy": "runner-up",
         "k": 2,
         "block_size": J + 1,
@@ -233,12 +235,12 @@ def test_the_report_as_json_holds_plain_values(report: ReplayReport):
         "num_responses": report.num_responses,
         "skipped": {"no response": 2},
         "by_way": [
-            {"setting": way.setting, "policy": way.policy, "k": way.k, "alpha": alpha, "interval": intervals[way]}
+            {"way": way.name, "policy": way.policy, "k": way.k, "alpha": alpha, "interval": intervals[way]}
             for way, alpha in zip(WAYS, report.alphas().tolist(), strict=True)
         ],
         "recovery": report.recovery(),
         "calibration": report.calibration(),
         "hits": report.hits(),
-        "sequences": {"num_tokens": report.num_tokens_S, "num_cycles": report.cycles_of_reported()},
+        "sequences": {"num_tokens": report.num_tokens_E, "num_cycles": report.cycles_of_reported()},
     }
     assert report.skipped == Counter({"no response": 2})

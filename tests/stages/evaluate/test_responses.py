@@ -1,4 +1,4 @@
-"""What of a sequence is replayed, and cycles, against decodes token by token."""
+"""The responses that are replayed, and their cycles, against decoding token by token."""
 
 # N anchors, J drafted positions, C ways of decoding
 from itertools import pairwise
@@ -15,7 +15,7 @@ from vpd.stages.evaluate.responses import BEYOND, count_cycles, find_responses, 
 
 
 def make_sequence(token_ids: list[int], argmax: list[int]) -> CachedSequence:
-    """A sequence of which only tokens are read."""
+    """A sequence without states."""
     row = make_row("s", len(argmax), num_supervised=len(token_ids), finish_reason="stop")
     return make_cached(row, torch.empty(0, 2, 8, dtype=torch.bfloat16), token_ids, [True] * len(token_ids), argmax)
 
@@ -27,7 +27,7 @@ def test_responses_are_the_runs_of_assistant_tokens(mask: list[bool]):
     covered = [position for start, end in responses for position in range(start, end)]
     assert covered == [position for position, assistant in enumerate(mask) if assistant]
     assert all(start < end for start, end in responses)
-    # Two runs never touch, so none of them could be longer.
+    # Two runs never touch, so no run could be longer.
     assert all(end < start for (_, end), (start, _) in pairwise(responses))
 
 
@@ -41,12 +41,12 @@ def test_a_response_is_greedy_if_decoding_step_by_step_gives_it(data: st.DataObj
         argmax = [*tokens[1:], 0]
     start = data.draw(st.integers(0, num_tokens - 1))
     end = data.draw(st.integers(start + 1, num_tokens))
-    # The target may never have seen the last token, which then has no choice after it.
+    # The last token may have no state, and then there is no choice after it.
     sequence = make_sequence(tokens, argmax[:-1] if cut else argmax)
     written = tokens[:start]
     while 0 < len(written) < end:
         written.append(argmax[len(written) - 1])
-    # Without a token before it, nobody can say whether the first one was the target's choice.
+    # Without a token before the response, the target's choice for its first token is unknown.
     assert is_greedy(sequence, (start, end)) == (start > 0 and written == tokens[:end])
 
 

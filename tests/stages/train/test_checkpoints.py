@@ -1,4 +1,4 @@
-"""Which checkpoints stay, and which of them is a run's drafter."""
+"""Which checkpoints are kept, and which checkpoint is a run's drafter."""
 
 import json
 import shutil
@@ -14,15 +14,15 @@ from vpd.stages.evaluate.replay import Replay
 from vpd.stages.holdout import split_rows
 from vpd.stages.train import checkpoints as checkpoints_module
 from vpd.stages.train.checkpoints import (
-    Judgement,
+    CheckpointResult,
     best_checkpoint,
     checkpoint_path,
     find_drafter,
     keep_latest,
     list_checkpoints,
-    note_judgement,
-    read_judgement,
+    read_result,
     remove_unfinished,
+    write_result,
 )
 
 EVALUATED = {"max_steps": 6, "save_every": 2, "keep": 1, "eval_limit": 3}
@@ -34,7 +34,7 @@ def add_checkpoints(run: Path, first_run: Path, steps: range) -> None:
 
 
 def note_alpha(run: Path, step: int, alpha: float, k: int = 4) -> None:
-    note_judgement(checkpoint_path(run, step), Judgement(alpha, {"k": k}))
+    write_result(checkpoint_path(run, step), CheckpointResult(alpha, {"k": k}))
 
 
 def test_the_best_stays_beside_the_latest(tmp_path: Path, first_run: Path):
@@ -59,7 +59,7 @@ def test_alphas_of_another_measure_are_not_compared(tmp_path: Path, first_run: P
 
 
 def test_the_best_of_another_measure_stays(tmp_path: Path, first_run: Path):
-    """It may have been asked for by mistake."""
+    """The other measure may have been set by mistake."""
     add_checkpoints(tmp_path, first_run, range(1, 5))
     for step, alpha, k in [(1, 1.9, 4), (2, 1.1, 4), (3, 1.3, 8), (4, 1.2, 8)]:
         note_alpha(tmp_path, step, alpha, k)
@@ -71,7 +71,7 @@ def test_the_best_of_another_measure_stays(tmp_path: Path, first_run: Path):
 
 
 def test_half_a_checkpoint_is_none(tmp_path: Path, first_run: Path, monkeypatch: pytest.MonkeyPatch):
-    """A process may be killed while it removes one; the next removes what is left."""
+    """A process may be killed while it removes a checkpoint; the next process removes the rest."""
     add_checkpoints(tmp_path, first_run, range(1, 4))
 
     def half(path: Path) -> None:
@@ -93,7 +93,7 @@ def test_without_the_best_the_latest_counts(tmp_path: Path, first_run: Path):
     note_alpha(tmp_path, 1, 1.5)
     shutil.rmtree(checkpoint_path(tmp_path, 1))
     assert find_drafter(tmp_path).name == "step-0000003"
-    note_alpha(tmp_path, 2, 1.1)  # of those that are left, it is the best
+    note_alpha(tmp_path, 2, 1.1)  # the best of those that remain
     assert find_drafter(tmp_path).name == "step-0000002"
 
 
@@ -107,11 +107,11 @@ def test_a_run_keeps_its_checkpoint_of_best_alpha(objective: str, drafted_cache:
     best_step, best_alpha = max(alphas.items(), key=lambda item: item[1])
     found = find_drafter(tmp_path / "run")
     assert found == checkpoint_path(tmp_path / "run", best_step)
-    judgement = read_judgement(found)
-    assert judgement is not None
-    assert judgement.alpha == best_alpha
+    result = read_result(found)
+    assert result is not None
+    assert result.alpha == best_alpha
     assert {path.name for path in list_checkpoints(tmp_path / "run")} == {f"step-{step:07d}" for step in {best_step, 6}}
-    # What was noted is what a replay of that checkpoint says.
+    # The stored alpha equals that of a new replay.
     cache = Cache.open(drafted_cache)
     rows = split_rows(cache, TRAIN["holdout"])[1]
     first, second = (FirstDrafts.open(cache), found) if objective == "vp" else (found, None)
@@ -119,7 +119,7 @@ def test_a_run_keeps_its_checkpoint_of_best_alpha(objective: str, drafted_cache:
     assert alpha["d2sd" if objective == "vp" else "first"] == best_alpha
 
 
-def test_a_vp_drafter_is_not_judged_without_first_drafts(tiny_cache: Path, tmp_path: Path):
+def test_a_vp_drafter_is_not_evaluated_without_first_drafts(tiny_cache: Path, tmp_path: Path):
     flags = {**DRAFTER, **TRAIN, **EVALUATED, "prefix_sampler": "geometric"}
     outcome = run_vpd("train", tiny_cache, "--out", tmp_path / "run", **flags)
     assert outcome.code == 1

@@ -1,4 +1,4 @@
-"""The cost of training against PyTorch's own count of operations, and against a loop over sequences."""
+"""The cost of training against PyTorch's count of operations, and against a loop over sequences."""
 
 # T context tokens, N blocks, G block size
 from dataclasses import replace
@@ -16,7 +16,7 @@ from vpd.stages.train.cost import training_cost, training_flops
     ("num_layers", "num_tokens", "num_blocks", "num_labels"), [(1, 7, 1, 3), (2, 40, 5, 9), (3, 5, 12, 12)]
 )
 def test_operations_are_those_that_pytorch_counts(num_layers: int, num_tokens: int, num_blocks: int, num_labels: int):
-    """Blocks at the end of their context, each a sequence of its own, so that a dense mask hides nothing."""
+    """One block per sequence, at the end of its context, so that attention masks nothing."""
     shape = replace(SHAPE, num_layers=num_layers)
     drafter = random_drafter(shape)
     drafter.attention = "structured"
@@ -45,7 +45,7 @@ def test_a_run_costs_what_its_sequences_do():
         blocks = min(length, 30)
         expected += training_flops(SHAPE, length, blocks, blocks * (SHAPE.block_size - 1), blocks * length / 2)
     assert cost.flops == pytest.approx(expected * 2 * 300 / 4)
-    assert cost.gpu_hours(tflops=2.0, utilisation=0.5) == pytest.approx(cost.flops / 1e12 / 3600)
+    assert cost.gpu_hours(tflops=2.0, utilization=0.5) == pytest.approx(cost.flops / 1e12 / 3600)
 
 
 def test_steps_given_are_steps_paid():

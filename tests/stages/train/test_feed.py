@@ -1,4 +1,4 @@
-"""The passes of a feed, against those made by hand from sequences read one by one, and how its threads end."""
+"""The passes of a feed against passes made one sequence at a time, and the end of the feed's threads."""
 
 # T context tokens, D context features
 import threading
@@ -17,6 +17,7 @@ from vpd.data.cache import reader
 from vpd.data.cache.cache import Cache
 from vpd.data.cache.drafts import FirstDrafts
 from vpd.data.cache.index import SequenceIndex, SequenceRow
+from vpd.data.cache.open_parts import OpenStates
 from vpd.data.cache.part import OpenPart
 from vpd.data.cache.reader import CachedSequence
 from vpd.data.errors import CacheCorruptError
@@ -50,7 +51,7 @@ class Data(NamedTuple):
         process: int = 0,
         num_processes: int = 1,
     ) -> Feed:
-        """A feed for these runs, for two epochs and a step more where nothing else is said."""
+        """A feed for these runs; by default for two epochs and one step."""
         order = self.order(configs[0])
         steps = range(2 * order.steps_per_epoch + 1) if steps is None else steps
         plans = [BlockPlan(config, self.drafts, BLOCK_SIZE, MASK) for config in configs]
@@ -82,7 +83,7 @@ def feed_threads() -> list[str]:
 
 
 def take_all(opened: Feed) -> list[Pass]:
-    """All passes, and the proof that there are no more."""
+    """All passes; checks that there are no more."""
     with opened:
         found: list[Pass] = []
         for _ in opened.steps:
@@ -95,7 +96,7 @@ def take_all(opened: Feed) -> list[Pass]:
 
 
 def passes_by_hand(data: Data, config: TrainConfig, steps: Sequence[int]) -> list[Pass]:
-    """Every sequence of a step is read and drawn in turn, and a pass ends before it would have too much."""
+    """Reads and draws the sequences one after another; a pass ends before it exceeds `tokens_per_pass`."""
     order = data.order(config)
     found: list[Pass] = []
     for step in steps:
@@ -123,7 +124,7 @@ def passes_by_hand(data: Data, config: TrainConfig, steps: Sequence[int]) -> lis
 
 def same_blocks(one: TrainingBlocks, other: TrainingBlocks) -> bool:
     tensors = [*zip(tensors_of(one), tensors_of(other), strict=True)]
-    assert len(tensors) == 5
+    assert len(tensors) == 6
     counts = [(blocks.num_tokens, blocks.num_blocks) for blocks in (one, other)]
     return counts[0] == counts[1] and all(ours.dtype == theirs.dtype and ours.equal(theirs) for ours, theirs in tensors)
 
@@ -136,7 +137,7 @@ def same_passes(one: Sequence[Pass], other: Sequence[Pass]) -> bool:
     )
 
 
-# What passes hold
+# Content of the passes
 
 
 class Case(NamedTuple):
@@ -151,14 +152,13 @@ CASES = [
     Case("one-pass-a-step", {"tokens_per_pass": 10**6}),
     Case("one-sequence-a-step", {"batch_tokens": 1}),
     Case("some-without-an-anchor", {"max_len": 32, "batch_tokens": 40}),
-    Case("few-buffers", {"tokens_per_pass": 10**6}, {"num_buffers": 2, "num_threads": 1}),
-    Case("many-threads", {"seed": 1}, {"num_buffers": 6, "num_threads": 5, "verify": "never"}),
-    Case("argmax", {"labels": "argmax", "normalise": "batch"}),
+    Case("one-thread", {"tokens_per_pass": 10**6}, {"num_threads": 1}),
+    Case("many-threads", {"seed": 1}, {"num_threads": 5, "verify": "never"}),
+    Case("argmax", {"labels": "argmax", "normalize": "batch"}),
 ]
 OF_DRAFTS = [
     Case("past-boundary", {"prefix": {"sampler": "past-boundary"}}),
-    Case("first-draft-visible", {"prefix": {"sampler": "posterior"}, "visible": "first-draft"}),
-    Case("chain", {"anchor": {"sampler": "chain"}, "prefix": {"sampler": "topk"}}),
+    Case("failure", {"anchor": {"sampler": "failure"}, "prefix": {"sampler": "topk"}}),
 ]
 
 
@@ -210,9 +210,9 @@ def test_checksums_are_verified_as_configured(verify: str, data: Data, monkeypat
     verified: list[bool] = []
     original = reader.read_states
 
-    def noted(cache: Cache, row: SequenceRow, slot: reader.Slot, verify: bool) -> tuple[OpenPart, Tensor]:
+    def noted(states: OpenStates, row: SequenceRow, slot: reader.Slot, verify: bool) -> tuple[OpenPart, Tensor]:
         verified.append(verify)
-        return original(cache, row, slot, verify)
+        return original(states, row, slot, verify)
 
     monkeypatch.setattr(reader, "read_states", noted)
     steps = range(2 * data.order(config).steps_per_epoch)
@@ -254,11 +254,11 @@ def test_a_process_without_a_sequence_gets_an_empty_pass_for_the_step(data: Data
     assert same_passes(take_all(data.feed(config, steps=steps, process=0, num_processes=2)), alone)
 
 
-# Errors, and the end
+# Errors, and the end of the threads
 
 
 def patch_draws(monkeypatch: pytest.MonkeyPatch, before: Callable[[int], None]) -> None:
-    """Has every draw, counted from 1, do something first."""
+    """Calls `before` before every draw, with the draw's number from 1 on."""
     count = 0
 
     def draw(*args: Any) -> SequenceBlocks | None:
@@ -292,10 +292,10 @@ def test_an_error_in_reading_comes_after_the_passes_before_it(data: Data, monkey
     expected = passes_by_hand(data, config, range(3))
     original = reader.read_states
 
-    def read(cache: Cache, row: SequenceRow, slot: reader.Slot, verify: bool) -> tuple[OpenPart, Tensor]:
+    def read(states: OpenStates, row: SequenceRow, slot: reader.Slot, verify: bool) -> tuple[OpenPart, Tensor]:
         if row.seq_id == bad:
             raise CacheCorruptError(f"{bad} is damaged")
-        return original(cache, row, slot, verify)
+        return original(states, row, slot, verify)
 
     monkeypatch.setattr(reader, "read_states", read)
     with data.feed(config) as opened:
@@ -327,8 +327,8 @@ def test_an_error_of_the_consumer_ends_the_threads(data: Data):
     assert feed_threads() == []
 
 
-def test_closing_ends_threads_that_wait_for_room(data: Data, monkeypatch: pytest.MonkeyPatch):
-    """One pass more is drawn than fit, and then the thread does nothing until there is room."""
+def test_closing_ends_threads_that_wait_for_a_place(data: Data, monkeypatch: pytest.MonkeyPatch):
+    """The thread draws one pass more than the queue holds, and then waits for a free place."""
     config = make_config(**GEOMETRIC | {"batch_tokens": 1})
     full = threading.Event()
     counts: list[int] = []
@@ -349,7 +349,7 @@ def test_closing_ends_threads_that_wait_for_room(data: Data, monkeypatch: pytest
 
 
 class Clock:
-    """Time that passes only when told to."""
+    """A clock that only tests move."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.now = 0.0
@@ -377,7 +377,7 @@ def test_the_time_that_a_slow_feed_takes_is_time_waited(data: Data, monkeypatch:
             assert opened.seconds_waited == waited
 
 
-def test_no_time_is_waited_for_what_is_ready(data: Data, monkeypatch: pytest.MonkeyPatch):
+def test_a_pass_that_is_ready_takes_no_waiting_time(data: Data, monkeypatch: pytest.MonkeyPatch):
     clock = Clock(monkeypatch)
     ready = threading.Event()
 
@@ -396,7 +396,7 @@ def test_no_time_is_waited_for_what_is_ready(data: Data, monkeypatch: pytest.Mon
 
 
 def test_the_feed_of_a_gpu_works_on_that_gpu(monkeypatch: pytest.MonkeyPatch):
-    """A thread begins with the first GPU, whichever its process trains on."""
+    """A new thread works on the first GPU, whichever GPU its process trains on."""
     chosen: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: ("a stream of", device))

@@ -18,7 +18,7 @@ class Head(NamedTuple):
     states_PH: Tensor
     labels_P: Tensor
     weights_P: Tensor
-    """What the gradient of each position's loss is multiplied with."""
+    """Factors of the positions' losses."""
     head_VH: Tensor
 
 
@@ -53,12 +53,12 @@ def all_rows(head: Head) -> HeadRows:
 
 
 def every_token_sampled(head: Head) -> HeadRows:
-    """A sample that leaves nothing out, its rows in another order than the vocabulary's."""
+    """A sample of all tokens, in another order than the vocabulary's."""
     occurring = head.labels_P.unique()
     return VocabularySampler(head.head_VH, occurring, V).draw(torch.Generator().manual_seed(0))
 
 
-# Sums of 6 products and of 23 exponentials in float32, where no logit exceeds 10: errors of some 1e-6.
+# Sums of 6 products and of 23 exponentials in float32 with logits below 10: errors of about 1e-6.
 TOLERANCE = 1e-5
 
 
@@ -87,8 +87,8 @@ def test_no_position_gives_no_loss(head: Head):
 
 
 def test_bfloat16_rows_give_float32_losses(head: Head):
-    # bfloat16 keeps 8 bits: logits below 10 are off by some 0.02, and so are the losses; a gradient also passes a
-    # head row of size 1 or 2.
+    # bfloat16 has 8 bits: logits below 10, and so the losses, have errors of about 0.02. A gradient is also multiplied
+    # by a head row of size 1 or 2.
     loss_P, gradient_PH, _ = found_losses(head, HeadRows(head.head_VH.bfloat16(), None, None))
     expected_P, expected_PH = full_losses(head)
     assert (loss_P.dtype, gradient_PH.dtype) == (torch.float32, torch.float32)
@@ -168,8 +168,8 @@ def test_draws_follow_the_generator(head: Head):
 
 
 def test_a_sampled_token_does_not_win_by_the_tokens_it_stands_for():
-    # Three tokens: the label, likelier than any other, and a sample of one of the two others, which counts double
-    # in the softmax's denominator. Whether a label is the most likely token is a matter of its logit.
+    # Three tokens: the label, which is the likeliest, and a sample of one of the two others, which counts double in the
+    # softmax's denominator. Scaling must not change which token is the likeliest.
     head_VH = torch.tensor([[1.0], [0.9], [0.9]])
     rows = VocabularySampler(head_VH, torch.tensor([0]), 1).draw(torch.Generator().manual_seed(0))
     assert head_losses(torch.ones(1, 1), torch.tensor([0]), rows).right_P.tolist() == [True]

@@ -35,7 +35,8 @@ class Blocks(NamedTuple):
 
     @property
     def weights_NG(self) -> Tensor:
-        return position_weights(self.labelled_NG, torch.tensor(self.prefixes), self.tau)
+        labels_NG = torch.zeros_like(self.labelled_NG, dtype=torch.int64)
+        return position_weights(BlockLabels(labels_NG, self.labelled_NG, torch.tensor(self.prefixes)), self.tau)
 
 
 @st.composite
@@ -47,7 +48,7 @@ def some_blocks(draw: st.DrawFn) -> Blocks:
 
 
 def eq7(blocks: Blocks) -> list[list[float]]:
-    """w_k = exp(-(k - l - 1) / tau) for k = l+1..G-1, where there is a label."""
+    """w_k = exp(-(k - l - 1) / tau) for labelled k = l+1..G-1."""
     rows = []
     for labels, prefix in zip(blocks.num_labels, blocks.prefixes, strict=True):
         row = [0.0] * blocks.block_size
@@ -66,7 +67,8 @@ def test_position_weights_are_eq_7(blocks: Blocks):
 
 
 def test_the_first_predicted_position_weighs_one():
-    weights = position_weights(torch.tensor([[False, True, True, True]]), torch.tensor([1]), 7.0)
+    labelled_NG = torch.tensor([[False, True, True, True]])
+    weights = position_weights(BlockLabels(torch.zeros(1, 4, dtype=torch.int64), labelled_NG, torch.tensor([1])), 7.0)
     assert weights[0, :3].tolist() == [0, 0, 1]
     assert float(weights[0, 3]) == pytest.approx(math.exp(-1 / 7))
 
@@ -82,11 +84,11 @@ class World(NamedTuple):
     labels_NG: Tensor
     head_VH: Tensor
 
-    def labels(self, config: TrainConfig) -> BlockLabels:
-        k_G, prefix_N = torch.arange(G), torch.tensor(PREFIXES)
+    @property
+    def labels(self) -> BlockLabels:
+        k_G = torch.arange(G)
         labelled_NG = (k_G > 0) & (k_G <= torch.tensor(NUM_LABELS)[:, None])
-        weights_NG = position_weights(labelled_NG, prefix_N, config.tau)
-        return BlockLabels(self.labels_NG, weights_NG)
+        return BlockLabels(self.labels_NG, labelled_NG, torch.tensor(PREFIXES))
 
 
 @pytest.fixture
@@ -95,14 +97,14 @@ def world() -> World:
     states_NGH, head_VH = torch.randn(N, G, H, generator=generator), torch.randn(V, H, generator=generator)
     likeliest_NG = (states_NGH @ head_VH.T).argmax(dim=2)
     labels_NG = torch.randint(V, (N, G), generator=generator)
-    # The drafter is right at these: all through one block, up to a point in others.
+    # Positions where the drafter is right: all of one block, the first ones of other blocks.
     for block, positions in {0: range(6), 1: range(4), 3: [2], 5: [1, 2]}.items():
         labels_NG[block, positions] = likeliest_NG[block, positions]
     return World(states_NGH, labels_NG, head_VH)
 
 
 class Softmax(NamedTuple):
-    """The tokens over which a softmax runs, and how many each stands for."""
+    """The tokens over which a softmax runs, and the number of tokens that each stands for."""
 
     stands_for: dict[int, float]
 
@@ -131,7 +133,7 @@ def sampled(world: World) -> tuple[HeadRows, Softmax]:
 
 
 def slow_loss(world: World, states_NGH: Tensor, softmax: Softmax, config: TrainConfig) -> tuple[Tensor, list[int]]:
-    """The mean loss, and how many of each block's first predicted tokens are right."""
+    """The mean loss, and the number of leading right tokens of each block."""
     sums, weight_sums, accepted = [], [], []
     for n in range(N):
         positions = range(PREFIXES[n] + 1, NUM_LABELS[n] + 1)
@@ -143,7 +145,7 @@ def slow_loss(world: World, states_NGH: Tensor, softmax: Softmax, config: TrainC
         sums.append(total)
         weight_sums.append(sum(weight.values()))
         accepted.append(len(list(takewhile(right.__getitem__, positions))))
-    if config.normalise == "block":
+    if config.normalize == "block":
         return torch.stack([total / weight for total, weight in zip(sums, weight_sums, strict=True)]).mean(), accepted
     return torch.stack(sums).sum() / sum(weight_sums), accepted
 
@@ -160,17 +162,17 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("cut", [0, 2, 5])
-@pytest.mark.parametrize("normalise", ["block", "batch"])
+@pytest.mark.parametrize("normalize", ["block", "batch"])
 @pytest.mark.parametrize("vocabulary", [whole, sampled], ids=["whole", "sampled"])
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.id)
 def test_loss_and_gradient_are_those_of_the_loop(
-    world: World, option: Option, vocabulary: Any, normalise: str, cut: int
+    world: World, option: Option, vocabulary: Any, normalize: str, cut: int
 ):
-    config = TrainConfig.model_validate({"normalise": normalise, **option.settings})
+    config = TrainConfig.model_validate({"normalize": normalize, **option.settings})
     rows, softmax = vocabulary(world)
-    # As in a step of two passes: each has some of the blocks, and their sums meet at the end.
+    # A step of two passes, each with some of the blocks; their sums are added at the end.
     states_NGH = world.states_NGH.clone().requires_grad_()
-    labels = world.labels(config)
+    labels = world.labels
     passes = [part for part in (slice(0, cut), slice(cut, None)) if len(states_NGH[part])]
     parts = []
     for part in passes:
@@ -183,7 +185,7 @@ def test_loss_and_gradient_are_those_of_the_loop(
     slow_NGH = world.states_NGH.double().requires_grad_()
     expected, accepted = slow_loss(world, slow_NGH, softmax, config)
     (expected_NGH,) = torch.autograd.grad(expected, slow_NGH)
-    # Sums of some ten float32 terms below 10.
+    # Sums of about ten float32 terms below 10.
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     torch.testing.assert_close(gradient_NGH.double(), expected_NGH, rtol=1e-5, atol=2e-6)
     predicted = [labels - prefix for labels, prefix in zip(NUM_LABELS, PREFIXES, strict=True)]
@@ -195,8 +197,8 @@ def test_loss_and_gradient_are_those_of_the_loop(
 def test_the_cases_differ(world: World):
     losses = set()
     for option in OPTIONS:
-        for normalise in ("block", "batch"):
-            config = TrainConfig.model_validate({"normalise": normalise, **option.settings})
+        for normalize in ("block", "batch"):
+            config = TrainConfig.model_validate({"normalize": normalize, **option.settings})
             for _, softmax in (whole(world), sampled(world)):
                 losses.add(float(slow_loss(world, world.states_NGH.double(), softmax, config)[0]))
     assert len(losses) == 2 * 2 * len(OPTIONS)

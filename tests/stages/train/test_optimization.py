@@ -15,7 +15,7 @@ from vpd.stages.train.optimization import WeightAverage, make_optimizers, make_s
 LR, DECAY, BETAS = 0.01, 0.3, (0.8, 0.9)
 ADAM_EPS = 1e-8
 MUON_MOMENTUM, NEWTON_SCHULZ, NUM_ITERATIONS = 0.95, (3.4445, -4.7750, 2.0315), 5
-"""The values of https://kellerjordan.github.io/posts/muon/, which are torch's."""
+"""The values of https://kellerjordan.github.io/posts/muon/, which torch uses."""
 SHAPES = [(8, 24), (24, 8), (16, 16), (1, 12)]
 
 
@@ -43,7 +43,7 @@ def make_config(**settings: Any) -> TrainConfig:
 
 
 def train(model: Weights, optimizers: list[Optimizer], num_steps: int) -> list[list[np.ndarray]]:
-    """Takes steps along random gradients; returns those of each step."""
+    """Takes steps along random gradients; returns the gradients of each step."""
     generator = torch.Generator().manual_seed(1)
     found = []
     for _ in range(num_steps):
@@ -63,7 +63,7 @@ def as_float64(tensor: Tensor | None) -> np.ndarray:
 
 
 def adamw(weight: np.ndarray, gradients: list[np.ndarray], decay: float) -> np.ndarray:
-    """Algorithm 2 of arXiv 1711.05101, whose weight decay is that of torch: times the learning rate."""
+    """Algorithm 2 of arXiv 1711.05101; the weight decay is multiplied by the learning rate, as torch does."""
     mean, square = np.zeros_like(weight), np.zeros_like(weight)
     for step, gradient in enumerate(gradients, start=1):
         mean = BETAS[0] * mean + (1 - BETAS[0]) * gradient
@@ -74,7 +74,7 @@ def adamw(weight: np.ndarray, gradients: list[np.ndarray], decay: float) -> np.n
 
 
 def orthogonalised(matrix: np.ndarray) -> np.ndarray:
-    """What the Newton-Schulz iteration makes of a matrix: it changes the singular values alone."""
+    """The result of the Newton-Schulz iteration, which changes only the singular values."""
     left, values, right = np.linalg.svd(matrix / np.linalg.norm(matrix), full_matrices=False)
     a, b, c = NEWTON_SCHULZ
     for _ in range(NUM_ITERATIONS):
@@ -83,7 +83,7 @@ def orthogonalised(matrix: np.ndarray) -> np.ndarray:
 
 
 def muon_directions(gradients: list[np.ndarray]) -> list[np.ndarray]:
-    """Of each step, with Nesterov's momentum; without the learning rate."""
+    """The direction of each step with Nesterov's momentum, without the learning rate."""
     buffer, found = np.zeros_like(gradients[0]), []
     for gradient in gradients:
         buffer = MUON_MOMENTUM * buffer + gradient
@@ -124,7 +124,7 @@ def test_muon_moves_matrices_along_the_orthogonalised_momentum(num_steps: int):
         directions = muon_directions([step[i] for step in gradients])
         for direction in directions:
             expected = expected - LR * DECAY * expected - rate * direction
-        # The iteration runs in bfloat16, which has 8 bits; what it starts from differs by one in a thousand.
+        # The iteration runs in bfloat16, which has 8 bits; its starting values differ by 1e-3.
         error = np.linalg.norm(as_float64(parameter) - expected)
         assert error < 0.03 * rate * np.linalg.norm(np.stack(directions))
 
@@ -155,7 +155,7 @@ def test_a_step_of_muon_is_as_large_as_one_of_adamw():
 
 
 class Pair(nn.Module):
-    """A layer and a norm, as AdamW has to have something."""
+    """A layer and a norm, so that AdamW has a parameter too."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
@@ -213,7 +213,7 @@ def test_the_average_is_that_of_the_loop(decay: float):
     assert [*average.weights] == names
     for name in names:
         assert average.weights[name].dtype == torch.float32
-        # Each step rounds a difference, a product and a sum; errors of earlier steps shrink.
+        # Each step rounds a difference, a product and a sum; errors of earlier steps decay.
         bound = 3 * 2.0**-24 * 2 * largest / (1 - min(decay, 30 / 39))
         np.testing.assert_allclose(as_float64(average.weights[name]), expected[name], rtol=0, atol=bound)
 
@@ -230,7 +230,7 @@ def test_the_average_starts_from_a_copy_and_soon_forgets_it():
     for step in range(1, 41):
         average.update(model, step)
         share *= step / (step + 9)
-    # 1/10 after the first step, and 1 in 10 ** 8 after forty.
+    # 1e-1 after the first step, and 1e-8 after forty.
     for name, value in start.items():
         torch.testing.assert_close(average.weights[name], share * value, rtol=1e-4, atol=0)
     assert share < 1e-8

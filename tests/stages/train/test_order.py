@@ -1,6 +1,6 @@
-"""The order of an epoch, its cut into steps, and a step's cut among processes, as properties of any data."""
+"""Properties that hold for any data: the order of an epoch, its steps, and the processes' shares of a step."""
 
-# S training sequences
+# E training sequences
 import itertools
 from typing import NamedTuple
 
@@ -71,7 +71,7 @@ def test_a_step_has_fewer_tokens_than_the_budget_and_the_longest_sequence(data: 
 
 
 def test_no_tighter_bound_holds():
-    """Three sequences of one token and then the longest begin within the first 4 tokens, in one seed or another."""
+    """For some seed, three sequences of one token and the longest one begin within the first 4 tokens."""
     most = 0
     for seed in range(100):
         data_order = Data([5, *[1] * 7], [0] * 8, 4, seed).order()
@@ -117,7 +117,7 @@ def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else():
     orders = [tuple(epoch(seed, number)) for seed in range(3) for number in range(3)]
     assert len(set(orders)) == 9
     assert epoch(1, 2) == epoch(1, 2)
-    # Steps cut an order that is there without them.
+    # The order does not depend on the size of the steps.
     assert epoch(1, 2, tokens_per_step=7) == epoch(1, 2, tokens_per_step=10**6) == epoch(1, 2)
 
 
@@ -134,13 +134,13 @@ def test_processes_share_a_step_without_overlap_and_about_evenly(data: Data, num
         assert sorted(itertools.chain.from_iterable(shares)) == sorted(indices)
         loads = [sum(data.lengths[index] for index in share) for share in shares]
         assert max(loads) - min(loads) <= max(data.lengths[index] for index in indices)
-        # Each reads its own in the order of the step.
+        # Each process reads its share in the order of the step.
         assert all(share == [index for index in indices if index in share] for share in shares)
 
 
 def test_the_longest_sequences_are_shared_out_first():
     data_order = Data([1, 1, 1, 1, 4, 8], [0] * 6, 100, 0).order()
-    loads = [sum(data_order.num_tokens_S[data_order.share(0, process, 2)]) for process in range(2)]
+    loads = [sum(data_order.num_tokens_E[data_order.share(0, process, 2)]) for process in range(2)]
     assert sorted(loads) == [8, 8]
 
 
@@ -187,7 +187,7 @@ def test_a_sequence_counts_as_many_tokens_as_are_read(max_len: int):
     rows = make_cache(sequences).rows
     lengths = [min(len(sequence.hidden_TKH), max_len) for sequence in sequences]
     data_order = DataOrder.of(rows, max_len, 11, seed=1)
-    assert data_order.num_tokens_S.tolist() == lengths
+    assert data_order.num_tokens_E.tolist() == lengths
     assert data_order.steps_per_epoch == min(-(-sum(lengths) // 11), len(rows))
     assert steps_of_epoch(data_order, 0) == steps_of_epoch(Data(lengths, [0] * len(rows), 11, 1).order(), 0)
 

@@ -1,4 +1,4 @@
-"""Blocks of a pass: what first drafts add to them, and that they are the same in any company."""
+"""Blocks of a pass: when they need first drafts, and that they do not depend on the pass's other blocks."""
 
 # G block size
 from typing import Any, NamedTuple
@@ -6,81 +6,68 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from support.recorded import (
-    DRAFT,
-    TOKEN,
     G,
     draw,
     make_config,
     make_drafts,
     make_sequence,
     pack_all,
-    prefixes,
     training_blocks,
 )
-from vpd.data.cache.drafts import NOT_DRAFTED, FirstDrafts
+from vpd.data.cache.drafts import FirstDrafts
 from vpd.data.cache.reader import CachedSequence
-from vpd.stages.train.samples import TrainingBlocks, boundary_readers, reads_draft_tokens
-
-REJECTIONS = [0, 3, 4, 2, NOT_DRAFTED, 1, 2, 0, 0, 0, 1, 1, 0]
-"""Accept lengths in `DRAFTED`: 2 is right to its last position, 4 was not drafted, 6 and 11 to the end of the turn."""
-DRAFTED = "aaaaaaaaa.aaa"
+from vpd.stages.train.samplers import BOUNDARIES, CONFIDENCES, Reads
+from vpd.stages.train.samples import TrainingBlocks, draft_readers
 
 
-@pytest.mark.parametrize("visible", ["recorded", "first-draft"])
-def test_visible_tokens_are_the_recorded_or_the_first_drafts(visible: str):
-    config = make_config(visible=visible)
-    blocks = training_blocks(make_sequence(DRAFTED), config, 0, make_drafts(REJECTIONS))
-    for anchor, prefix, row in zip(blocks.anchors_N.tolist(), prefixes(blocks), blocks.block_ids_NG, strict=True):
-        drafted = visible == "first-draft" and REJECTIONS[anchor] != NOT_DRAFTED
-        base = DRAFT + 10 * anchor if drafted else TOKEN + anchor
-        assert row[: prefix + 1].tolist() == [TOKEN + anchor, *(base + k for k in range(1, prefix + 1))]
-    assert max(prefixes(blocks)) > 0
-
-
-class Reads(NamedTuple):
+class Case(NamedTuple):
     id: str
     settings: dict[str, Any]
-    boundaries: bool
-    tokens: bool
+    expected: dict[str, Reads]
 
 
-READS = [
-    Reads("geometric", {}, False, False),
-    Reads("boundary", {"prefix": {"sampler": "boundary"}}, True, False),
-    Reads("posterior", {"prefix": {"sampler": "posterior"}}, True, True),
-    Reads("topk", {"prefix": {"sampler": "topk"}}, True, True),
-    Reads("mixture-of-priors", {"prefix": {"sampler": "mixture", "mixture": {"geometric": 1}}}, False, False),
-    Reads("mixture-with-past", {"prefix": {"sampler": "mixture", "mixture": {"past-boundary": 1}}}, True, False),
-    Reads("mixture-with-topk", {"prefix": {"sampler": "mixture", "mixture": {"topk": 1, "boundary": 1}}}, True, True),
-    Reads("mixture-not-in-use", {"prefix": {"sampler": "geometric", "mixture": {"topk": 1}}}, False, False),
-    Reads("chain", {"anchor": {"sampler": "chain"}}, True, False),
-    Reads("failure", {"anchor": {"sampler": "failure"}}, True, False),
-    Reads("first-draft-visible", {"visible": "first-draft"}, True, True),
-    Reads(
-        "first-drafter", {"objective": "dflash", "prefix": {"sampler": "topk"}, "visible": "first-draft"}, False, False
+CASES = [
+    Case("geometric", {}, {}),
+    Case("boundary", {"prefix": {"sampler": "boundary"}}, {"prefix sampler boundary": BOUNDARIES}),
+    Case("posterior", {"prefix": {"sampler": "posterior"}}, {"prefix sampler posterior": CONFIDENCES}),
+    Case("topk", {"prefix": {"sampler": "topk"}}, {"prefix sampler topk": CONFIDENCES}),
+    Case("mixture-of-priors", {"prefix": {"sampler": "mixture", "mixture": {"geometric": 1}}}, {}),
+    Case(
+        "mixture-with-past",
+        {"prefix": {"sampler": "mixture", "mixture": {"past-boundary": 1}}},
+        {"prefix sampler past-boundary": BOUNDARIES},
     ),
-    Reads("chain-of-first-drafter", {"objective": "dflash", "anchor": {"sampler": "chain"}}, True, False),
+    Case(
+        "mixture-with-topk",
+        {"prefix": {"sampler": "mixture", "mixture": {"topk": 1, "boundary": 1}}},
+        {"prefix sampler boundary": BOUNDARIES, "prefix sampler topk": CONFIDENCES},
+    ),
+    Case("mixture-not-in-use", {"prefix": {"sampler": "geometric", "mixture": {"topk": 1}}}, {}),
+    Case("failure", {"anchor": {"sampler": "failure"}}, {"anchor sampler failure": BOUNDARIES}),
+    Case("first-drafter", {"objective": "dflash", "prefix": {"sampler": "topk"}}, {}),
+    Case(
+        "failure-of-first-drafter",
+        {"objective": "dflash", "anchor": {"sampler": "failure"}},
+        {"anchor sampler failure": BOUNDARIES},
+    ),
 ]
 
 
-@pytest.mark.parametrize("case", READS, ids=lambda case: case.id)
-def test_drafts_are_read_where_a_setting_needs_them(case: Reads):
-    config = make_config(**case.settings)
-    assert (bool(boundary_readers(config)), reads_draft_tokens(config)) == (case.boundaries, case.tokens)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_drafts_are_read_where_a_setting_needs_them(case: Case):
+    assert draft_readers(make_config(**case.settings)) == case.expected
 
 
 # What a draw depends on
 
 MIXED = {
     "prefix": {"sampler": "mixture", "mixture": {"posterior": 1, "past-boundary": 1, "topk": 1, "geometric": 1}},
-    "visible": "first-draft",
 }
 DRAWS = {
     "dflash": {"objective": "dflash"},
     "geometric": {},
     "mixture": MIXED,
     "mixture-at-failures": {**MIXED, "anchor": {"sampler": "failure"}},
-    "mixture-on-the-chain": {**MIXED, "anchor": {"sampler": "chain", "uniform_share": 0.5}},
 }
 
 

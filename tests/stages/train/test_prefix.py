@@ -1,19 +1,21 @@
-"""Prefix samplers: each one's probabilities against numbers worked out by hand, and how a length is drawn from them."""
+"""Prefix samplers: their probabilities against values computed by hand, and the draws from them."""
 
 # N blocks, G block size, J = G-1 prefix lengths
 import math
 from collections import Counter
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vpd.data.cache.drafts import NOT_DRAFTED
-from vpd.stages.train.config import PlainSampler, PrefixConfig
-from vpd.stages.train.prefix import BlockFacts, draw_prefixes, prefix_distribution
+from vpd.data.cache.arrays import NOT_DRAFTED
+from vpd.stages.train.config import PrefixConfig
+from vpd.stages.train.drafted import Drafted
+from vpd.stages.train.prefix import PREFIX_SAMPLERS, BlockFacts, draw_prefixes, prefix_distribution
 
-NAMES = [*get_args(PlainSampler), "mixture"]
+NAMES = [*PREFIX_SAMPLERS]
+PLAIN_NAMES = [name for name in NAMES if name != "mixture"]
 LAST_UNIFORM = 1 - 2**-24
 """The largest float32 below one."""
 
@@ -26,19 +28,20 @@ class Block(NamedTuple):
     confidences: tuple[float, ...] = ()
 
 
-def facts_of(*blocks: Block, drafted: bool = True) -> BlockFacts:
+def facts_of(*blocks: Block, block_size: int = 5, drafted: bool = True) -> BlockFacts:
     num_labels_N = torch.tensor([block.num_labels for block in blocks])
     if not drafted:
-        return BlockFacts(num_labels_N, None, None)
-    accept_len_N = torch.tensor([block.accept_len for block in blocks], dtype=torch.uint8)
-    return BlockFacts(num_labels_N, accept_len_N, torch.tensor([block.confidences for block in blocks]))
+        return BlockFacts(num_labels_N, block_size, None)
+    accept_len_N = torch.tensor([block.accept_len for block in blocks])
+    confidence_NJ = torch.tensor([block.confidences for block in blocks])
+    return BlockFacts(num_labels_N, block_size, Drafted(accept_len_N, confidence_NJ, None, None))
 
 
 def sampler(name: str, **settings: Any) -> PrefixConfig:
     return PrefixConfig.model_validate({"sampler": name, **settings})
 
 
-# Blocks of size 5, beta 1/2: Eq. 6 gives 8, 4, 2, 1 of 15. With confidences UNSURE the boundary is believed at
+# Blocks of size 5, beta 1/2: Eq. 6 gives 8, 4, 2, 1 of 15. With confidences UNSURE, r(i) is
 # 0: 1 - .5 = .5; 1: .5 (1 - .8) = .1; 2: .5 x .8 (1 - .5) = .2; 3: .5 x .8 x .5 (1 - .25) = .15.
 # With LATE: .1; .9 x .1 = .09; .9 x .9 x .5 = .405; .9 x .9 x .5 x .1 = .0405.
 UNSURE, LATE, CERTAIN = (0.5, 0.8, 0.5, 0.25), (0.9, 0.9, 0.5, 0.9), (1.0, 1.0, 1.0, 1.0)
@@ -99,20 +102,18 @@ CASES = [
     Case("topk-more-than-there-are", TOP9, believed(4, 2), [1 / 3, 1 / 3, 1 / 3, 0]),
     Case("topk-not-drafted", TOP9, believed(4, NOT_DRAFTED), EQ_6),
     Case("mixture", MIXED, believed(4, 1), [2 / 15, 3 / 4 + 1 / 15, 1 / 30, 1 / 60]),
-    Case("mixture-floor", MIXED | {"floor": 0.6}, believed(4, 1), [0.4 * 2 / 15 + 0.15, 0.476667, 0.163333, 0.156667]),
-    Case("mixture-floor-turn-ends", MIXED | {"floor": 0.5}, believed(2, 0), [0.5 * 11 / 12 + 0.25, 7 / 24, 0, 0]),
-    Case("mixture-floor-alone", MIXED | {"floor": 1.0}, believed(3, 1), [1 / 3, 1 / 3, 1 / 3, 0]),
+    Case("mixture-turn-ends", MIXED, believed(2, 0), [3 / 4 + 1 / 6, 1 / 12, 0, 0]),
     Case("mixture-each-falls-back-alone", PAST_MIXED, believed(4, 4), [2 / 15, 1 / 15 + 3 / 7, 26 / 105, 13 / 105]),
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_the_probabilities_are_those_worked_out_by_hand(case: Case):
+def test_the_probabilities_are_those_computed_by_hand(case: Case):
     config = PrefixConfig.model_validate({"beta": 0.5, **case.settings})
-    # Between others, so that a row which is mixed up with its neighbours is noticed.
+    # Between other blocks, so that the test notices rows that are mixed up.
     blocks = [believed(4, 0, LATE), case.block, believed(1, NOT_DRAFTED)]
-    found = prefix_distribution(config, facts_of(*blocks), 5)[1].tolist()
-    # A few roundings of float32, where no intermediate result is below 1e-2.
+    found = prefix_distribution(config, facts_of(*blocks))[1].tolist()
+    # A few roundings of float32; no intermediate result is below 1e-2.
     assert found == pytest.approx(case.expected, rel=3e-6, abs=0)
 
 
@@ -121,13 +122,13 @@ def test_the_probabilities_are_those_worked_out_by_hand(case: Case):
 def test_priors_need_no_first_drafts(name: str, beta: float, block_size: int):
     shortest = 1 if name == "visible-geometric" and block_size > 2 else 0
     weights = [beta**j if j >= shortest else 0.0 for j in range(block_size - 1)]
-    facts = facts_of(Block(block_size - 1), drafted=False)
-    found = prefix_distribution(sampler(name, beta=beta), facts, block_size)[0].tolist()
+    facts = facts_of(Block(block_size - 1), block_size=block_size, drafted=False)
+    found = prefix_distribution(sampler(name, beta=beta), facts)[0].tolist()
     assert found == pytest.approx([weight / sum(weights) for weight in weights], rel=1e-5, abs=0)
 
 
 def test_the_empty_prefix_has_its_share_of_the_papers_prior():
-    found = prefix_distribution(sampler("geometric", beta=0.9), facts_of(Block(15), drafted=False), 16)
+    found = prefix_distribution(sampler("geometric", beta=0.9), facts_of(Block(15), block_size=16, drafted=False))
     assert float(found[0, 0]) == pytest.approx(0.126, abs=5e-4)
 
 
@@ -139,7 +140,7 @@ BLOCKS = [
     for accept_len in (0, 1, 4, NOT_DRAFTED)
     for confidences in (UNSURE, LATE)
 ]
-MIXTURE = {"mixture": {name: 1.0 for name in get_args(PlainSampler)}, "floor": 0.1}
+MIXTURE = {"mixture": dict.fromkeys(PLAIN_NAMES, 1.0)}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -148,9 +149,9 @@ def test_uniform_numbers_spread_over_the_lengths_by_their_probability(name: str)
     for block in BLOCKS:
         facts = facts_of(*[block] * num_draws)
         uniform_N = (torch.arange(num_draws) + 0.5) / num_draws
-        counts = Counter(draw_prefixes(config, facts, 5, uniform_N).tolist())
-        for length, probability in enumerate(prefix_distribution(config, facts, 5)[0].tolist()):
-            # Equally spaced numbers: an interval holds its share of them, give or take one.
+        counts = Counter(draw_prefixes(config, facts, uniform_N).tolist())
+        for length, probability in enumerate(prefix_distribution(config, facts)[0].tolist()):
+            # Equally spaced numbers: an interval holds its share of the numbers, plus or minus one.
             assert abs(counts[length] - num_draws * probability) < 1.01, (block, length)
 
 
@@ -175,27 +176,20 @@ def test_a_label_is_left_and_the_uniform_number_alone_decides(
     block_size, blocks = given
     config = sampler(name, beta=beta, k=k, **MIXTURE)
     uniform_N = torch.tensor(data.draw(st.lists(UNIFORM, min_size=len(blocks), max_size=len(blocks))))
-    lengths_N = draw_prefixes(config, facts_of(*blocks), block_size, uniform_N)
+    facts = facts_of(*blocks, block_size=block_size)
+    lengths_N = draw_prefixes(config, facts, uniform_N)
     assert lengths_N.dtype == torch.int64
-    probs = prefix_distribution(config, facts_of(*blocks), block_size)
+    probs = prefix_distribution(config, facts)
     for block, row, length in zip(blocks, probs.tolist(), lengths_N.tolist(), strict=True):
         assert 0 <= length < block.num_labels
         assert row[length] > 0
         assert math.fsum(row) == pytest.approx(1, rel=1e-5)
     torch.rand(2)
-    alone = [draw_prefixes(config, facts_of(block), block_size, uniform_N[n : n + 1]) for n, block in enumerate(blocks)]
+    alone = [
+        draw_prefixes(config, facts_of(block, block_size=block_size), uniform_N[n : n + 1])
+        for n, block in enumerate(blocks)
+    ]
     assert torch.equal(torch.cat(alone), lengths_N)
-
-
-@settings(deadline=None, max_examples=60)
-@given(some_blocks(), st.sampled_from([0.0, 0.01, 0.3, 1.0]), st.sampled_from(get_args(PlainSampler)))
-def test_every_length_of_a_mixture_keeps_its_floor(given: tuple[int, list[Block]], floor: float, name: str):
-    block_size, blocks = given
-    config = sampler("mixture", mixture={name: 1.0}, floor=floor)
-    rows = prefix_distribution(config, facts_of(*blocks), block_size).tolist()
-    for block, row in zip(blocks, rows, strict=True):
-        assert all(chance >= floor / block.num_labels * (1 - 1e-5) for chance in row[: block.num_labels])
-        assert row[block.num_labels :] == [0.0] * (block_size - 1 - block.num_labels)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -204,5 +198,6 @@ def test_a_draw_compiles_without_a_graph_break(name: str):
     config = sampler(name, **MIXTURE)
     facts = facts_of(*BLOCKS * 20)
     uniform_N = torch.rand(len(BLOCKS) * 20, generator=torch.Generator().manual_seed(0))
+    expected = draw_prefixes(config, facts, uniform_N)  # First, since a lazy module's first import can't be compiled.
     compiled = torch.compile(draw_prefixes, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(config, facts, 5, uniform_N), draw_prefixes(config, facts, 5, uniform_N))
+    assert torch.equal(compiled(config, facts, uniform_N), expected)

@@ -1,4 +1,4 @@
-"""Both published forms of the loss, written out over dense masks and all logits: values and gradients are theirs."""
+"""Values and gradients of the loss against both published forms, written out with dense masks and all logits."""
 
 # S tokens of a sequence, N blocks, G block size, V vocabulary, D context features
 from collections.abc import Mapping
@@ -19,8 +19,8 @@ G, V, H, K = SHAPE.block_size, SHAPE.vocab_size, SHAPE.hidden_size, len(SHAPE.ta
 MASK = SHAPE.mask_token_id
 TURNS = ["..aaaaaaaaaaaa", "...aaaa.aaaaaaaaa", ".aaa"]
 FORMS: dict[str, dict[str, Any]] = {
-    "public-code": {"prefix": {"sampler": "visible-geometric", "beta": 0.9}, "normalise": "batch", "tau": 7.0},
-    "paper": {"prefix": {"sampler": "geometric", "beta": 0.9}, "normalise": "block", "tau": 7.0},
+    "public-code": {"prefix": {"sampler": "visible-geometric", "beta": 0.9}, "normalize": "batch", "tau": 7.0},
+    "paper": {"prefix": {"sampler": "geometric", "beta": 0.9}, "normalize": "block", "tau": 7.0},
 }
 
 
@@ -53,7 +53,7 @@ def written_out(
     prefixes: list[list[int]],
     form: str,
 ) -> Tensor:
-    """The loss of the micro-batch from anchors and prefix lengths: all logits, one label and weight a position."""
+    """The loss of the micro-batch from anchors and prefix lengths: all logits, and a loop over positions."""
     weighted, total_weight, means = torch.zeros(()), 0.0, []
     for sequence, blocks, lengths in zip(sequences, drawn, prefixes, strict=True):
         tokens, mask = sequence.token_ids_S.tolist(), sequence.loss_mask_S.tolist()
@@ -95,10 +95,10 @@ def test_loss_and_gradients_are_those_of_the_published_form(form: str):
     visible = [sum(token != MASK for token in ids) - 1 for ids in blocks.block_ids_NG.tolist()]
     prefixes = [lengths.tolist() for lengths in torch.tensor(visible).split(blocks.num_blocks)]
     if form == "public-code":
-        assert min(visible) == 0  # where a turn leaves a single label, and only there
+        assert min(visible) == 0  # only where a turn leaves a single label
         labelled_N = torch.cat([each.labelled_NG.sum(dim=1) for each in drawn])
         assert all((length == 0) == (labels == 1) for length, labels in zip(visible, labelled_N.tolist(), strict=True))
-    # The reference is in float64: what differs is the rounding of the product.
+    # The reference is in float64, so the difference is rounding in float32.
     weights = {name: value.detach().double().requires_grad_() for name, value in drafter.named_parameters()}
     expected = written_out(weights, embed_VH.double(), head_VH.double(), sequences, drawn, prefixes, form)
     expected_gradients = torch.autograd.grad(expected, [*weights.values()])

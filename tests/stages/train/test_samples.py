@@ -1,4 +1,4 @@
-"""Which sequences a step reads, and the blocks drawn from each, against loops over the recorded sequence."""
+"""The held-out sequences, and the blocks drawn from a sequence, against loops over the recorded sequence."""
 
 # S tokens of a sequence, T with a state, K layers, H hidden width, N blocks, G block size
 import math
@@ -23,9 +23,10 @@ from support.recorded import (
     prefixes,
     training_blocks,
 )
-from vpd.data.cache.cache import NO_CHOICE
+from vpd.data.cache.arrays import NO_CHOICE
 from vpd.data.errors import CacheNotFoundError
 from vpd.stages.holdout import is_held_out, split_rows
+from vpd.stages.train.objective import position_weights
 from vpd.stages.train.samples import draw_blocks, feature_rms, label_tokens
 
 # Held-out sequences
@@ -49,7 +50,7 @@ def test_the_share_is_that_of_the_sequences():
 
 
 def test_the_split_never_changes():
-    # Literal on purpose: an evaluation on sequences that another version trained on would look too good.
+    # Written out, since every version must hold out the same sequences: else an evaluation could use training data.
     held_out = [i for i in range(40) if is_held_out(f"prompts.jsonl:{i}", 0.25)]
     assert held_out == [4, 11, 12, 13, 21, 24, 28, 39]
 
@@ -88,7 +89,7 @@ CASES = [
     Case("few-anchors", "..aaaaaaaaaaaaaaa", settings={"num_anchors": 4}),
     Case("first-drafter", "..aaaaaaa.aaaa", settings={"objective": "dflash", "tau": 2.0}),
     Case("visible-geometric", "..aaaaaaa.aa", settings={"prefix": {"sampler": "visible-geometric"}}),
-    Case("batch", "..aaaaaaa.aaaa", settings={"normalise": "batch", "tau": 1.5}),
+    Case("batch", "..aaaaaaa.aaaa", settings={"normalize": "batch", "tau": 1.5}),
     Case("argmax", "..aaaaaaa.aaaa", settings={"labels": "argmax"}),
     Case("argmax-of-the-last-state", "..aaaaaaa", final_token=True, settings={"labels": "argmax"}),
     Case("argmax-from-the-first-token", "aaaa.aa", settings={"labels": "argmax"}),
@@ -122,7 +123,7 @@ def test_blocks_are_those_of_the_recorded_sequence(case: Case, step: int):
     blocks = training_blocks(sequence, config, step, drafts)
 
     num_context = min(sequence.row.num_tokens, config.max_len)
-    # One token past the states that are read can still be a label.
+    # The token after the states that are read can be a label.
     mask = parse_mask(case.turns)[: config.max_len + 1]
     candidates = expected_anchors(mask, num_context)
     anchors = blocks.anchors_N.tolist()
@@ -145,7 +146,7 @@ def test_blocks_are_those_of_the_recorded_sequence(case: Case, step: int):
             if k > prefix:
                 weights[k] = math.exp(-(k - prefix - 1) / config.tau)
                 assert blocks.labels.labels_NG[n, k] == label_base + position
-        assert blocks.labels.weights_NG[n].tolist() == pytest.approx(weights, rel=1e-5)
+        assert position_weights(blocks.labels, config.tau)[n].tolist() == pytest.approx(weights, rel=1e-5)
 
 
 def test_a_first_drafter_sees_the_anchor_alone():
@@ -154,7 +155,7 @@ def test_a_first_drafter_sees_the_anchor_alone():
 
 
 def test_the_accept_length_at_the_anchor_is_the_prefix():
-    # Rows of the drafts are positions of the sequence; 9 and 8 stand where no block may look.
+    # One value per position of the sequence; 9 and 8 stand at positions that no block may read.
     accept_len = [9, 9, 0, 3, 1, 2, 0, 0, 9, 2, 1, 8, 8]
     config = make_config(prefix={"sampler": "boundary"})
     blocks = training_blocks(make_sequence("..aaaaaa.aaaa"), config, 0, make_drafts(accept_len))
@@ -192,7 +193,7 @@ def test_label_tokens_hold_every_label(labels: str):
     assert min(tokens) >= 0
     for sequence in sequences:
         blocks = training_blocks(sequence, make_config(labels=labels)).labels
-        assert set(blocks.labels_NG[blocks.weights_NG > 0].tolist()) <= set(tokens)
+        assert set(blocks.labels_NG[blocks.predicted_NG].tolist()) <= set(tokens)
 
 
 def test_feature_sizes_are_those_of_the_first_sequences():

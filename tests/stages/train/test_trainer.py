@@ -1,6 +1,6 @@
-"""Whole runs on a tiny cache: the average of the weights, steps that are not finite, metrics, compiled layers."""
+"""Whole runs on a tiny cache: the average of the weights, non-finite steps, metrics, compiled layers."""
 
-# V vocabulary, H hidden width, N blocks, G block size, P predicted positions, J = G-1
+# N blocks, G block size, J = G - 1, P predicted positions, V vocabulary, H hidden width
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -31,7 +31,7 @@ from vpd.stages.train.trainer import Trainer
 Line = dict[str, Any]
 SETTINGS: Line = {**TRAIN, "holdout": 0.0, "batch_tokens": 150, "prefix": {"sampler": "geometric"}, "max_steps": 4}
 TOLERANCE = 1e-5
-"""Sums in another order, in float32, over a few steps that build on each other."""
+"""Float32 sums in another order, over a few steps that build on each other."""
 
 
 def make(cache: Path, run: Path, num_layers: int = 1, **changes: Any) -> Trainer:
@@ -40,7 +40,7 @@ def make(cache: Path, run: Path, num_layers: int = 1, **changes: Any) -> Trainer
 
 
 def train(trainer: Trainer, on_step: Callable[[], object] = lambda: None) -> list[Line]:
-    """Runs to the last step; returns the metrics of each."""
+    """Runs to the last step; returns the metrics of each step."""
     lines: list[Line] = []
 
     def note(_: Trainer, line: Line) -> None:
@@ -79,10 +79,10 @@ def test_checkpoints_hold_the_average_and_the_state_both(tiny_cache: Path, tmp_p
         for name, current in state["weights"].items():
             average[name] = decay * average[name] + (1 - decay) * current.double()
             torch.testing.assert_close(state["average"][name].double(), average[name], rtol=1e-6, atol=1e-7)
-            # A checkpoint takes features as they are, and training divides them by their scale.
+            # Training divides the features by their scale; a checkpoint's weights are for undivided features.
             scale = state["feature_rms"] if name == "fc.weight" else 1.0
             assert torch.equal(public[name], (state["average"][name] / scale).bfloat16())
-        # Later, as the first step of warm-up changes nothing.
+        # Not in the first steps: the first step of warm-up changes nothing.
         assert step < 3 or not same_weights(state["weights"], state["average"])
     assert same_weights(load_state(checkpoints[-1])["weights"], weights(trainer))
 
@@ -101,7 +101,7 @@ def test_without_an_average_a_checkpoint_holds_the_weights(tiny_cache: Path, tmp
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, trainer: Trainer, bad_step: int, what: str) -> None:
-    """Has the loss or its gradient be no number in one step, counted from 1."""
+    """Makes the loss or its gradient NaN in one step, counted from 1."""
 
     def spoiled(states_PH: Tensor, blocks: BlockLabels, rows: HeadRows, config: TrainConfig) -> LossParts:
         parts = block_loss(states_PH, blocks, rows, config)
@@ -137,7 +137,7 @@ def test_a_skipped_step_changes_no_weight(
         False,
     ]
     assert all(torch.isfinite(value).all() for value in after[-1].values())
-    # It is counted on from the checkpoint before the last step.
+    # The count continues from the checkpoint before the last step.
     state = load_state(checkpoint_path(tmp_path, 3))
     assert state["num_skipped"] == 1
     assert same_weights(state["weights"], after[3])
@@ -166,7 +166,7 @@ def test_a_run_that_only_skips_ends(tiny_cache: Path, tmp_path: Path, monkeypatc
 def test_processes_with_other_checkpoints_are_refused(
     tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Two machines whose --out is not one folder: only the first has a checkpoint."""
+    """Two machines that do not share the folder of --out: only the first has a checkpoint."""
     trainer = make(tiny_cache, tmp_path, save_every=2, max_steps=2)
     train(trainer)
     others = SimpleNamespace(num_processes=2, is_main_process=True, gather=lambda own: torch.cat([own, own * 0]))
@@ -176,7 +176,7 @@ def test_processes_with_other_checkpoints_are_refused(
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_run_that_shall_stop_names_the_sequences_and_keeps_what_it_had(
+def test_a_run_that_must_stop_names_the_sequences_and_keeps_its_state(
     what: str, tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     unbroken = train(make(tiny_cache, tmp_path / "unbroken", save_every=1))
@@ -205,7 +205,7 @@ def test_a_run_that_shall_stop_names_the_sequences_and_keeps_what_it_had(
     assert same_weights(weights(trainer), weights_before)
     assert snapshot(run) == files
     assert [path.name for path in list_checkpoints(run)] == ["step-0000001", "step-0000002"]
-    # The cause gone, it goes on as if nothing had been.
+    # Without the cause, the run continues like an unbroken one.
     assert losses(train(make(tiny_cache, run, save_every=1))) == losses(unbroken[2:])
 
 
@@ -219,7 +219,7 @@ def test_accelerate_s_own_settings_do_not_scale_gradients(
         assert [line[name] for line in found] == [line[name] for line in expected]
 
 
-def test_of_many_sequences_a_few_are_named(tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_message_names_a_few_of_many_sequences(tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(trainer_module, "NAMES_SHOWN", 3)
     trainer = make(tiny_cache, tmp_path, batch_tokens=10**6)
     spoil(monkeypatch, trainer, 1, "loss")
@@ -233,15 +233,15 @@ def test_of_many_sequences_a_few_are_named(tiny_cache: Path, tmp_path: Path, mon
 
 
 class Counts(NamedTuple):
-    """Blocks whose first j + 1 predicted tokens are right, and those that predict so many, j = 0..G-2."""
+    """Blocks whose first j + 1 predicted tokens are right, and blocks that predict at least j + 1, j = 0..G-2."""
 
     right_J: list[int]
     predicted_J: list[int]
 
     def add(self, states_PH: Tensor, labels: BlockLabels, head_VH: Tensor) -> None:
         states = iter(states_PH.detach())
-        for row, weights_of_row in zip(labels.labels_NG.tolist(), labels.weights_NG.tolist(), strict=True):
-            predicted = [label for label, weight in zip(row, weights_of_row, strict=True) if weight > 0]
+        for row, is_predicted in zip(labels.labels_NG.tolist(), labels.predicted_NG.tolist(), strict=True):
+            predicted = [label for label, wanted in zip(row, is_predicted, strict=True) if wanted]
             chosen = [int((head_VH @ next(states)).argmax()) for _ in predicted]
             for j in range(len(predicted)):
                 self.predicted_J[j] += 1
@@ -274,12 +274,12 @@ def test_acceptance_is_as_counted_block_by_block(
         assert line["accept_rate"] == [right / count for right, count in zip(right_J, predicted_J, strict=True)]
         assert line["accept_length"] == sum(right_J) / predicted_J[0]
         assert line["num_labels"] == sum(predicted_J)
-    # Some are right, some are not, and fewer the further on.
+    # Some are right, and fewer at later positions.
     assert any(0 < right[2] < right[0] < predicted[0] for right, predicted in by_step.values())
 
 
-def test_a_rate_of_which_there_is_no_block_is_none(tiny_cache: Path, tmp_path: Path):
-    """With one anchor in a step and two of three tokens shown there is one token to predict, or more."""
+def test_a_rate_without_a_block_is_none(tiny_cache: Path, tmp_path: Path):
+    """With one anchor in a step, some steps predict a single token."""
     trainer = make(
         tiny_cache, tmp_path, num_anchors=1, batch_tokens=1, max_steps=12, prefix={"sampler": "geometric", "beta": 1}
     )
@@ -314,16 +314,16 @@ def test_the_pace_is_that_of_the_steps_without_checkpoints(monkeypatch: pytest.M
     assert (pace.tokens_per_second, pace.data_wait) == (100 / 8, 4 / 8)
 
 
-# Ways to compute the same
+# Implementations that must agree
 
 
 PASSES: Line = {"num_layers": 3, "batch_tokens": 450, "tokens_per_pass": 500, "max_steps": 6}
-"""Some passes are of a single sequence with few blocks, others of several with more block positions than a tile has."""
+"""Some passes have one sequence with few blocks; others have several, with more block positions than a tile has."""
 
 
 @pytest.fixture(scope="module")
 def eager(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """Losses of a run with the reference of attention."""
+    """Losses of a run with eager attention, the reference."""
     return losses(train(make(tiny_cache, tmp_path_factory.mktemp("eager"), attention="eager", **PASSES)))
 
 
@@ -333,7 +333,7 @@ def test_structured_attention_trains_like_eager(eager: list[float], tiny_cache: 
     assert len(set(eager)) == 6
 
 
-# PyTorch looks at the gradients of what it traces.
+# PyTorch reads the gradients of the tensors that it traces.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("attention", ["eager", "flex"])
 def test_compiled_layers_train_like_others(
@@ -344,12 +344,12 @@ def test_compiled_layers_train_like_others(
     assert losses(lines) == pytest.approx(eager, rel=TOLERANCE)
     assert {layout.is_small for layout in layouts} == {True, False}
     assert len({(len(layout.starts_N), layout.num_tokens) for layout in layouts if not layout.is_small}) > 5
-    # The first layer needs no gradient of its inputs, and the last computes the wanted positions alone.
+    # The first layer needs no gradient of its inputs, and the last layer computes only the wanted positions.
     assert len(graphs) == 3
 
 
 def note_layouts(monkeypatch: pytest.MonkeyPatch) -> list[Layout]:
-    """The layouts of all forward passes to come."""
+    """A list that collects the layouts of all later forward passes."""
     layouts: list[Layout] = []
 
     def note(*arguments: Any) -> Layout:
