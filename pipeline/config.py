@@ -1,4 +1,4 @@
-"""All settings: the stages' sections, filled from a recipe or YAML file and from dotted overrides."""
+"""All settings: the sections of the stages, filled from a recipe or YAML file and from dotted overrides."""
 
 import functools
 import json
@@ -21,10 +21,11 @@ from ..stages.evaluate.config import EvalConfig
 from ..stages.extract.config import EstimateConfig, ExtractConfig
 from ..stages.train.config import DrafterSection, TrainConfig
 from .options import from_text, leaf_fields, takes_text
+from .plugins import load_plugins
 
 
 class VpdConfig(Section):
-    """All settings; a command reads the sections it needs."""
+    """All settings; a command reads the sections that it needs."""
 
     extract: ExtractConfig = ExtractConfig()
     """Prompts to cached hidden states."""
@@ -43,11 +44,18 @@ class VpdConfig(Section):
 
 
 def load_config(source: str | Path | None, overrides: Mapping[str, Any]) -> VpdConfig:
-    """Settings of a recipe or YAML file (none = the defaults), with dotted overrides on top.
+    """The settings of a recipe or YAML file with dotted overrides on top.
 
-    A string given for a field that takes no text is read as YAML; a key below a mapping, such as
-    `extract.engine_args.max_num_seqs`, adds an entry to it. Raises one ConfigError with all problems.
+    A string for a field that takes no text is read as YAML. A key below a mapping, such as
+    `extract.engine_args.max_num_seqs`, adds an entry to the mapping.
+
+    Args:
+        source: a recipe's name or a YAML file; None: the defaults.
+
+    Raises:
+        ConfigError: something is wrong; one error lists all problems.
     """
+    load_plugins()
     problems: list[str] = []
     flat = {} if source is None else _flatten(_read_source(source, problems), f" in {source}", problems)
     entries = {key: value for key, value in overrides.items() if _mapping_of(key)}
@@ -73,7 +81,11 @@ def load_config(source: str | Path | None, overrides: Mapping[str, Any]) -> VpdC
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
-    """`a.b=c` as key and value. The value is read as YAML; a field that takes text keeps it as text."""
+    """`a.b=c` as key and value. The value is read as YAML, unless the field takes text.
+
+    Raises:
+        ConfigError: the text is not KEY=VALUE.
+    """
     key, equals, value = text.partition("=")
     key = key.strip()
     if not equals or not key:
@@ -85,15 +97,18 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 
 
 def config_yaml(config: VpdConfig, sections: Sequence[str]) -> str:
-    """The named sections, every field written out, as YAML that `load_config` reads back to the same."""
+    """The named sections as YAML with all fields; `load_config` reads the same settings from it."""
     tree = {section: getattr(config, section).model_dump() for section in sections}
     return yaml.safe_dump(tree, sort_keys=False)
 
 
 def from_drafter_json(path: str | Path) -> dict[str, Any]:
-    """Overrides from a drafter's config.json as SpecForge writes it; keys absent there yield none.
+    """Overrides from a drafter's config.json as SpecForge writes it; a key that the file lacks gives no override.
 
-    A VP-Drafter there means the sampler `visible-geometric`, with `prefix_weight_base` or, without it, 0.9.
+    For a VP-Drafter the sampler is `visible-geometric`, with the file's `prefix_weight_base`, or 0.9 if it has none.
+
+    Raises:
+        ConfigError: the file can't be read, or contradicts itself.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -128,7 +143,7 @@ def from_drafter_json(path: str | Path) -> dict[str, Any]:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML in which a key given twice in one mapping is an error, where PyYAML keeps the last."""
+    """YAML in which a key that a mapping gives twice is an error; PyYAML would keep the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -140,12 +155,12 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def _read_source(source: str | Path, problems: list[str]) -> dict[Any, Any]:
-    """Content of a recipe or YAML file; empty, with a problem noted, if it can't be read."""
+    """Content of a recipe or YAML file. If the file can't be read, the content is empty and a problem is added."""
     files = [entry for entry in resources.files("vpd.configs").iterdir() if entry.name.endswith(".yaml")]
     recipes = {entry.name.removesuffix(".yaml"): entry for entry in files}
-    place = recipes.get(str(source)) if isinstance(source, str) else None
+    recipe = recipes.get(str(source)) if isinstance(source, str) else None
     try:
-        tree = yaml.load((place or Path(source)).read_text(encoding="utf-8"), _UniqueKeyLoader)
+        tree = yaml.load((recipe or Path(source)).read_text(encoding="utf-8"), _UniqueKeyLoader)
     except FileNotFoundError:
         names, nearest = ", ".join(sorted(recipes)), _nearest(str(source), recipes)
         problems.append(f"{source}: expected a YAML file or a recipe ({names}); nearest: {nearest}")
@@ -162,7 +177,7 @@ def _read_source(source: str | Path, problems: list[str]) -> dict[Any, Any]:
 
 
 def _flatten(tree: Mapping[Any, Any], where: str, problems: list[str], prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value of every known setting; the others are noted as problems."""
+    """Dotted key -> value of every known setting; each unknown one is added to the problems."""
     leaves = leaf_fields(VpdConfig)
     flat: dict[str, Any] = {}
     for name, value in tree.items():
@@ -182,7 +197,7 @@ def _flatten(tree: Mapping[Any, Any], where: str, problems: list[str], prefix: s
 
 
 def _mapping_of(key: str) -> str:
-    """The setting that is a mapping and of which the key names an entry; empty: there is none."""
+    """The mapping that a key names an entry of, such as `extract.engine_args`; empty if there is none."""
     leaves, place = leaf_fields(VpdConfig), key.rpartition(".")[0]
     while place and place not in leaves:
         place = place.rpartition(".")[0]
@@ -190,13 +205,14 @@ def _mapping_of(key: str) -> str:
 
 
 def _add_entry(flat: dict[str, Any], mapping: str, key: str, value: Any) -> None:
+    """Adds an entry to a mapping among the settings."""
     others = flat.get(mapping, leaf_fields(VpdConfig)[mapping].get_default(call_default_factory=True))
-    if isinstance(others, Mapping):  # what is none is refused with the other wrong values
+    if isinstance(others, Mapping):  # Any other value is refused by the settings' types.
         flat[mapping] = {**others, key.removeprefix(f"{mapping}."): value}
 
 
 def _nearest(name: str, valid: Collection[str]) -> str:
-    """The valid names with the same last part, else those spelled alike, else the one least unlike."""
+    """The valid names with the same last part, else those with a similar spelling, else the most similar one."""
     same = [key for key in valid if key.rpartition(".")[2] == name.rpartition(".")[2]]
     return ", ".join(same or get_close_matches(name, valid, 3, 0.8) or get_close_matches(name, valid, 1, 0.0))
 
@@ -211,7 +227,11 @@ def _describe(error: ErrorDetails) -> str:
 
 
 def _agreed(label: str, one: Any, other: Any) -> Any:
-    """The value given in either of two places, or None; an error if both give one and they differ."""
+    """The value that one or both of two places give, or None.
+
+    Raises:
+        ConfigError: the two places give different values.
+    """
     if one is not None and other is not None and one != other:
         raise ConfigError(f"{label}: expected one value, found {one!r} and {other!r}")
     return other if one is None else one

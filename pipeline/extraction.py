@@ -18,15 +18,9 @@ from ..stages.draft.first_draft import FirstDrafting
 from ..stages.extract.config import ExtractConfig
 from ..stages.extract.engine import Engine
 from ..stages.extract.engines import make_engine
-from ..stages.extract.plan import (
-    ExtractPlan,
-    make_chat,
-    open_cache,
-    plan_extraction,
-    plan_layers,
-    plan_manifest,
-    plan_prompts,
-)
+from ..stages.extract.inputs import make_chat, plan_prompts
+from ..stages.extract.manifest import open_cache, plan_layers, plan_manifest
+from ..stages.extract.plan import ExtractPlan, plan_extraction
 from ..stages.extract.probe import probe
 from ..stages.extract.run import extract
 from ..stages.extract.sink import ExtractReport
@@ -34,7 +28,7 @@ from ..stages.extract.target import Target, load_target
 
 SECONDS_BETWEEN_DRAFTINGS = 5.0
 OPENING_SHARE = 0.05
-"""Share of the time that drafting beside the engine may open the cache: it lists all parts, of which there are many."""
+"""Largest share of its time in which drafting beside the engine opens the cache, which lists all parts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +43,7 @@ class ExtractJob:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A job whose target is found and whose records are checked; nothing is written yet."""
+    """A job whose target is found and whose records are checked, before anything is written."""
 
     job: ExtractJob
     target: Target
@@ -59,9 +53,10 @@ class Prepared:
 
 
 def prepare(job: ExtractJob) -> Prepared:
-    """
+    """Finds the target, reads the prompts and plans the work.
+
     Raises:
-        VpdError: the target, the prompts or the cache can't be used as asked.
+        VpdError: the target, the prompts or the cache can't be used as the job asks.
     """
     settings = job.settings
     prompts = plan_prompts(job.prompts, settings)
@@ -73,24 +68,25 @@ def prepare(job: ExtractJob) -> Prepared:
     return Prepared(job, target, layer_ids, manifest, plan)
 
 
-def has_room_beside(elsewhere: bool) -> bool:
-    """Whether drafting leaves the engine its processors, as the engine is elsewhere or on a GPU.
+def can_draft_beside(is_engine_elsewhere: bool) -> bool:
+    """Whether drafting does not take the engine's processors: the engine runs in other processes, or on a GPU.
 
     On the same cores the two slow each other by more than drafting takes afterwards.
     """
-    return elsewhere or torch.accelerator.is_available()
+    return is_engine_elsewhere or torch.accelerator.is_available()
 
 
 @contextmanager
 def drafting_beside(place: str, drafting: FirstDrafting, must_stop: Callable[[], bool]) -> Iterator[None]:
-    """Drafts over what is committed, in a thread of its own, while the block extracts.
+    """Drafts over the committed parts in a thread, while the `with` block extracts.
 
-    After an error it is tried again; the first one is told, and what lasts is raised by the drafting that follows.
+    After an error the thread tries again. The first error is shown; an error that lasts is raised by the drafting
+    that follows the extraction.
     """
     over = threading.Event()
 
     def draft_on() -> None:
-        was_told = False
+        was_shown = False
         pause = SECONDS_BETWEEN_DRAFTINGS
         while not over.wait(pause):
             began = time.monotonic()
@@ -100,9 +96,11 @@ def drafting_beside(place: str, drafting: FirstDrafting, must_stop: Callable[[],
                     pause = max(SECONDS_BETWEEN_DRAFTINGS, (time.monotonic() - began) / OPENING_SHARE)
                     drafting.run(cache, must_stop=must_stop)
             except Exception as error:
-                if not was_told:
-                    click.echo(f"vpd: first drafts beside the engine failed, and are tried again: {error!r}", err=True)
-                was_told = True
+                if not was_shown:
+                    click.echo(
+                        f"vpd: first drafts beside the engine failed and will be tried again: {error!r}", err=True
+                    )
+                was_shown = True
 
     thread = threading.Thread(target=draft_on, name="vpd-draft", daemon=True)
     thread.start()
@@ -119,9 +117,11 @@ def work_on(
     must_stop: Callable[[], bool] = lambda: False,
     on_start: Callable[[], None] = lambda: None,
 ) -> ExtractReport:
-    """One worker's part of the job; all of it if there is no other.
+    """One worker's part of the job, or the whole job if there are no other workers.
 
     Args:
+        on_sequence: called after each sequence with its number of tokens, and a note.
+        must_stop: once this is true, the worker commits what is finished and ends.
         on_start: called once the engine runs and gives the right states.
     """
     settings = prepared.job.settings
@@ -137,11 +137,4 @@ def work_on(
         on_start()
         return engine
 
-    return extract(
-        start_engine,
-        cache,
-        prepared.plan,
-        settings,
-        on_sequence,
-        must_stop,
-    )
+    return extract(start_engine, cache, prepared.plan, settings, on_sequence, must_stop)

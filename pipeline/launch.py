@@ -4,46 +4,59 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from types import FrameType
 
-SECONDS_BETWEEN_LOOKS = 0.1
+from .signals import STOPPED_CODES
+
+SECONDS_BETWEEN_POLLS = 0.1
 SECONDS_TO_STOP = 60.0
-STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
-"""Exit codes of a process that a signal has stopped."""
+HOST = "127.0.0.1"
 
 
 def is_launched() -> bool:
-    """Whether a launcher (torchrun, accelerate, SLURM with either, or this one) has started this process and others."""
+    """Whether a launcher, such as torchrun, accelerate or `launch`, has started this process as one of several."""
     return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def launch(num_processes: int, arguments: list[str]) -> int:
     """Runs `vpd` with these arguments in processes that work on one thing together; the exit code of `run_all`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(num_processes),
-        "LOCAL_WORLD_SIZE": str(num_processes),
-    }
+    _store, shared = open_group(num_processes)
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
     return run_all([(arguments, shared | rank) for rank in ranks], as_one=True)
 
 
-def run_all(commands: list[tuple[list[str], dict[str, str]]], as_one: bool) -> int:
-    """Runs `vpd` once for each of these arguments and additions to the environment, which share the cores.
+def open_group(num_processes: int) -> tuple[object, dict[str, str]]:
+    """Opens the store at which processes meet, as in `torchrun --standalone`: the system chooses its port.
 
-    Args:
-        as_one: where one fails, the others are asked to stop.
+    torchrun itself is not used, since it ends with code 1 and a traceback on a signal.
 
     Returns:
-        The exit code of one that failed, else of one that was stopped, else 0.
+        The store, which must stay alive while the processes run, and what they need in their environment beside RANK
+        and LOCAL_RANK.
+    """
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+    store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+    return store, {
+        "MASTER_ADDR": HOST,
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": str(True),
+        "WORLD_SIZE": str(num_processes),
+        "LOCAL_WORLD_SIZE": str(num_processes),
+    }
+
+
+def run_all(commands: list[tuple[list[str], dict[str, str]]], as_one: bool) -> int:
+    """Runs `vpd` once per command: its arguments, and what is added to the environment. The processes share the cores.
+
+    Args:
+        as_one: when one process fails, the others are terminated.
+
+    Returns:
+        The exit code of a process that failed, else of a process that a signal stopped, else 0.
     """
     threads = max(1, (os.cpu_count() or 1) // len(commands))
     inherited = {"OMP_NUM_THREADS": str(threads)} | os.environ
@@ -67,7 +80,7 @@ def run_all(commands: list[tuple[list[str], dict[str, str]]], as_one: bool) -> i
 
 
 def is_in_foreground() -> bool:
-    """Whether a terminal's interrupt reaches this process's children by itself."""
+    """Whether the terminal itself sends its interrupt to this process's children."""
     try:
         with open("/dev/tty") as terminal:
             return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
@@ -76,13 +89,14 @@ def is_in_foreground() -> bool:
 
 
 def wait_for(processes: list[subprocess.Popen[bytes]], as_one: bool) -> int:
+    """Waits until all processes have ended; the arguments and the result are those of `run_all`."""
     while True:
         codes = [process.poll() for process in processes]
-        # Those that were stopped come to an end one after another.
-        failed = [code for code in codes if code and code not in STOPPED]
+        # Processes that a signal has stopped end one after another.
+        failed = [code for code in codes if code and code not in STOPPED_CODES]
         if None not in codes or (failed and as_one):
             break
-        time.sleep(SECONDS_BETWEEN_LOOKS)
+        time.sleep(SECONDS_BETWEEN_POLLS)
     for process in processes:
         if process.poll() is None:
             process.terminate()

@@ -2,9 +2,9 @@
 
 import functools
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from types import NoneType
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import click
 import yaml
@@ -12,8 +12,6 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ..stages.config import plain_types, registry_of
-
-Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 
 class ItemList(click.ParamType):
@@ -28,55 +26,58 @@ class ItemList(click.ParamType):
         return [self.item.convert(item, param, ctx) for item in items]
 
 
-def config_options(
+def section_options(
     section_model: type[BaseModel], section: str, only: Collection[str] | None = None
-) -> Callable[[Decorated], Decorated]:
-    """Decorator that adds one option per field of a section to a click command.
+) -> list[click.Parameter]:
+    """One option per field of a section.
 
-    The parameter of field `a.b` is `section__a__b`, and None unless the flag is given. Dict fields get no flag.
-    `only` limits the flags to the fields it names; a nested section's name (`prefix`) stands for all in it.
+    The parameter of field `a.b` is `section__a__b`, and None unless the flag is given. Dict fields and hidden sections
+    get no flag.
+
+    Args:
+        only: fields that get a flag; a nested section's name (`prefix`) stands for all its fields. None: all fields.
     """
-    fields = {key: field for key, field in leaf_fields(section_model).items() if _click_type(field) is not None}
+    leaves = leaf_fields(section_model, with_hidden=False)
+    fields = {key: field for key, field in leaves.items() if _click_type(field) is not None}
     if only is not None:
         unknown = [name for name in only if not any(_within(key, name) for key in fields)]
         if unknown:
             raise ValueError(f"{section} has no fields with flags named {', '.join(sorted(unknown))}")
         fields = {key: field for key, field in fields.items() if any(_within(key, name) for name in only)}
-
-    def decorate(command: Decorated) -> Decorated:
-        for key, field in reversed(fields.items()):
-            command = _option(f"{section}.{key}", key, field)(command)
-        return command
-
-    return decorate
+    return [_option(section, key, field) for key, field in fields.items()]
 
 
 def collect_overrides(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted key -> value of the flags that were given, from a click command's keyword arguments."""
+    """Dotted key -> value of the flags that were given, from the arguments of a click command."""
     given = {name: value for name, value in kwargs.items() if "__" in name and value is not None}
     return {name.replace("__", "."): value for name, value in given.items()}
 
 
 @functools.cache
-def leaf_fields(model: type[BaseModel]) -> dict[str, FieldInfo]:
-    """Dotted key -> field, for every field below `model` that is not itself a section."""
+def leaf_fields(model: type[BaseModel], with_hidden: bool = True) -> dict[str, FieldInfo]:
+    """Dotted key -> field, for every field below `model` that is not itself a section.
+
+    Args:
+        with_hidden: whether the fields of hidden sections are among them.
+    """
     leaves = {}
     for name, field in model.model_fields.items():
         nested = field.annotation
         if isinstance(nested, type) and issubclass(nested, BaseModel):
-            leaves |= {f"{name}.{key}": leaf for key, leaf in leaf_fields(nested).items()}
+            if with_hidden or not getattr(nested, "hidden", False):
+                leaves |= {f"{name}.{key}": leaf for key, leaf in leaf_fields(nested, with_hidden).items()}
         else:
             leaves[name] = field
     return leaves
 
 
 def takes_text(field: FieldInfo) -> bool:
-    """Whether a string is a value of this field as it stands."""
+    """Whether a field takes a string as its value."""
     return any(member is str or get_origin(member) is Literal for member in plain_types(field.annotation))
 
 
 def from_text(text: str) -> Any:
-    """A command-line value read as YAML; the text itself where it is no YAML."""
+    """A text from the command line, read as YAML; the text itself if it is not YAML."""
     try:
         return yaml.safe_load(text)
     except (ValueError, yaml.YAMLError):
@@ -84,7 +85,7 @@ def from_text(text: str) -> Any:
 
 
 class NumberOrShare(click.ParamType):
-    """A number, or a percentage, which stays a text for the settings to read."""
+    """A number, or a percentage, which stays a text until the settings read it."""
 
     name = "float"
 
@@ -99,7 +100,7 @@ def _within(key: str, name: str) -> bool:
 
 
 def _click_type(field: FieldInfo) -> click.ParamType | None:
-    """How the command line reads a field; None where it has no flag."""
+    """How the command line reads a field; None: the field has no flag."""
     member = next(found for found in plain_types(field.annotation) if found is not NoneType)
     registry = registry_of(field)
     if get_origin(member) in (list, tuple):
@@ -115,13 +116,13 @@ def _plain_click_type(kind: Any) -> click.ParamType | None:
     return {bool: click.BOOL, int: click.INT, float: NumberOrShare(), str: click.STRING}.get(kind)
 
 
-def _option(dotted: str, key: str, field: FieldInfo) -> Callable[[Decorated], Decorated]:
+def _option(section: str, key: str, field: FieldInfo) -> click.Option:
     """The option of one field; `key` is its dotted name within the section."""
     name = key.replace(".", "-").replace("_", "-")
     kind = _click_type(field)
     flag = f"--{name}/--no-{name}" if kind is click.BOOL else f"--{name}"
-    parameter = dotted.replace(".", "__")
-    return click.option(flag, parameter, type=kind, default=None, show_default=False, help=_help(field))
+    parameter = f"{section}.{key}".replace(".", "__")
+    return click.Option([flag, parameter], type=kind, default=None, show_default=False, help=_help(field))
 
 
 def _help(field: FieldInfo) -> str:

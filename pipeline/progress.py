@@ -1,4 +1,4 @@
-"""Progress for people: a bar on a terminal, a line now and then elsewhere; always on standard error."""
+"""Progress for people, on standard error: a bar on a terminal, elsewhere a line every few seconds."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class ProgressReport:
-    """Counts finished units of a task, and units of work (tokens, anchors) for the rate."""
+    """Counts the finished units of a task, and the work in them (tokens, anchors) for the rate."""
 
     def __init__(self, task: str, total: int, work: str = "", note: str = "", quiet: bool = False):
         """
         Args:
+            task: the task's name.
+            total: units of the task.
+            work: what the work is counted in; empty: no rate is shown.
             note: shown until the first unit is finished.
-            quiet: show nothing, as all but one of several processes should.
+            quiet: shows nothing. Of several processes, all but one are quiet.
         """
         self._quiet = quiet
         self._task, self._total, self._work, self._note = task, total, work, note
@@ -39,7 +42,7 @@ class ProgressReport:
             disable=quiet or not self._console.is_terminal,
         )
         self._bar_task = self._bar.add_task(task, total=total, note=note)
-        self._over = threading.Event()
+        self._end = threading.Event()
         self._lines = threading.Thread(target=self._print_lines, name="vpd-progress", daemon=True)
 
     def __enter__(self) -> ProgressReport:
@@ -53,11 +56,11 @@ class ProgressReport:
     ) -> None:
         self._bar.stop()
         if self._lines.is_alive():
-            self._over.set()
+            self._end.set()
             self._lines.join()
 
     def begin(self) -> None:
-        """What came before was start-up, and says nothing of the rate."""
+        """Starts the clock of the rate, after what was only start-up."""
         self._began = time.monotonic()
 
     def advance(self, amount: int = 0, note: str = "") -> None:
@@ -70,7 +73,7 @@ class ProgressReport:
         self._bar.update(self._bar_task, completed=self._done, note=self._note)
 
     def line(self) -> str:
-        """What is done, how fast, how long it took and, once that can be told, will still take."""
+        """Finished units, the rate, the time so far and, after the first unit, the time left."""
         elapsed = as_duration(time.monotonic() - self._started)
         left = ""
         if 0 < self._done < self._total:
@@ -81,15 +84,15 @@ class ProgressReport:
         )
 
     def _print_lines(self) -> None:
-        """Where there is no terminal: a line at the start, at the end, and every few seconds, work finished or not."""
-        over = False
+        """Prints a line at the start, every few seconds, and at the end."""
+        is_over = False
         while True:
             self._console.print(self.line(), highlight=False)
-            if over:
+            if is_over:
                 return
-            over = self._over.wait(SECONDS_BETWEEN_LINES)
+            is_over = self._end.wait(SECONDS_BETWEEN_LINES)
 
 
 def as_duration(seconds: float) -> str:
-    """h:mm:ss, with days before it if need be."""
+    """h:mm:ss, after the days if there are any."""
     return str(timedelta(seconds=round(seconds)))

@@ -1,4 +1,4 @@
-"""Extraction by workers on a Ray cluster: the one that is running, or one that is started on this machine."""
+"""Extraction by workers on a Ray cluster: a running one, or else one that is started on this machine."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from typing import Any
 from ..data.cache.storage.base import Storage
 from ..data.cache.work import finished_units
 from ..data.errors import ConfigError, EngineDiedError, ExtractionError, VpdError
-from ..stages.extract.plan import open_cache
+from ..stages.extract.manifest import open_cache
 from ..stages.extract.sink import ExtractReport
 from .extraction import ExtractJob, Prepared, prepare, work_on
+from .plugins import load_plugins
 from .progress import ProgressReport
 
 RETRIES = 10
-"""Times that a worker which died is started again."""
-SECONDS_BETWEEN_LOOKS = 2.0
+"""How often a worker that has died is started again."""
+SECONDS_BETWEEN_POLLS = 2.0
 SECONDS_TO_END = 60.0
-"""What a worker may take to commit, beyond the time that its engine gets."""
+"""Seconds that a worker may take to commit, beyond the time that its engine has to stop."""
 
 
 @dataclass(frozen=True, slots=True)
 class RayResources:
-    """Workers, and what each of them takes of the cluster."""
+    """Number of workers, and what each of them takes of the cluster."""
 
     num_workers: int
     num_gpus: float
@@ -38,17 +39,18 @@ class RayResources:
 def extract_on_ray(
     job: ExtractJob, prepared: Prepared, resources: RayResources, must_stop: Callable[[], bool]
 ) -> ExtractReport:
-    """Runs the job with so many workers; one that dies, or whose engine does, is replaced; others take over its units.
+    """Runs the job with several workers.
 
-    Target, prompts and cache must be where every node finds them.
+    A worker that dies, or whose engine dies, is replaced, and the others take over its units. Every node must find
+    target, prompts and cache at the same place.
 
     Args:
         must_stop: once this is true, the workers commit what is finished and end.
 
     Raises:
         ConfigError: Ray is not installed.
-        ExtractionError: workers ended before the job was done.
-        VpdError: what a worker found wrong, if the job was not done all the same.
+        ExtractionError: the workers ended before the job was done.
+        VpdError: a worker found something wrong, and the others have not done the job.
     """
     if importlib.util.find_spec("ray") is None:
         raise ConfigError("--ray needs the package ray, which is not installed: pip install 'vpd[ray]'.")
@@ -61,7 +63,7 @@ def extract_on_ray(
     cache = open_cache(job.out, prepared.manifest, prepared.target)
     error: BaseException | None = None
     with (
-        redirect_stdout(sys.stderr),  # Ray tells of dead workers there, where only the result belongs.
+        redirect_stdout(sys.stderr),  # Ray reports dead workers on standard output, where only the result belongs.
         ProgressReport("extract", count_units(prepared), "units") as progress,
     ):
         if not ray.is_initialized():
@@ -76,9 +78,9 @@ def extract_on_ray(
                 is_stopping = True
                 for task in pending:
                     ray.cancel(task)
-                # One whose process was just starting may have missed it; the others should have ended by then.
+                # A worker whose process was just starting may have missed it, and is canceled again later.
                 next_cancel = time.monotonic() + job.settings.stop_seconds + SECONDS_TO_END
-            done, pending = ray.wait(pending, timeout=SECONDS_BETWEEN_LOOKS)
+            done, pending = ray.wait(pending, timeout=SECONDS_BETWEEN_POLLS)
             for found in done:
                 try:
                     add_report(report, ray.get(found))
@@ -93,7 +95,8 @@ def extract_on_ray(
 
 
 def run_worker(job: ExtractJob) -> ExtractReport:
-    """What a worker does; runs in a process of Ray. What it left out while planning is not part of its report."""
+    """What a worker does, in a process of Ray. Its report does not count what planning has left out."""
+    load_plugins()
     prepared = prepare(job)
     planned = prepared.plan.report.skipped.copy()
     report = work_on(prepared)
@@ -102,11 +105,11 @@ def run_worker(job: ExtractJob) -> ExtractReport:
 
 
 def count_units(prepared: Prepared) -> int:
-    return math.ceil(len(prepared.plan.seq_ids) / prepared.job.settings.unit_records)
+    return math.ceil(len(prepared.plan.seq_ids) / prepared.job.settings.machinery.unit_records)
 
 
 def show_units(progress: ProgressReport, storage: Storage, shown: int) -> int:
-    """Advances to the number of finished units, and returns it."""
+    """Advances the progress to the number of finished units; returns that number."""
     finished = len(finished_units(storage))
     for _ in range(finished - shown):
         progress.advance(1)
@@ -114,7 +117,7 @@ def show_units(progress: ProgressReport, storage: Storage, shown: int) -> int:
 
 
 def add_report(report: ExtractReport, found: ExtractReport) -> None:
-    """Adds what a worker did."""
+    """Adds a worker's report to the whole report."""
     report.num_written += found.num_written
     report.num_tokens += found.num_tokens
     report.num_checked += found.num_checked
@@ -130,11 +133,11 @@ def worst_error(report: ExtractReport) -> float:
 
 
 def as_vpd_error(error: BaseException) -> VpdError:
-    """What a worker raised, or what to do about its death."""
+    """The error that a worker raised, or advice after its death."""
     cause: Any = getattr(error, "cause", None)
     if isinstance(cause, VpdError):
         return cause
     return ExtractionError(
         f"Ray's workers ended before the extraction was done: {str(error).splitlines()[0]}. What they committed is "
-        "kept; look into Ray's logs for the reason, and run the same command again."
+        "kept. Find the reason in Ray's logs, and run the same command again."
     )

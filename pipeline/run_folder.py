@@ -35,7 +35,7 @@ FREE_SETTINGS = frozenset(
         "trackers",
     )
 )
-"""Settings that a resumed run may change: but for rounding, they do not touch what is computed."""
+"""Settings that a resumed run may change: apart from rounding, they do not change what is computed."""
 PACKAGES = ("vpd", "torch", "transformers", "accelerate", "zarr", "pyarrow", "safetensors")
 
 
@@ -43,7 +43,8 @@ class RunFolder:
     """The folder of a training run, new or resumed."""
 
     def __init__(self, folder: Path, config: VpdConfig, cache: Cache):
-        """
+        """Opens the folder; `start` writes to it.
+
         Raises:
             ConfigError: the folder holds a run with other settings or from another state of the cache.
         """
@@ -57,10 +58,10 @@ class RunFolder:
             self.run_id = recorded.get("run_id", self.run_id)
 
     def start(self, step: int) -> None:
-        """Writes what the run is made of, and drops metrics after `step`, which are about to be computed again."""
-        # The config comes last, as a folder that has one is continued.
-        made_of = {"run_id": self.run_id, **provenance(self._cache)}
-        write_text_durably(self.folder / PROVENANCE, json.dumps(made_of, indent=2) + "\n")
+        """Writes provenance and settings, and drops the metrics after `step`, which will be computed again."""
+        # The config comes last, since a folder that has one is continued.
+        origin = {"run_id": self.run_id, **provenance(self._cache)}
+        write_text_durably(self.folder / PROVENANCE, json.dumps(origin, indent=2) + "\n")
         write_text_durably(self.folder / CONFIG, config_yaml(self._config, SECTIONS))
         path = self.folder / METRICS
         lines = path.read_text().splitlines() if path.is_file() else []
@@ -72,6 +73,7 @@ class RunFolder:
         return {name: getattr(self._config, name).model_dump() for name in SECTIONS}
 
     def log(self, metrics: dict[str, Any]) -> None:
+        """Adds a line to the run's metrics."""
         with open(self.folder / METRICS, "a") as file:
             file.write(json.dumps({name: finite_or_none(value) for name, value in metrics.items()}) + "\n")
 
@@ -86,14 +88,14 @@ class RunFolder:
             ) from None
 
     def _check_same_run(self, config: VpdConfig, cache: Cache, recorded: dict[str, Any]) -> None:
-        own = load_config(self.folder / CONFIG, {})
+        before = load_config(self.folder / CONFIG, {})
         different = [
-            f"{key}: the run has {theirs}, now {ours}"
-            for key, theirs, ours in _pairs(own, config)
-            if theirs != ours and key not in FREE_SETTINGS
+            f"{key}: the run has {then}, now {now}"
+            for key, then, now in _pairs(before, config)
+            if then != now and key not in FREE_SETTINGS
         ]
         if (found := recorded.get("cache_fingerprint")) != cache.fingerprint:
-            different.append(f"cache: the run was started from {found}, it is now {cache.fingerprint}")
+            different.append(f"cache: the run was started from {found}, the cache is now {cache.fingerprint}")
         if different:
             raise ConfigError(
                 f"{self.folder} holds a run with other settings, so it can't be continued. {'; '.join(different)}. "
@@ -102,12 +104,12 @@ class RunFolder:
 
 
 def finite_or_none(value: Any) -> Any:
-    """JSON has no NaN, nor infinity."""
+    """The value, or None for NaN and infinity, which JSON lacks."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def provenance(cache: Cache) -> dict[str, Any]:
-    """Where a run comes from."""
+    """Command, cache, target and versions that a run was made with."""
     return {
         "command": sys.argv,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -120,10 +122,10 @@ def provenance(cache: Cache) -> dict[str, Any]:
     }
 
 
-def _pairs(found: VpdConfig, config: VpdConfig) -> list[tuple[str, Any, Any]]:
-    """(dotted key, value found, value now) of every setting of a run."""
+def _pairs(recorded: VpdConfig, config: VpdConfig) -> list[tuple[str, Any, Any]]:
+    """(dotted key, recorded value, present value) of every setting of a run."""
     return [
-        (f"{section}.{name}", getattr(getattr(found, section), name), getattr(getattr(config, section), name))
+        (f"{section}.{name}", getattr(getattr(recorded, section), name), getattr(getattr(config, section), name))
         for section in SECTIONS
         for name in type(getattr(config, section)).model_fields
     ]

@@ -11,9 +11,27 @@ import click
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class Stopped(Exception):
+    """A signal has stopped the command in good order; the same command continues.
+
+    The exit code is the one that a shell reports for a process that the signal has ended.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
+
+
+STOPPED_CODES = tuple(Stopped(number).exit_code for number in SIGNALS)
+"""Exit codes of a process that a signal has stopped."""
+
+
 class StopSignals:
-    """Notes the first interrupt or termination, so that what goes on can end in good order; a second interrupt is
-    at once. Outside a process's main thread it notes nothing, as Python hands signals to that one alone."""
+    """Notes the first interrupt or termination, so that the work can end in good order.
+
+    A second interrupt raises KeyboardInterrupt. Outside a process's main thread nothing is noted, since Python hands
+    signals to the main thread alone.
+    """
 
     def __init__(self, when: str):
         """

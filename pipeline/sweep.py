@@ -1,4 +1,4 @@
-"""Several runs from one cache: those that read the same sequences train together, in one pass over it."""
+"""Several runs from one cache: runs that read the same sequences train together, in one pass over the cache."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -16,25 +15,24 @@ from typing import Any
 
 import click
 import torch
-from rich.table import Table
 
 from ..data.cache.cache import Cache
-from ..data.cache.index import SequenceIndex
 from ..data.cache.storage.files import write_text_durably
 from ..data.errors import ConfigError, NonFiniteError
-from ..stages.evaluate.replay import Replay
+from ..stages.evaluate.plan import ReplayPlan
 from ..stages.holdout import split_rows
 from ..stages.train.checkpoints import find_drafter
-from ..stages.train.plan import make_trainer, plan_replay
+from ..stages.train.plan import make_trainer, plan_run_replay
 from ..stages.train.trainer import Trainer
 from .config import VpdConfig
 from .launch import run_all
 from .options import from_text, leaf_fields
 from .run_folder import METRICS, SECTIONS, RunFolder
+from .signals import Stopped
 from .training import check_trackers, run_trainers
 
 SHARED = ("seed", "batch_tokens", "tokens_per_pass", "max_len", "holdout", "log_every", "precision")
-"""Settings that runs trained together have in common, beside the number of steps."""
+"""Settings that must be equal in runs that train together, beside the number of steps."""
 EVALUATION = "eval.json"
 
 
@@ -51,7 +49,7 @@ def combinations(texts: Sequence[str]) -> list[dict[str, Any]]:
     """Every combination of the values in texts such as `train.lr=[3e-4,6e-4]`.
 
     Raises:
-        ConfigError: a key has no list of values, is none of a run's settings, or is given twice.
+        ConfigError: a key has no list of values, is not a setting of a run, or is given twice.
     """
     choices = [(key.strip(), from_text(values)) for key, _, values in (text.partition("=") for text in texts)]
     for key, values in choices:
@@ -67,11 +65,12 @@ def combinations(texts: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def find_repeated(names: Sequence[str]) -> str | None:
+    """The first name that was there before, if any."""
     return next((name for i, name in enumerate(names) if name in names[:i]), None)
 
 
 def run_name(settings: dict[str, Any]) -> str:
-    """`lr=0.0003,tau=4`: a folder's name."""
+    """The folder's name of a run, such as `lr=0.0003,tau=4`."""
     text = ",".join(f"{key.rpartition('.')[2]}={json.dumps(value)}" for key, value in settings.items())
     return re.sub(r'[" ]', "", text).replace("/", "_")
 
@@ -80,7 +79,7 @@ def plan_runs(out: Path, vary: Sequence[str], configure: Callable[[dict[str, Any
     """One run for each combination.
 
     Args:
-        configure: from a combination's settings to those of its run.
+        configure: gives the settings of a run from those of its combination.
 
     Raises:
         ConfigError: two runs would have the same folder.
@@ -92,7 +91,7 @@ def plan_runs(out: Path, vary: Sequence[str], configure: Callable[[dict[str, Any
 
 
 def run_workers(num_workers: int, arguments: list[str]) -> int:
-    """The same command in several processes, each with a GPU of its own and its share of the runs; an exit code."""
+    """Runs the command in several processes, each with its own GPU and its share of the runs; returns an exit code."""
     devices = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
     return run_all(
         [
@@ -104,10 +103,16 @@ def run_workers(num_workers: int, arguments: list[str]) -> int:
 
 
 def train_all(cache: Cache, runs: Sequence[SweepRun], together: int, as_json: bool) -> dict[str, NonFiniteError]:
-    """Trains the runs to their last steps, at most `together` of them at once; returns those that failed, and why."""
+    """Trains the runs to their last steps, at most `together` of them at once; returns the errors of those that failed.
+
+    Raises:
+        ConfigError: a tracker is not installed.
+        VpdError: the replay after training is not possible.
+        Stopped: a signal has stopped the runs.
+    """
     for run in runs:
         check_trackers(run.config.train)
-        plan_replay(cache, held_out_rows(cache, run), run.config.train, run.config.eval)
+        plan_evaluation(cache, run)
     alike: defaultdict[tuple[Any, ...], list[SweepRun]] = defaultdict(list)
     for run in runs:
         alike[tuple(getattr(run.config.train, name) for name in SHARED)].append(run)
@@ -119,7 +124,7 @@ def train_all(cache: Cache, runs: Sequence[SweepRun], together: int, as_json: bo
 
 
 def train_group(cache: Cache, runs: Sequence[SweepRun], as_json: bool) -> dict[str, NonFiniteError]:
-    """Trains runs that read the same sequences; those at the same step go on together. Failures are told at once."""
+    """Trains runs that read the same sequences; runs at the same step go on together. A failure is shown at once."""
     at_step: defaultdict[tuple[int, int], list[tuple[Trainer, RunFolder]]] = defaultdict(list)
     pieces = None
     for run in runs:
@@ -133,10 +138,10 @@ def train_group(cache: Cache, runs: Sequence[SweepRun], as_json: bool) -> dict[s
     for found in at_step.values():
         trainers, folders = zip(*found, strict=True)
         try:
-            with suppress(NonFiniteError):  # of the last that was left; all are looked at below
+            with suppress(NonFiniteError):  # That of the last run; the failures of all runs are shown below.
                 if late := run_trainers(trainers, folders, runs[0].config, as_json):
                     click.echo("vpd: stopped after a run's last step; the same command continues.", err=True)
-                    sys.exit(128 + late)
+                    raise Stopped(late)
         finally:
             failed = {each.run.name: each.failure for each in trainers if each.failure is not None}
             for name, error in failed.items():
@@ -145,17 +150,17 @@ def train_group(cache: Cache, runs: Sequence[SweepRun], as_json: bool) -> dict[s
     return failures
 
 
-def held_out_rows(cache: Cache, run: SweepRun) -> SequenceIndex:
-    return split_rows(cache, run.config.train.holdout)[1]
+def plan_evaluation(cache: Cache, run: SweepRun) -> ReplayPlan:
+    """The replay of the run's held-out sequences."""
+    config = run.config
+    _, held_out = split_rows(cache, config.train.holdout)
+    return plan_run_replay(cache, held_out, config.train, config.eval, config.read)
 
 
 def evaluate_run(cache: Cache, run: SweepRun) -> None:
-    """Writes the run's acceptance lengths on its held-out sequences beside its checkpoints."""
-    config, held_out = run.config, held_out_rows(cache, run)
+    """Writes the acceptance lengths on the held-out sequences into the run's folder."""
     checkpoint = find_drafter(run.folder)
-    drafts = plan_replay(cache, held_out, config.train, config.eval)
-    drafters = (checkpoint, None) if drafts is None else (drafts, checkpoint)
-    report = Replay(cache, *drafters, config.eval, config.read).run(held_out)
+    report = plan_evaluation(cache, run).run(checkpoint)
     found = {"run": run.name, "checkpoint": str(checkpoint), **report.to_json()}
     write_text_durably(run.folder / EVALUATION, json.dumps(found, indent=2) + "\n")
 
@@ -171,18 +176,3 @@ def collect(runs: Sequence[SweepRun]) -> list[dict[str, Any]]:
         *_, loss = (line["loss"] for line in lines if "loss" in line)
         results.append({"run": run.name, "loss": loss, **evaluation})
     return sorted(results, key=lambda result: -[*result["alpha"].values()][-1])
-
-
-def show_runs(results: list[dict[str, Any]]) -> Table:
-    """A table, with the interval of the last alpha, by which the runs are sorted."""
-    settings = [*results[0]["alpha"]]
-    table = Table(title="vpd sweep", title_justify="left")
-    table.add_column("run", overflow="fold")
-    for name in ("loss", *(f"alpha {name}" for name in settings), "95 % interval"):
-        table.add_column(name)
-    for result in results:
-        low, high = result["interval"][settings[-1]]
-        alphas = [f"{result['alpha'][name]:.3f}" for name in settings]
-        loss = "not finite" if result["loss"] is None else f"{result['loss']:.3f}"
-        table.add_row(result["run"], loss, *alphas, f"{low:.3f}, {high:.3f}")
-    return table

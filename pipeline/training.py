@@ -1,4 +1,4 @@
-"""Runs trainers for people: configuration shown, progress, metrics and trackers, a clean stop on a signal."""
+"""Runs trainers with progress, metrics and trackers, and stops them in good order on a signal."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from ..stages.train.trainer import Trainer
 from .config import VpdConfig, config_yaml
 from .progress import ProgressReport
 from .run_folder import SECTIONS, RunFolder
-from .signals import StopSignals
+from .signals import Stopped, StopSignals
 
 
 def check_trackers(config: TrainConfig) -> None:
     """
     Raises:
-        ConfigError: a tracker's package is not installed.
+        ConfigError: the package of a tracker is not installed.
     """
     missing = [name for name in config.trackers if importlib.util.find_spec(name) is None]
     if missing:
@@ -38,10 +38,13 @@ def check_trackers(config: TrainConfig) -> None:
 def run_trainers(
     trainers: Sequence[Trainer], folders: Sequence[RunFolder], config: VpdConfig, as_json: bool
 ) -> int | None:
-    """Runs trainers to their last step, each with its folder; exits as a signal would if one stops them.
+    """Runs trainers to their last step, each with its folder.
 
     Returns:
         A signal that came when there was nothing left to stop.
+
+    Raises:
+        Stopped: a signal has stopped the trainers; the step that they reached is saved.
     """
     lead = trainers[0]
     is_main = lead.accelerator.is_main_process
@@ -63,26 +66,26 @@ def run_trainers(
 
             try:
                 finished = run_together(trainers, on_step, on_alpha, lambda: signals.received is not None)
-            except NonFiniteError:  # in all processes alike, so none waits for others
+            except NonFiniteError:  # Raised in all processes, so that none waits for the others.
                 end_all(logs.values())
                 raise
         end_all(logs.values())
         if not finished and is_main:
-            step = max(trainer.step for trainer in trainers)  # others have failed before
+            step = max(trainer.step for trainer in trainers)  # Trainers that failed are behind.
             done = f"step {step} of {lead.num_steps}"
             click.echo(f"vpd: stopped after {done}, which is saved; the same command continues.", err=True)
     if not finished:
-        sys.exit(128 + (signals.received or signal.SIGTERM))
+        raise Stopped(signals.received or signal.SIGTERM)
     return signals.received
 
 
 class RunLog:
-    """Where a run's figures go: its folder, and trackers; from the first process alone."""
+    """Sends a run's figures to its folder and to trackers. Only the first process does so."""
 
     def __init__(self, trainer: Trainer, folder: RunFolder):
         self.trainer, self.folder = trainer, folder
         self.alpha: float | None = None
-        """Of the latest checkpoint that was judged."""
+        """Alpha of the latest checkpoint that was replayed."""
         if trainer.accelerator.is_main_process:
             folder.start(trainer.step)
             self._start_trackers()
@@ -97,7 +100,7 @@ class RunLog:
         self._add(self.trainer.step, {"alpha": alpha})
 
     def end(self) -> None:
-        """Closes the trackers, and leaves the group of processes."""
+        """Closes the trackers, and leaves the process group."""
         with redirect_stdout(sys.stderr):
             self.trainer.accelerator.end_training()
 
@@ -107,20 +110,20 @@ class RunLog:
             self.trainer.accelerator.log(plain_values(figures), step=step)
 
     def _start_trackers(self) -> None:
-        """The run has one of its own in each tracker, and goes on with it when it is continued.
+        """Starts one run in each tracker; a run that is continued goes on with the same one.
 
         Raises:
-            ConfigError: a tracker does not start: nobody is logged in, or its server is out of reach.
+            ConfigError: a tracker does not start, since nobody is logged in or its server is out of reach.
         """
         accelerator, config, run_id = self.trainer.accelerator, self.trainer.config, self.folder.run_id
         settings = plain_values(self.folder.settings())
-        own = {"name": f"{self.folder.folder.name}-{run_id}", "config": settings, "resume": "allow"}
-        options = {"trackio": own, "wandb": own | {"id": run_id, "reinit": "create_new"}}
+        run = {"name": f"{self.folder.folder.name}-{run_id}", "config": settings, "resume": "allow"}
+        options = {"trackio": run, "wandb": run | {"id": run_id, "reinit": "create_new"}}
         try:
             with redirect_stdout(sys.stderr):
-                # In another context, as trackio ends the run of its own where it starts the next.
+                # In a context of its own, since trackio ends the run of the present context when the next one starts.
                 copy_context().run(accelerator.init_trackers, config.project, None, options)
-        except Exception as error:  # of whatever kind the tracker has
+        except Exception as error:  # of any kind that a tracker raises
             raise ConfigError(
                 f"train.trackers: {', '.join(config.trackers)}: did not start ({error}). Leave it out, and start it "
                 "later: the same command with trackers continues the run."
@@ -144,7 +147,7 @@ def describe_step(metrics: dict[str, Any], alpha: float | None) -> str:
 
 
 def plain_values(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values as trackers take them: `accept_rate/1`, `train/lr`."""
+    """Nested values by the flat names that trackers take: `accept_rate/1`, `train/lr`."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, list | tuple):

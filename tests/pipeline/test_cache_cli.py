@@ -76,7 +76,7 @@ def test_recode_says_what_it_copied(place: Place):
     again = run_vpd(*place.recode(place.cache, place.folder / "new", "round4"))
     assert again.code == 0
     assert f"{len(PROMPTS)} sequences, 0 of them copied now, {cache.num_tokens} tokens as round4" in again.out
-    assert f"{found['cosine_mean']:.5f} in the mean" in again.out
+    assert f"mean {found['cosine_mean']:.5f}, " in again.out
     assert f"{len(PROMPTS)}/{len(PROMPTS)}" in again.err
 
 
@@ -94,7 +94,7 @@ def test_merge_says_what_it_copied(place: Place, tiny_cache: Path):
     assert f"{total}/{total}" in outcome.err
     again = run_vpd("merge", place.cache, "--out", place.folder / "new")
     assert f"{len(PROMPTS) + 1} sequences, 0 of them copied now" in again.out
-    assert "1 missing: vpd draft makes them" in again.out
+    assert "1 missing: complete them with vpd draft" in again.out
     assert vpd("extract", place.llama, half, "--out", place.folder / "new", **EXTRACT)["num_present"] == 4
 
 
@@ -137,7 +137,7 @@ WRONG = [
     Wrong(
         "recode-onto-itself",
         lambda place: place.recode(place.cache, place.folder / "x" / ".." / "cache", "raw"),
-        ["expected each cache once", "another one at --out", "cache twice"],
+        ["expected each cache once", "another place at --out", "cache twice"],
         code=2,
     ),
     Wrong(
@@ -172,7 +172,7 @@ WRONG = [
     Wrong(
         "merge-into-itself",
         lambda place: ["merge", place.cache, "--out", f"file://{place.cache}"],
-        ["another one at --out", "twice"],
+        ["another place at --out", "twice"],
         code=2,
     ),
     Wrong(
@@ -227,7 +227,7 @@ WRONG = [
     Wrong(
         "estimate-into-another-cache",
         lambda place: place.estimate(place.prompts, "--out", place.cache, num_draft_layers=1),
-        ["layer_ids", "was made from something else"],
+        ["layer_ids", "was made with other settings"],
     ),
     Wrong(
         "estimate-a-negative-pilot",

@@ -20,7 +20,7 @@ def result(drafted_cache: Path, first_run: Path, tiny_llama: Path, tmp_path_fact
 
 
 def test_every_policy_and_number_of_branches_is_listed(result: dict):
-    ways = {(way["setting"], way["policy"], way["k"]): way["alpha"] for way in result["by_way"]}
+    ways = {(way["way"], way["policy"], way["k"]): way["alpha"] for way in result["by_way"]}
     expected = {("first", None, 0)} | {("first_tree", None, k) for k in range(6)}
     for setting in ("first_as_second", "d2sd"):
         expected |= {(setting, policy, k) for policy in ("paper", "runner-up") for k in range(6)}
@@ -47,7 +47,7 @@ def test_decoding_with_the_target_commits_the_cached_tokens_at_the_replayed_rate
 def test_people_get_the_same_in_words(place: Place):
     outcome = run_vpd(*place.evaluate("--holdout", 1, "--target", place.llama, "--live-prompts", 2))
     assert outcome.code == 0
-    for words in ("alpha first ", "alpha first_tree ", "reranked", "2 of 2 responses are the cached ones"):
+    for words in ("alpha first ", "alpha first_tree ", "reranked", "2 of 2 responses equal the cached ones"):
         assert words in outcome.out
 
 

@@ -66,7 +66,7 @@ def test_a_signal_to_all_processes_lets_the_engine_finish_what_it_began(
     """As Ctrl+C in a terminal, `timeout` and SLURM send it."""
     num_records, out, end = 40, tmp_path / "cache", tiny_tokenizer.get_vocab()[END]
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"why {i}?"} for i in range(num_records)])
-    longer = {"max_len": 400, "max_new_tokens": 200, "max_in_flight": 8}
+    longer = {"max_len": 400, "max_new_tokens": 200, "extract.machinery.max_in_flight": 8}
     engine_args = "{enforce_eager: true, kv_cache_memory_bytes: 268435456, max_num_seqs: 4}"
     process = forks.start(
         [*arguments(tiny_llama, prompts, out, engine="vllm", **longer), "--set", f"extract.engine_args={engine_args}"]

@@ -10,13 +10,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import zarr
-from support.tiny import EXTRACT, HIDDEN, MULTI_TURN_ROW, PROMPTS, make_sequence, run_vpd, vpd
+from support.tiny import EXTRACT, HIDDEN, MULTI_TURN_ROW, PROMPTS, append, make_sequence, run_vpd, vpd
 from transformers import PreTrainedTokenizerFast
+from vpd.data.cache.arrays import NOT_DRAFTED
 from vpd.data.cache.cache import Cache
-from vpd.data.cache.drafts import NOT_DRAFTED
 from vpd.data.cache.target_files import store_target_files
 from vpd.data.cache.writer import StateWriter
-from vpd.pipeline.inspect import MAX_BINS, SAMPLE_TOKENS, format_bytes, length_histogram, mark_sample
+from vpd.pipeline.cache_facts import MAX_BINS, SAMPLE_TOKENS, length_histogram, mark_sample
+from vpd.pipeline.output import format_bytes
 from vpd.stages.drafter.target_pieces import PIECES
 
 NUM_LAYERS = EXTRACT["num_draft_layers"]
@@ -61,7 +62,7 @@ def sizes_of(folder: Path) -> dict[str, int]:
 def add_sequences(cache: Cache, **lengths: int) -> None:
     writer = StateWriter(cache, 1 << 20, {})
     for name, length in lengths.items():
-        writer.append(**make_sequence(name, length, NUM_LAYERS, HIDDEN))
+        append(writer, **make_sequence(name, length, NUM_LAYERS, HIDDEN))
     writer.finish()
 
 
@@ -121,7 +122,7 @@ def test_the_figures_of_first_drafts_are_those_of_the_files(folder: Path):
 def test_a_sample_shows_what_is_supervised(folder: Path, tiny_tokenizer: PreTrainedTokenizerFast):
     cache, recorded = Cache.open(folder), {sequence.row["seq_id"]: sequence for sequence in read_slowly(folder)}
     for row in cache.rows:
-        runs = mark_sample(cache, cache.read_tokens(row))
+        runs = mark_sample(cache, row)
         ids, mask = (values[:SAMPLE_TOKENS] for values in recorded[row.seq_id][1:])
         assert "".join(text for text, _ in runs) == tiny_tokenizer.decode(ids)
         starts = [i for i in range(len(ids)) if i == 0 or mask[i] != mask[i - 1]]
@@ -132,7 +133,7 @@ def test_a_sample_shows_what_is_supervised(folder: Path, tiny_tokenizer: PreTrai
             shown += text
     first = cache.rows[0]
     sample = vpd("inspect", folder)["sample"]
-    assert [(run["text"], run["supervised"]) for run in sample["runs"]] == mark_sample(cache, cache.read_tokens(first))
+    assert [(run["text"], run["supervised"]) for run in sample["runs"]] == mark_sample(cache, first)
     assert (sample["seq_id"], sample["num_tokens"]) == (first.seq_id, len(recorded[first.seq_id].token_ids))
     assert sample["num_shown"] == min(sample["num_tokens"], SAMPLE_TOKENS)
 
@@ -140,7 +141,7 @@ def test_a_sample_shows_what_is_supervised(folder: Path, tiny_tokenizer: PreTrai
 def test_a_sample_of_several_turns_has_several_runs(tiny_cache: Path):
     cache = Cache.open(tiny_cache)
     (row,) = [row for row in cache.rows if row.source_row == MULTI_TURN_ROW]
-    runs = mark_sample(cache, cache.read_tokens(row))
+    runs = mark_sample(cache, row)
     assert [supervised for _, supervised in runs] == [False, True, False, True]
     for turn, (text, _) in zip(PROMPTS[MULTI_TURN_ROW - 1]["turns"], runs[::2], strict=True):
         assert turn in text

@@ -19,7 +19,7 @@ from vpd.stages.holdout import split_rows
 from vpd.stages.train.checkpoints import checkpoint_path, find_drafter, load_state
 from vpd.stages.train.config import TrainConfig
 from vpd.stages.train.order import DataOrder, counter_generator
-from vpd.stages.train.trainer import check_joined
+from vpd.stages.train.parallel import check_joined
 
 SETTINGS: dict[str, Any] = {"max_steps": 6, "save_every": 3, "batch_tokens": 150, "tokens_per_pass": 1}
 """Each sequence takes a pass of its own."""
@@ -52,7 +52,7 @@ def runs(drafted_cache: Path, forks: Forks, tmp_path_factory: pytest.TempPathFac
     for process in launched:
         out, err = process.communicate(timeout=SECONDS)
         assert process.returncode == 0, err
-        assert out.count("\n") == 1  # one process tells
+        assert out.count("\n") == 1  # one process reports
     return folder
 
 
@@ -205,7 +205,7 @@ def test_a_process_of_its_own_fails_as_clearly(drafted_cache: Path, forks: Forks
 
 @pytest.mark.parametrize(("size", "expected"), [(None, False), ("1", False), ("2", True)])
 def test_a_world_of_one_is_not_launched(size: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch):
-    """Some clusters tell every process of the world that it is in, be it a world of one."""
+    """Some clusters set WORLD_SIZE in every process, even where there is only one process."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     if size is not None:
         monkeypatch.setenv("WORLD_SIZE", size)

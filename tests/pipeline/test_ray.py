@@ -94,7 +94,7 @@ def test_a_worker_whose_engine_is_killed_is_replaced(cluster: Any, tiny_llama: P
 
 
 def test_a_signal_ends_all_workers(cluster: Any, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    num_records = 5 * NUM_RECORDS  # more than the workers make before they are told
+    num_records = 5 * NUM_RECORDS  # more than the workers extract before they are stopped
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"why {i}?"} for i in range(num_records)])
     out = tmp_path / "cache"
     args = [*arguments(tiny_llama, prompts, out, stop_seconds=1), "--ray", 2, "--ray-gpus", 0]
@@ -104,8 +104,8 @@ def test_a_signal_ends_all_workers(cluster: Any, tiny_llama: Path, tmp_path: Pat
         return extract_on_ray(job, prepared, resources, lambda: any((out / WORK).glob(f"*{DONE}")))
 
     with monkeypatch.context() as patch:
-        patch.setattr("vpd.pipeline.commands.extract_on_ray", stopped)
-        patch.setattr("vpd.pipeline.ray_workers.SECONDS_BETWEEN_LOOKS", 0.05)
+        patch.setattr("vpd.pipeline.commands.extract.extract_on_ray", stopped)
+        patch.setattr("vpd.pipeline.ray_workers.SECONDS_BETWEEN_POLLS", 0.05)
         patch.setattr("vpd.pipeline.ray_workers.SECONDS_TO_END", 0.5)  # a worker that starts late misses the first
         outcome = run_vpd(*args)
     assert outcome.code == 0, outcome.err
@@ -114,7 +114,7 @@ def test_a_signal_ends_all_workers(cluster: Any, tiny_llama: Path, tmp_path: Pat
     assert run_vpd(*args).result["num_sequences"] == num_records
 
 
-def test_what_a_worker_finds_wrong_is_told(cluster: Any, tiny_llama: Path, many_prompts: Path, tmp_path: Path):
+def test_what_a_worker_finds_wrong_is_reported(cluster: Any, tiny_llama: Path, many_prompts: Path, tmp_path: Path):
     wrong = write_jsonl(tmp_path / "engine.jsonl", [{"prompt": "why?"}])
     args = arguments(tiny_llama, wrong, tmp_path / "cache")
     outcome = run_vpd(*args, "--ray", 2, "--ray-gpus", 0, "--set", "extract.engine_args={batch_size: 0}")

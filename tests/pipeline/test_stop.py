@@ -31,7 +31,7 @@ def undisturbed(drafted_cache: Path, forks: Forks, tmp_path_factory: pytest.Temp
 
 
 def check_stopped(outcome: Outcome, run: Path) -> None:
-    """It said where it stopped, and saved just that."""
+    """The run has shown where it stopped, and saved that step."""
     found = re.search(STOPPED, outcome.err)
     assert found, outcome.err
     assert outcome.err.count("stopped after") == 1

@@ -72,7 +72,7 @@ def test_runs_that_share_a_pass_are_those_that_do_not(together: tuple[Path, list
     check_runs(together[0], separate)
 
 
-def test_runs_that_are_judged_while_they_train_are_those_of_vpd_train(drafted_cache: Path, tmp_path: Path):
+def test_runs_evaluated_while_they_train_are_those_of_vpd_train(drafted_cache: Path, tmp_path: Path):
     changes = {"train.eval_limit": 2, "train.max_steps": 2}
     results = run_sweep(drafted_cache, tmp_path / "sweep", vary=["train.lr=[0.003,0.002]"], **changes)
     settings = SETTINGS | changes
@@ -111,7 +111,7 @@ def test_a_run_that_fails_does_not_stop_the_others(drafted_cache: Path, tmp_path
         pytest.param({"train.prefix.sampler": "geometric"}, "expected the first drafts", id="no-first-drafts"),
     ],
 )
-def test_what_evaluation_will_need_is_looked_for_before_training(
+def test_what_evaluation_needs_is_checked_before_training(
     changes: Settings, message: str, tiny_cache: Path, drafted_cache: Path, tmp_path: Path
 ):
     cache = drafted_cache if "train.holdout" in changes else tiny_cache
@@ -122,10 +122,10 @@ def test_what_evaluation_will_need_is_looked_for_before_training(
 
 
 def test_runs_may_compute_in_other_types(drafted_cache: Path, tmp_path: Path):
-    results = run_sweep(drafted_cache, tmp_path / "sweep", vary=["train.precision=[float32,bf16]"])
+    results = run_sweep(drafted_cache, tmp_path / "sweep", vary=["train.precision=[float32,bfloat16]"])
     losses = {result["run"]: result["loss"] for result in results}
-    assert losses["precision=float32"] != losses["precision=bf16"]
-    assert losses["precision=float32"] == pytest.approx(losses["precision=bf16"], rel=0.05)
+    assert losses["precision=float32"] != losses["precision=bfloat16"]
+    assert losses["precision=float32"] == pytest.approx(losses["precision=bfloat16"], rel=0.05)
 
 
 @pytest.mark.parametrize("number", [1, 3])
@@ -247,8 +247,8 @@ def test_runs_together_read_each_sequence_once(drafted_cache: Path, tmp_path: Pa
 
     monkeypatch.setattr(feed, "read_ahead", reading)
     monkeypatch.setattr(feed, "draw_blocks", counting("draws", feed.draw_blocks))
-    monkeypatch.setattr("vpd.pipeline.commands.evaluate_run", lambda cache, run: None)
-    monkeypatch.setattr("vpd.pipeline.commands.show_sweep", lambda runs, as_json: None)
+    monkeypatch.setattr("vpd.pipeline.commands.sweep.evaluate_run", lambda cache, run: None)
+    monkeypatch.setattr("vpd.pipeline.commands.sweep.show_sweep", lambda runs, as_json: None)
     one, three = count("train.tau=[7]"), count("train.tau=[7,4,2]")
     assert one["draws"] > 0
     assert three["reads"] == one["reads"]

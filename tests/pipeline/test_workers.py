@@ -90,7 +90,7 @@ def test_a_signal_ends_a_worker_in_good_order(
 
 
 class FailingDrafting:
-    """Drafting that fails the first times, once in a way that nobody foresaw."""
+    """Drafting that fails three times, once with an error that is a bug."""
 
     def __init__(self) -> None:
         self.errors: list[Exception] = [StorageError("no answer"), RuntimeError("a bug"), OSError("once more")]
@@ -102,16 +102,16 @@ class FailingDrafting:
         self.has_gone_on.set()
 
 
-def test_drafting_beside_the_engine_outlives_an_error_and_tells_the_first(
+def test_drafting_beside_the_engine_outlives_an_error_and_shows_the_first(
     tiny_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr("vpd.pipeline.extraction.SECONDS_BETWEEN_DRAFTINGS", 0.01)
     drafting = FailingDrafting()
     with drafting_beside(str(tiny_cache), cast(FirstDrafting, drafting), lambda: False):
         assert drafting.has_gone_on.wait(10)
-    told = capsys.readouterr().err
-    assert told.count("vpd: ") == 1
-    assert "no answer" in told
+    shown = capsys.readouterr().err
+    assert shown.count("vpd: ") == 1
+    assert "no answer" in shown
 
 
 class Pauses(threading.Event):

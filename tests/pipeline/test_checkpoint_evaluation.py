@@ -13,7 +13,9 @@ from vpd.stages.train.trainer import StepResult, Trainer
 EVALUATED = {"max_steps": 6, "save_every": 2, "eval_limit": 3}
 
 
-def test_a_replay_that_was_cut_off_is_made_up_for(drafted_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_replay_that_was_interrupted_is_done_later(
+    drafted_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     arguments = train(drafted_cache, tmp_path / "run", **EVALUATED)
     with monkeypatch.context() as patch:
 
@@ -31,7 +33,7 @@ def test_a_replay_that_was_cut_off_is_made_up_for(drafted_cache: Path, tmp_path:
 
 
 @pytest.mark.parametrize(("limit", "replays"), [(3, 0), (2, 1)])
-def test_a_checkpoint_is_judged_again_only_by_another_measure(
+def test_a_checkpoint_is_evaluated_again_only_with_another_measure(
     limit: int, replays: int, drafted_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     assert run_vpd(*train(drafted_cache, tmp_path, **EVALUATED)).code == 0
@@ -81,5 +83,5 @@ def test_a_run_that_stops_leaves_the_replay_to_the_next(
     assert checkpoint_steps(tmp_path / "run")[-1] == step
     for name in ("run", "undisturbed"):
         assert run_vpd(*train(drafted_cache, tmp_path / name, **EVALUATED)).code == 0
-    judged = [line for line in metrics(tmp_path / "run") if line["step"] in (2, 4, 6) or "alpha" not in line]
-    assert judged == metrics(tmp_path / "undisturbed")
+    evaluated = [line for line in metrics(tmp_path / "run") if line["step"] in (2, 4, 6) or "alpha" not in line]
+    assert evaluated == metrics(tmp_path / "undisturbed")

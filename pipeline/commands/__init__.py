@@ -1,0 +1,1 @@
+"""What each command does: it takes settings, calls a stage, and prints the result as a text or as JSON."""
