@@ -106,7 +106,7 @@ class EstimateConfig(Section):
     num_sequences: Count | None = None
     """Number of sequences that the records stand for; >= 1, none = one sequence per record."""
     tflops: PositiveFloat = 989.0
-    """Peak of a training GPU in bf16, in TFLOPS; > 0. An H100 or H200 has 989."""
+    """Peak of a training GPU in bfloat16, in TFLOPS; > 0. An H100 or H200 has 989."""
     utilization: Ratio | None = None
     """Share of the GPU's peak that training reaches; in (0, 1], none = unknown. `make bench` measures it on a GPU."""
     tokens_per_second: PositiveFloat | None = None

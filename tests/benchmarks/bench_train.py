@@ -149,7 +149,7 @@ def compare(setting: Setting) -> list[Figure]:
         peak = next((flops for part, flops in PEAK_FLOPS.items() if part in torch.cuda.get_device_name()), None)
         for name in forms if peak is not None else []:
             share = model_flops(setting) / median(seconds[name]) / cast(float, peak)
-            found.append(figure(f"model flops utilisation, {name}", 100 * share, "%"))
+            found.append(figure(f"model flops utilization, {name}", 100 * share, "%"))
     return found
 
 
