@@ -17,15 +17,12 @@ from transformers import PreTrainedTokenizerFast
 torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Shares the tests out: one worker runs all tests of a file, and one those that need the run of SmolLM2.
+    """The files that start an engine come first, those with SmolLM2 before the others, since they last longest.
 
-    The files that start an engine come first, since they last longest.
+    A worker runs all tests of a file (`make test`), whose fixtures they share.
     """
     marked = {name: {item.path for item in items if item.get_closest_marker(name)} for name in ("engine", "smollm2")}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("smollm2" if item.path in marked["smollm2"] else str(item.path)))
     items.sort(key=lambda item: (item.path not in marked["smollm2"], item.path not in marked["engine"]))
 
 

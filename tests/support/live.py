@@ -5,12 +5,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from vpd.data.cache.cache import Cache
+from vpd.stages.drafter.checkpoint import load_drafter
 from vpd.stages.drafter.model import Drafter
 from vpd.stages.drafter.target_pieces import TargetPieces
+from vpd.stages.evaluate.config import EvalConfig
+from vpd.stages.evaluate.replay import Replay
+from vpd.stages.extract.target import load_target
+from vpd.stages.train.checkpoints import find_drafter
 
 
 @dataclass
@@ -138,3 +145,46 @@ class LiveDecoder:
         probs = (hidden[1:] @ self.pieces.head_VH.T).softmax(dim=-1)
         best = probs.topk(6, dim=-1)
         return list(zip(best.indices, best.values, strict=True))
+
+
+WAYS = ("first", "first_tree", "first_as_second", "d2sd")
+
+
+def check_replay_equals_decoding(
+    target_folder: Path,
+    cache_folder: Path,
+    first: Path,
+    vp: Path,
+    *,
+    policy: str,
+    num_sequences: int,
+    max_new_tokens: int,
+) -> dict[str, float]:
+    cache = Cache.open(cache_folder)
+    # Only sequences with a single response can be decoded from their prompt.
+    single = [row for row in cache.rows if row.num_supervised == row.num_tokens + 1 - row.prompt_len]
+    rows = single[:num_sequences]
+    config = EvalConfig(k=3, policies=[policy])
+    report = Replay(cache, find_drafter(first), find_drafter(vp), config).run(rows)
+    target = load_target(str(target_folder))
+    decoder = LiveDecoder(
+        target=AutoModelForCausalLM.from_pretrained(target_folder, dtype=torch.float32).eval(),
+        pieces=TargetPieces.load(cache.target_folder),
+        first=load_drafter(find_drafter(first)),
+        second=load_drafter(find_drafter(vp)),
+        layer_ids=cache.manifest.layer_ids,
+        eos_token_ids=target.eos_token_ids,
+        policy=policy,
+        k=config.k,
+    )
+    # Ways without a second draft do not depend on the policy.
+    decoded = WAYS if policy == "paper" else WAYS[2:]
+    cycles = dict.fromkeys(decoded, 0)
+    for row in rows:
+        tokens = cache.read(row).token_ids_S.tolist()
+        for way in decoded:
+            response, count = decoder.decode(tokens[: row.prompt_len], max_new_tokens, way)
+            assert response == tokens[row.prompt_len :], "decoding with drafts must give the target's greedy tokens"
+            cycles[way] += count
+    assert {way: report.num_cycles[way] for way in decoded} == cycles
+    return report.alpha
