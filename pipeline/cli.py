@@ -63,7 +63,7 @@ def main() -> None:
 @main.command(options=lambda: settings("extract"))
 @click.argument("target")
 @click.option("--out", required=True, metavar="PLACE", help=f"The cache, new or to be continued: {PLACE_HELP}.")
-@click.option("--first-drafter", help="A DFlash drafter: its drafts and boundaries go into the cache too.")
+@click.option("--first-drafter", help="A checkpoint, run or hub id; its drafts go into the cache too.")
 @prompts_argument
 @engine_arg_option
 @click.option("--ray", type=click.IntRange(1), metavar="N", help="Work with N workers on a Ray cluster.")
@@ -84,7 +84,7 @@ def extract(
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Stage one: run TARGET (a folder or a hub id) over PROMPTS and store its hidden states."""
+    """Stage one: run TARGET over PROMPTS, store its hidden states. TARGET is a folder or a hub id."""
     config = resolve(source, assignments + of_engine(engine_args), flags)
     from .commands.extract import run_extract
     from .ray_workers import RayResources
@@ -100,7 +100,7 @@ def extract(
 def draft(
     cache: str, first_drafter: str, source: str | None, assignments: tuple[str, ...], as_json: bool, **flags: Any
 ) -> None:
-    """Write first drafts and rejection boundaries over CACHE, without the target."""
+    """Add first drafts and their boundaries to CACHE. This needs no target."""
     config = resolve(source, assignments, flags)
     from .commands.draft import run_draft
 
@@ -155,7 +155,7 @@ def sweep(
     assignments: tuple[str, ...],
     as_json: bool,
 ) -> int:
-    """Train a drafter from CACHE for every combination of settings, and show the acceptance length of each."""
+    """Train a drafter for each combination of settings. Shows the acceptance length of each drafter."""
     from .commands.sweep import run_sweep
 
     return run_sweep(cache, out, vary, source, assignments, together, num_workers, worker_index, as_json)
@@ -179,7 +179,7 @@ def evaluate(
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Measure the acceptance length on held-out sequences of CACHE, by replay without the target."""
+    """Measure the acceptance length on held-out answers of CACHE. This is a replay, without the target."""
     config = resolve(source, assignments, flags)
     from .commands.evaluate import run_evaluate
 
@@ -192,7 +192,7 @@ def evaluate(
 @click.option("--num-threads", default=2, show_default=True, type=click.IntRange(1), help="Parts checked at once.")
 @bare_options
 def verify(cache: str, repair: bool, num_threads: int, as_json: bool) -> int:
-    """Check every byte of CACHE against its records; exit code 1 if anything is wrong."""
+    """Check every byte of CACHE. The exit code is 1 if anything is wrong."""
     from .commands.verify import run_verify
 
     return run_verify(cache, repair, num_threads, as_json)
@@ -202,7 +202,7 @@ def verify(cache: str, repair: bool, num_threads: int, as_json: bool) -> int:
 @click.argument("cache")
 @bare_options
 def inspect(cache: str, as_json: bool) -> None:
-    """Show what CACHE holds: target, layers, codec, lengths, sizes, first drafters, a sample."""
+    """Show what CACHE holds. The result has target, layers, codec, lengths, sizes, first drafters, a sample."""
     from .commands.inspect import run_inspect
 
     run_inspect(cache, as_json)
@@ -214,7 +214,7 @@ def inspect(cache: str, as_json: bool) -> None:
 @click.option("--part-mib", default=1024, show_default=True, type=click.IntRange(1), help="Size of a part, in MiB.")
 @bare_options
 def recode(cache: str, out: str, codec: str, part_mib: int, as_json: bool) -> None:
-    """Copy CACHE with its first drafts to OUT, new or to be continued, with another codec; without the target."""
+    """Copy CACHE to OUT with another codec. First drafts are copied too; OUT is new or to be continued."""
     from .commands.transfer import run_recode
 
     run_recode(cache, out, codec, part_mib, as_json)
@@ -225,7 +225,7 @@ def recode(cache: str, out: str, codec: str, part_mib: int, as_json: bool) -> No
 @click.option("--out", required=True, metavar="PLACE", help=f"The joined cache, new or to be added to: {PLACE_HELP}.")
 @bare_options
 def merge(caches: tuple[str, ...], out: str, as_json: bool) -> None:
-    """Join CACHES of one origin, made on several machines; sequences that repeat are left out."""
+    """Join CACHES of one origin. They may come from several machines; sequences that repeat are left out."""
     from .commands.transfer import run_merge
 
     run_merge(caches, out, as_json)
@@ -247,7 +247,7 @@ def estimate(
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Estimate an extraction before it runs: tokens, bytes for each codec, hours, free space."""
+    """Estimate an extraction. Shows tokens, bytes for each codec, hours and free space; writes no cache."""
     config = resolve(source, assignments + of_engine(engine_args), flags)
     from .commands.estimate import run_estimate
 
@@ -258,7 +258,7 @@ def estimate(
 @click.option("--out", default=Path("runs/demo"), show_default=True, type=PATH, help="Folder of everything it makes.")
 @debug_option
 def demo(out: Path) -> None:
-    """Run the whole method on SmolLM2-135M-Instruct, on a CPU, in minutes."""
+    """Run both stages on SmolLM2-135M-Instruct. On a CPU this takes minutes."""
     from .demo import run_demo
 
     run_demo(out)

@@ -144,7 +144,7 @@ def check_layers(layer_ids: tuple[int, ...], num_target_layers: int) -> tuple[in
 
 
 def copy_pieces(target: Target, storage: Storage) -> None:
-    """Stores the parts of the target that stage two needs with the cache, unless the cache has them already.
+    """Stores the pieces of the target that stage two needs with the cache, unless the cache has them already.
 
     Only the tensors of `read_pieces` are read, not all weights.
 

@@ -29,7 +29,7 @@ class AnchorCandidates(NamedTuple):
     positions_M: Tensor
     """int64: positions in the sequence."""
     num_labels_M: Tensor
-    """int64: labelled positions of the block that starts there, 1..G-1."""
+    """int64: labeled positions of the block that starts there, 1..G-1."""
     block_size: int
     drafted: Drafted | None
     """The first drafts, with what the sampler reads of them; None if no sampler in use reads first drafts."""

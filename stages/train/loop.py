@@ -90,7 +90,7 @@ def evaluate_all(trainers: Sequence[Trainer], on_alpha: Callable[[Trainer, float
 
 
 def run_step(trainers: Sequence[Trainer], feed: Feed) -> list[StepResult | None]:
-    """One optimizer step of each trainer over the next passes; None of a trainer that has failed or learnt nothing."""
+    """One optimizer step of each trainer over the next passes; None of a trainer that has failed or learned nothing."""
     lead = trainers[0]
     for trainer in trainers:
         if trainer.failure is None:

@@ -33,7 +33,7 @@ class BlockFacts(NamedTuple):
     """What is known of N blocks when their prefixes are chosen."""
 
     num_labels_N: Tensor
-    """int64: labelled positions, at least 1: G-1, or fewer where the turn ends inside the block."""
+    """int64: labeled positions, at least 1: G-1, or fewer where the turn ends inside the block."""
     block_size: int
     drafted: Drafted | None
     """The first drafts, with what the sampler reads of them; None if no sampler in use reads first drafts."""
