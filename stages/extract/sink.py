@@ -36,6 +36,8 @@ class ExtractReport:
     num_argmax_differing: int = 0
     num_left: int = 0
     """Sequences that the run did not make, because it was stopped."""
+    stopped_by: int | None = None
+    """The signal that came while the run extracted, whether or not sequences are left."""
     skipped: Counter[str] = field(default_factory=Counter)
     """Records without a sequence, by reason."""
     written_ids: list[str] = field(default_factory=list)

@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.forks import Forks
@@ -13,7 +14,11 @@ from support.tiny import END, PROMPTS, run_vpd, skipped_by_unit, vpd, write_json
 from support.workers import arguments, wait_until
 from transformers import PreTrainedTokenizerFast
 from vpd.data.cache.cache import Cache
+from vpd.data.cache.drafts import list_drafts
 from vpd.data.cache.maintenance.quarantine import read_quarantined
+from vpd.data.cache.storage.places import open_storage
+from vpd.pipeline.extraction import work_on
+from vpd.stages.extract.sink import ExtractReport
 
 
 def test_skip_bad_counts_what_it_leaves_out(place: Place):
@@ -57,6 +62,25 @@ def test_after_a_refused_extraction_the_corrected_command_runs(
     refused = run_vpd(*place.extract(place.write(*MIXED), mode="given", max_len=8))
     check_message(refused, 1, ["some.jsonl, row 1:", "Raise extract.max_len", "--skip-bad"])
     assert vpd(*corrected(place))["num_written"] == num_written
+
+
+def test_a_signal_as_the_last_sequence_is_written_leaves_the_first_drafts(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+):
+    def work_then_signal(*args: Any) -> ExtractReport:
+        report = work_on(*args)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return report
+
+    command = [*place.extract(place.write(*PROMPTS[:2])), "--first-drafter", place.first_run, "--json"]
+    with monkeypatch.context() as patch:
+        patch.setattr("vpd.pipeline.commands.extract.work_on", work_then_signal)
+        stopped = run_vpd(*command)
+    assert (stopped.code, stopped.result["num_written"], stopped.result["num_left"]) == (0, 2, 0)
+    assert "first drafts are left, the same command continues" in stopped.err
+    assert list_drafts(open_storage(place.folder / "new")) == []
+    assert run_vpd(*command).code == 0
+    assert len(list_drafts(open_storage(place.folder / "new"))) == 1
 
 
 @pytest.mark.engine

@@ -1,6 +1,7 @@
 """The demo's report: what it says of results made by hand, and its prompts and recipe."""
 
 import json
+import signal
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,10 @@ from vpd.pipeline.demo import (
     d2sd_over,
     plot_result,
     print_summary,
+    run_demo,
 )
+from vpd.pipeline.signals import Stopped
+from vpd.stages.extract.sink import ExtractReport
 
 CYCLES = {"first": [40, 60], "first_tree": [20, 30], "first_as_second": [18, 30], "d2sd": [16, 24]}
 NUM_TOKENS = [40, 60]
@@ -115,3 +119,12 @@ def test_the_demo_has_prompts_and_a_recipe_of_its_own():
     # Enough answers are held out for an interval that is narrow.
     assert recipe.train.holdout * len(texts) >= 30
     assert np.isclose(recipe.extract.temperature, 0)
+
+
+def test_a_signal_while_the_demo_extracts_ends_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("vpd.pipeline.demo.make_target", lambda folder: None)
+    report = ExtractReport(stopped_by=signal.SIGTERM)
+    monkeypatch.setattr("vpd.pipeline.demo.run_extract", lambda *args: report)
+    with pytest.raises(Stopped, match="SIGTERM"):
+        run_demo(tmp_path)
+    assert [*tmp_path.iterdir()] == []

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+import uuid
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -93,7 +94,7 @@ def test_each_run_of_a_sweep_is_one_run_of_each_tracker(
 
     monkeypatch.setattr(wandb, "init", noted_init)
     monkeypatch.setattr(wandb.Run, "log", noted_log)
-    project = tmp_path.parent.name  # trackio keeps all projects of a process in one place
+    project = uuid.uuid4().hex  # trackio keeps the projects of all processes in one place
     settings = {"train.max_steps": 3, "train.save_every": 2, "train.log_every": 1, "train.holdout": 0.3}
     settings |= {"drafter.block_size": 4, "drafter.num_layers": 1, "train.num_anchors": 32}
     settings |= {"train.trackers": "[wandb,trackio]", "train.project": project}
