@@ -6,16 +6,18 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ...data.cache.target_files import PIECES
 from ...data.errors import DrafterError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 EMBED, HEAD = "embed_tokens.weight", "lm_head.weight"
 LOGITS_ON_CPU, LOGITS_ON_GPU = 6 << 20, 1 << 27
@@ -63,11 +65,14 @@ def load_target_config(target_folder: Path) -> dict[str, Any]:
 
 def load_tokenizer(target_folder: Path) -> PreTrainedTokenizerBase:
     """The target's tokenizer as stored with the cache."""
+    from transformers import AutoTokenizer  # Its import takes longer than that of PyTorch.
+
     return AutoTokenizer.from_pretrained(target_folder, local_files_only=True)
 
 
-def choose_mask_token(explicit: int | None, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
-    """The mask token's id: the given one, else the tokenizer's, else the first id that no token uses.
+def choose_mask_token(explicit: int | None, target_folder: Path, vocab_size: int) -> int:
+    """The mask token's id: the given one, else that of the tokenizer in `target_folder`, else the first id that no
+    token uses.
 
     Raises:
         DrafterError: there is none of these, or the given id lies outside the vocabulary.
@@ -79,6 +84,7 @@ def choose_mask_token(explicit: int | None, tokenizer: PreTrainedTokenizerBase, 
                 "Set drafter.mask_token_id to a token that never occurs in text."
             )
         return explicit
+    tokenizer = load_tokenizer(target_folder)
     mask_token_id: Any = getattr(tokenizer, "mask_token_id", None)
     if mask_token_id is not None:
         return int(mask_token_id)

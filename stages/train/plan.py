@@ -13,7 +13,7 @@ from ...data.errors import CacheNotFoundError, ConfigError, DrafterError
 from ..config import ReadConfig
 from ..drafter.checkpoint import check_fits, drafter_fingerprint
 from ..drafter.shape import DrafterShape, rope_parameters
-from ..drafter.target_pieces import TargetPieces, choose_mask_token, load_target_config, load_tokenizer
+from ..drafter.target_pieces import TargetPieces, choose_mask_token, load_target_config
 from ..evaluate.config import EvalConfig
 from ..evaluate.plan import ReplayPlan, plan_replay, require_complete
 from ..holdout import split_rows
@@ -31,9 +31,7 @@ def plan_shape(cache: Cache, section: DrafterSection) -> DrafterShape:
     Raises:
         DrafterError: the shape is impossible.
     """
-    mask_token_id = choose_mask_token(
-        section.mask_token_id, load_tokenizer(cache.target_folder), cache.manifest.vocab_size
-    )
+    mask_token_id = choose_mask_token(section.mask_token_id, cache.target_folder, cache.manifest.vocab_size)
     return shape_for(cache.manifest, load_target_config(cache.target_folder), section, mask_token_id)
 
 
