@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..data.cache.cache import Cache
 from ..data.cache.storage.files import write_text_durably
-from ..data.errors import TargetError
+from ..data.errors import ConfigError, TargetError
 from ..stages.evaluate.report import CONFIDENCE, resamples
 from .commands.draft import run_draft
 from .commands.evaluate import run_evaluate
@@ -80,7 +80,13 @@ def make_target(folder: Path) -> None:
 
 
 def run_demo(out: Path) -> None:
-    """Runs every step that is not done yet, then prints the closing report."""
+    """Runs every step that is not done yet, then prints the closing report.
+
+    Raises:
+        ConfigError: matplotlib, which draws the plot, is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("the demo draws a plot with matplotlib, which is not installed: pip install 'vpd[demo]'.")
     console = Console(stderr=True, highlight=False)
     out.mkdir(parents=True, exist_ok=True)
     cache, first, vp, figures = out / "cache", out / "first", out / "vp", out / "eval.json"

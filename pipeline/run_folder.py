@@ -15,9 +15,10 @@ from typing import Any
 from ..data.cache.cache import Cache
 from ..data.cache.storage.files import require_folder, write_text_durably
 from ..data.errors import ConfigError
+from ..stages.holdout import RUN_CONFIG
 from .config import VpdConfig, config_yaml, load_config
 
-CONFIG, PROVENANCE, METRICS = "config.yaml", "provenance.json", "metrics.jsonl"
+PROVENANCE, METRICS = "provenance.json", "metrics.jsonl"
 SECTIONS = ("drafter", "train")
 FREE_SETTINGS = frozenset(
     f"train.{name}"
@@ -52,7 +53,7 @@ class RunFolder:
         self.folder = folder
         self._config, self._cache = config, cache
         self.run_id = secrets.token_hex(4)
-        if (folder / CONFIG).is_file():
+        if (folder / RUN_CONFIG).is_file():
             recorded = self._recorded()
             self._check_same_run(config, cache, recorded)
             self.run_id = recorded.get("run_id", self.run_id)
@@ -62,7 +63,7 @@ class RunFolder:
         # The config comes last, since a folder that has one is continued.
         origin = {"run_id": self.run_id, **provenance(self._cache)}
         write_text_durably(self.folder / PROVENANCE, json.dumps(origin, indent=2) + "\n")
-        write_text_durably(self.folder / CONFIG, config_yaml(self._config, SECTIONS))
+        write_text_durably(self.folder / RUN_CONFIG, config_yaml(self._config, SECTIONS))
         path = self.folder / METRICS
         lines = path.read_text().splitlines() if path.is_file() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
@@ -88,7 +89,7 @@ class RunFolder:
             ) from None
 
     def _check_same_run(self, config: VpdConfig, cache: Cache, recorded: dict[str, Any]) -> None:
-        before = load_config(self.folder / CONFIG, {})
+        before = load_config(self.folder / RUN_CONFIG, {})
         different = [
             f"{key}: the run has {then}, now {now}"
             for key, then, now in _pairs(before, config)

@@ -160,14 +160,14 @@ def draft_sequences(packed: list[Undrafted], drafter: Drafter, pieces: TargetPie
         torch.cat([each.features_TD for each in packed]), [len(each.features_TD) for each in packed]
     )
     blocks = [block_tokens(each.token_ids_S, each.loss_mask_S, each.anchors_N, G) for each in packed]
-    tokens_NG, labelled_NG = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    tokens_NG, labeled_NG = (torch.cat(parts) for parts in zip(*blocks, strict=True))
     anchors_N = torch.cat([each.anchors_N for each in packed])
     sequence_N = torch.arange(len(packed)).repeat_interleave(torch.tensor(num_anchors))
     drafted_NJA, probs_NJA = draft_all(
         drafter, pieces, context, sequence_N, anchors_N, tokens_NG[:, 0], ANCHORS_PER_PASS
     )
     columns = {
-        "accept_len": accept_lengths(drafted_NJA[..., 0], tokens_NG, labelled_NG).to(torch.uint8),
+        "accept_len": accept_lengths(drafted_NJA[..., 0], tokens_NG, labeled_NG).to(torch.uint8),
         "tokens": drafted_NJA.to(torch.int32),
         "probs": probs_NJA.to(torch.float16),
     }

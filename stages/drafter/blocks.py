@@ -49,11 +49,11 @@ def show_prefix(token_ids_NG: Tensor, prefix_len_N: Tensor, mask_token_id: int) 
     return token_ids_NG.masked_fill(offsets_G > prefix_len_N[:, None], mask_token_id)
 
 
-def accept_lengths(draft_NJ: Tensor, token_ids_NG: Tensor, labelled_NG: Tensor) -> Tensor:
+def accept_lengths(draft_NJ: Tensor, token_ids_NG: Tensor, labeled_NG: Tensor) -> Tensor:
     """Accept length L [N]: number of leading draft tokens that equal the recorded ones.
 
     Replay counts accepted tokens by code of its own (`evaluate.replay.leading_right`): replay checks training, so the
     two share no code for acceptance.
     """
-    right_NJ = (draft_NJ == token_ids_NG[:, 1:]) & labelled_NG[:, 1:]
+    right_NJ = (draft_NJ == token_ids_NG[:, 1:]) & labeled_NG[:, 1:]
     return right_NJ.long().cumprod(dim=1).sum(dim=1)

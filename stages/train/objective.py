@@ -18,7 +18,7 @@ class BlockLabels(NamedTuple):
 
     labels_NG: Tensor
     """int64: tokens to predict."""
-    labelled_NG: Tensor
+    labeled_NG: Tensor
     """bool: positions that have a label; never position 0."""
     prefix_len_N: Tensor
     """int64: visible tokens after the anchor, fewer than the block's labels."""
@@ -32,7 +32,7 @@ class BlockLabels(NamedTuple):
     @property
     def predicted_NG(self) -> Tensor:
         """bool: positions whose label must be predicted, which are those past the prefix."""
-        return self.labelled_NG & (self.distance_NG >= 0)
+        return self.labeled_NG & (self.distance_NG >= 0)
 
     @property
     def predicted_P(self) -> Tensor:

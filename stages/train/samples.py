@@ -33,7 +33,7 @@ class SequenceBlocks:
     anchors_N: Tensor
     tokens_NG: Tensor
     """Recorded tokens."""
-    labelled_NG: Tensor
+    labeled_NG: Tensor
     """bool: positions that have a label."""
     labels_NG: Tensor
     """Tokens to predict."""
@@ -93,16 +93,16 @@ def draw_blocks(
     anchors_M = anchors_within(sequence, config.max_len)
     if not len(anchors_M):
         return None
-    tokens_MG, labelled_MG = block_tokens(token_ids_S, loss_mask_S, anchors_M, block_size)
+    tokens_MG, labeled_MG = block_tokens(token_ids_S, loss_mask_S, anchors_M, block_size)
     reads = max(draft_readers(config).values(), default=Reads.NOTHING)
     drafted_M = Drafted.read(drafts, sequence.row, anchors_M, reads) if drafts is not None and reads else None
-    candidates = AnchorCandidates(anchors_M, labelled_MG.sum(dim=1), block_size, drafted_M)
+    candidates = AnchorCandidates(anchors_M, labeled_MG.sum(dim=1), block_size, drafted_M)
     chosen_N = choose_anchors(config.anchor, candidates, config.num_anchors, generator)
     anchors_N, tokens_NG = anchors_M[chosen_N], tokens_MG[chosen_N]
     return SequenceBlocks(
         anchors_N=anchors_N,
         tokens_NG=tokens_NG,
-        labelled_NG=labelled_MG[chosen_N],
+        labeled_NG=labeled_MG[chosen_N],
         labels_NG=_labels(sequence, tokens_NG, anchors_N, config),
         uniform_N=torch.rand(len(anchors_N), generator=generator),
         drafted=None if drafted_M is None else drafted_M.at(chosen_N),
@@ -137,8 +137,8 @@ def pack(
     def packed(name: str) -> Tensor:
         return torch.cat([getattr(sequence, name) for sequence in sequences]).to(device)
 
-    tokens_NG, labelled_NG = packed("tokens_NG"), packed("labelled_NG")
-    num_labels_N = labelled_NG.sum(dim=1)
+    tokens_NG, labeled_NG = packed("tokens_NG"), packed("labeled_NG")
+    num_labels_N = labeled_NG.sum(dim=1)
     if config.objective == "dflash":
         prefix_len_N = torch.zeros_like(num_labels_N)
     else:
@@ -151,7 +151,7 @@ def pack(
         num_blocks=[len(sequence.anchors_N) for sequence in sequences],
         anchors_N=packed("anchors_N"),
         block_ids_NG=show_prefix(tokens_NG, prefix_len_N, mask_token_id),
-        labels=BlockLabels(packed("labels_NG"), labelled_NG, prefix_len_N),
+        labels=BlockLabels(packed("labels_NG"), labeled_NG, prefix_len_N),
     )
 
 

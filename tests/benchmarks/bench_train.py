@@ -240,7 +240,7 @@ def measure_peak_on_gpu() -> Callable[[], int]:
 
 
 def make_batch(setting: Setting, dtype: torch.dtype) -> Batch:
-    """Blocks at uniform anchors, all their positions labelled, prefix lengths by Eq. 6 of arXiv 2606.04446."""
+    """Blocks at uniform anchors, all their positions labeled, prefix lengths by Eq. 6 of arXiv 2606.04446."""
     shape, N, G = setting.shape, setting.num_blocks, setting.shape.block_size
     generator = torch.Generator().manual_seed(1)
     num_features = len(shape.target_layer_ids) * shape.hidden_size

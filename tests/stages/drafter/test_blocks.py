@@ -59,23 +59,23 @@ def test_anchors_are_the_assistant_tokens_with_a_state_whose_next_token_is_the_a
 @given(talks())
 def test_blocks_hold_the_recorded_tokens_and_their_labels_end_with_the_turn(talk: Talk):
     anchors = expected_anchors(talk)
-    tokens_NG, labelled_NG = block_tokens(
+    tokens_NG, labeled_NG = block_tokens(
         torch.tensor(talk.tokens), torch.tensor(talk.mask), torch.tensor(anchors, dtype=torch.int64), talk.block_size
     )
-    assert tokens_NG.shape == labelled_NG.shape == (len(anchors), talk.block_size)
-    for anchor, tokens, labelled in zip(anchors, tokens_NG.tolist(), labelled_NG.tolist(), strict=True):
+    assert tokens_NG.shape == labeled_NG.shape == (len(anchors), talk.block_size)
+    for anchor, tokens, labeled in zip(anchors, tokens_NG.tolist(), labeled_NG.tolist(), strict=True):
         end = turn_end(talk, anchor)
-        assert labelled == [0 < k < end - anchor for k in range(talk.block_size)]
-        assert labelled[1]
+        assert labeled == [0 < k < end - anchor for k in range(talk.block_size)]
+        assert labeled[1]
         for k, token in enumerate(tokens):
             assert token == min(anchor + k, len(talk.tokens) - 1)
 
 
 def test_labels_do_not_resume_with_the_next_turn():
     mask = torch.tensor([False, True, True, False, True, True])
-    tokens_NG, labelled_NG = block_tokens(torch.arange(6), mask, torch.tensor([1]), 5)
+    tokens_NG, labeled_NG = block_tokens(torch.arange(6), mask, torch.tensor([1]), 5)
     assert tokens_NG.tolist() == [[1, 2, 3, 4, 5]]
-    assert labelled_NG.tolist() == [[False, True, False, False, False]]
+    assert labeled_NG.tolist() == [[False, True, False, False, False]]
 
 
 def test_a_prompt_without_an_answer_has_no_anchor():
@@ -96,9 +96,9 @@ def test_a_prefix_is_the_anchor_and_as_many_tokens_as_its_length(data: st.DataOb
     assert tokens_NG.tolist() == torch.arange(num_blocks * G).view(num_blocks, G).tolist()
 
 
-def slow_accept_length(draft: list[int], recorded: list[int], labelled: list[bool]) -> int:
+def slow_accept_length(draft: list[int], recorded: list[int], labeled: list[bool]) -> int:
     length = 0
-    while length < len(draft) and labelled[length + 1] and draft[length] == recorded[length + 1]:
+    while length < len(draft) and labeled[length + 1] and draft[length] == recorded[length + 1]:
         length += 1
     return length
 
@@ -108,11 +108,11 @@ def slow_accept_length(draft: list[int], recorded: list[int], labelled: list[boo
 def test_accept_lengths_count_the_right_tokens_before_the_first_wrong_one(data: st.DataObject, N: int, G: int):
     row = st.lists(st.integers(0, 1), min_size=G, max_size=G)
     rows = st.lists(row, min_size=N, max_size=N)
-    draft, recorded, labelled = data.draw(rows), data.draw(rows), data.draw(rows)
-    found = accept_lengths(torch.tensor(draft)[:, 1:], torch.tensor(recorded), torch.tensor(labelled).bool())
+    draft, recorded, labeled = data.draw(rows), data.draw(rows), data.draw(rows)
+    found = accept_lengths(torch.tensor(draft)[:, 1:], torch.tensor(recorded), torch.tensor(labeled).bool())
     expected = [
-        slow_accept_length(row[1:], recorded_row, [bool(x) for x in labelled_row])
-        for row, recorded_row, labelled_row in zip(draft, recorded, labelled, strict=True)
+        slow_accept_length(row[1:], recorded_row, [bool(x) for x in labeled_row])
+        for row, recorded_row, labeled_row in zip(draft, recorded, labeled, strict=True)
     ]
     assert found.tolist() == expected
 
@@ -127,5 +127,5 @@ def test_accept_lengths_count_the_right_tokens_before_the_first_wrong_one(data: 
     ],
 )
 def test_accept_length(draft: list[int], num_labels: int, expected: int):
-    labelled = torch.tensor([[0 < k <= num_labels for k in range(4)]])
-    assert accept_lengths(torch.tensor([draft]), torch.arange(4)[None], labelled).tolist() == [expected]
+    labeled = torch.tensor([[0 < k <= num_labels for k in range(4)]])
+    assert accept_lengths(torch.tensor([draft]), torch.arange(4)[None], labeled).tolist() == [expected]

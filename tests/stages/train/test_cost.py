@@ -27,8 +27,8 @@ def test_operations_are_those_that_pytorch_counts(num_layers: int, num_tokens: i
             context = drafter.context(torch.randn(num_tokens, len(shape.target_layer_ids) * H))
             states_NGH = drafter(torch.randn(1, G, H), torch.tensor([num_tokens]), context)
             states_NGH.sum().backward()
-        labelled_PH = torch.randn(num_labels, H, requires_grad=True)
-        (labelled_PH @ head_VH.T).sum().backward()
+        labeled_PH = torch.randn(num_labels, H, requires_grad=True)
+        (labeled_PH @ head_VH.T).sum().backward()
     found = training_flops(shape, num_blocks * num_tokens, num_blocks, num_labels, num_blocks * num_tokens)
     assert counter.get_total_flops() == found
 

@@ -30,13 +30,13 @@ class Blocks(NamedTuple):
     tau: float
 
     @property
-    def labelled_NG(self) -> Tensor:
+    def labeled_NG(self) -> Tensor:
         return torch.tensor([[0 < k <= labels for k in range(self.block_size)] for labels in self.num_labels])
 
     @property
     def weights_NG(self) -> Tensor:
-        labels_NG = torch.zeros_like(self.labelled_NG, dtype=torch.int64)
-        return position_weights(BlockLabels(labels_NG, self.labelled_NG, torch.tensor(self.prefixes)), self.tau)
+        labels_NG = torch.zeros_like(self.labeled_NG, dtype=torch.int64)
+        return position_weights(BlockLabels(labels_NG, self.labeled_NG, torch.tensor(self.prefixes)), self.tau)
 
 
 @st.composite
@@ -48,7 +48,7 @@ def some_blocks(draw: st.DrawFn) -> Blocks:
 
 
 def eq7(blocks: Blocks) -> list[list[float]]:
-    """w_k = exp(-(k - l - 1) / tau) for labelled k = l+1..G-1."""
+    """w_k = exp(-(k - l - 1) / tau) for labeled k = l+1..G-1."""
     rows = []
     for labels, prefix in zip(blocks.num_labels, blocks.prefixes, strict=True):
         row = [0.0] * blocks.block_size
@@ -67,8 +67,8 @@ def test_position_weights_are_eq_7(blocks: Blocks):
 
 
 def test_the_first_predicted_position_weighs_one():
-    labelled_NG = torch.tensor([[False, True, True, True]])
-    weights = position_weights(BlockLabels(torch.zeros(1, 4, dtype=torch.int64), labelled_NG, torch.tensor([1])), 7.0)
+    labeled_NG = torch.tensor([[False, True, True, True]])
+    weights = position_weights(BlockLabels(torch.zeros(1, 4, dtype=torch.int64), labeled_NG, torch.tensor([1])), 7.0)
     assert weights[0, :3].tolist() == [0, 0, 1]
     assert float(weights[0, 3]) == pytest.approx(math.exp(-1 / 7))
 
@@ -87,8 +87,8 @@ class World(NamedTuple):
     @property
     def labels(self) -> BlockLabels:
         k_G = torch.arange(G)
-        labelled_NG = (k_G > 0) & (k_G <= torch.tensor(NUM_LABELS)[:, None])
-        return BlockLabels(self.labels_NG, labelled_NG, torch.tensor(PREFIXES))
+        labeled_NG = (k_G > 0) & (k_G <= torch.tensor(NUM_LABELS)[:, None])
+        return BlockLabels(self.labels_NG, labeled_NG, torch.tensor(PREFIXES))
 
 
 @pytest.fixture

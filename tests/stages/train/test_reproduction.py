@@ -96,8 +96,8 @@ def test_loss_and_gradients_are_those_of_the_published_form(form: str):
     prefixes = [lengths.tolist() for lengths in torch.tensor(visible).split(blocks.num_blocks)]
     if form == "public-code":
         assert min(visible) == 0  # only where a turn leaves a single label
-        labelled_N = torch.cat([each.labelled_NG.sum(dim=1) for each in drawn])
-        assert all((length == 0) == (labels == 1) for length, labels in zip(visible, labelled_N.tolist(), strict=True))
+        labeled_N = torch.cat([each.labeled_NG.sum(dim=1) for each in drawn])
+        assert all((length == 0) == (labels == 1) for length, labels in zip(visible, labeled_N.tolist(), strict=True))
     # The reference is in float64, so the difference is rounding in float32.
     weights = {name: value.detach().double().requires_grad_() for name, value in drafter.named_parameters()}
     expected = written_out(weights, embed_VH.double(), head_VH.double(), sequences, drawn, prefixes, form)

@@ -104,7 +104,7 @@ def expected_anchors(mask: list[bool], num_context: int) -> list[int]:
     return [p for p in range(num_context) if mask[p] and p + 1 < len(mask) and mask[p + 1]]
 
 
-def labelled_positions(mask: list[bool], anchor: int) -> list[int]:
+def labeled_positions(mask: list[bool], anchor: int) -> list[int]:
     """Positions after the anchor, within its block and its turn."""
     positions = []
     for position in range(anchor + 1, min(anchor + G, len(mask))):
@@ -135,13 +135,13 @@ def test_blocks_are_those_of_the_recorded_sequence(case: Case, step: int):
 
     label_base = ARGMAX if config.labels == "argmax" else TOKEN
     for n, anchor in enumerate(anchors):
-        labelled = labelled_positions(mask, anchor)
+        labeled = labeled_positions(mask, anchor)
         ids = blocks.block_ids_NG[n].tolist()
         prefix = sum(token != MASK for token in ids) - 1
         assert ids == [TOKEN + anchor + k for k in range(prefix + 1)] + [MASK] * (G - 1 - prefix)
-        assert prefix < len(labelled)
+        assert prefix < len(labeled)
         weights = [0.0] * G
-        for position in labelled:
+        for position in labeled:
             k = position - anchor
             if k > prefix:
                 weights[k] = math.exp(-(k - prefix - 1) / config.tau)
