@@ -48,8 +48,8 @@ def run_extract(
     check_space(open_storage(out), prepared.plan, prepared.manifest, config.extract)
     drafting = FirstDrafting(drafter, config.draft, config.read) if drafter is not None else None
     report = extract_beside_drafting(prepared, drafting, ray)
-    must_draft = drafting is not None and not report.num_left
-    if drafting is not None and must_draft and report.stopped_by is None:
+    was_stopped = report.stopped_by is not None
+    if drafting is not None and not report.num_left and not was_stopped:
         draft_over(open_for_reading(out, config.read), drafting)
     cache = Cache.open(out, allow_empty=True)
     result = {
@@ -60,7 +60,7 @@ def run_extract(
         **report.to_json(),
     }
     emit(result, as_json, describe_extraction(result))
-    if report.num_left or (must_draft and report.stopped_by is not None):
+    if report.num_left or (drafting is not None and was_stopped):
         left = f"{report.num_left} sequences" if report.num_left else "first drafts"
         click.echo(f"vpd: stopped; {left} are left, the same command continues.", err=True)
     return report

@@ -42,8 +42,6 @@ def write_places(folder: Path, records: list[dict[str, Any]]) -> dict[str, str]:
 @pytest.mark.usefixtures("question_form")
 @pytest.mark.parametrize("place", ["lines", "table", "hub"])
 def test_a_registered_form_is_extracted_from_every_place(place: str, tiny_llama: Path, tmp_path: Path):
-    if place == "hub":
-        pytest.importorskip("datasets")
     known = [
         {"messages": [{"role": "system", "content": "a fox"}, {"role": "user", "content": record["question"]}]}
         for record in RECORDS

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -72,3 +73,33 @@ def test_signals_are_let_through_again_after_the_start():
         assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before | {signal.SIGINT, signal.SIGTERM}
         raise RuntimeError("the engine does not start")
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+
+
+ENGINE = """
+import atexit, os, signal, sys, threading
+from vpd.stages.extract.vllm.signals import SIGNALS, obey_driver
+atexit.register(os.write, 1, b"all modules freed")
+signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+is_over = threading.Event()
+signal.signal(signal.SIGTERM, lambda number, frame: None)
+obey_driver(os.getppid())
+signal.signal(signal.SIGTERM, lambda number, frame: is_over.set())
+atexit.register(os.write, 1, b"engine freed ")
+os.write(1, b"ready ")
+if sys.argv[1] == "waits":
+    is_over.wait()
+"""
+"""An engine's process; the handlers of its end stand for what vLLM frees, and for what the interpreter frees."""
+
+
+@pytest.mark.parametrize(
+    ("way", "freed"), [("waits", "engine freed "), ("ends by itself", "engine freed all modules freed")]
+)
+def test_a_process_that_has_obeyed_frees_no_modules(way: str, freed: str):
+    with subprocess.Popen([sys.executable, "-c", ENGINE, way], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(6) == b"ready "
+        if way == "waits":
+            process.terminate()
+        assert process.stdout.read().decode() == freed
+    assert process.returncode == 0
