@@ -9,10 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from .errors import ConfigError
-from .prompts.messages import Message
-
-REASONING = "reasoning_content"
-"""Key of a message under which some data sets keep the thinking apart from the answer."""
+from .prompts.messages import REASONING, Message
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,17 +103,23 @@ def create_first_drafts(cache: Cache, fingerprint: str, facts: Mapping[str, Any]
 
 
 def load_drafter(
-    drafter: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    drafter: str | Path,
+    *,
+    cache: Cache | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Drafter:
     """Loads a drafter.
 
     Args:
         drafter: a checkpoint, a run (its best checkpoint, else its latest), or a hub id.
+        cache: needed for a checkpoint with copies of the target's weights, which must be those of the cache's target.
 
     Raises:
         DrafterError: there is no such drafter, or its files do not fit each other.
     """
-    return checkpoint.load_drafter(find_drafter(drafter), device=device, dtype=dtype)
+    target_folder = None if cache is None else cache.target_folder
+    return checkpoint.load_drafter(find_drafter(drafter), target_folder=target_folder, device=device, dtype=dtype)
 
 
 def load_pieces(

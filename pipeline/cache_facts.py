@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,10 @@ from ..data.cache.part import read_commit
 from ..data.cache.reader import read_rows
 from ..data.cache.target_files import PIECES, target_folder
 from ..data.cache.work import read_audits
+from ..data.runs import marked_runs
 
 MAX_BINS = 10
 SAMPLE_TOKENS = 400
-CUT_CHARACTER = "\ufffd"
-"""What a tokenizer decodes bytes to that are only a part of a character."""
 TOKENIZER = "tokenizer.json"
 
 
@@ -141,10 +139,4 @@ def mark_sample(cache: Cache, row: SequenceRow) -> list[tuple[str, bool]]:
     """The text of a sequence's first SAMPLE_TOKENS tokens as runs of (text, supervised)."""
     decode = load_decoder(target_folder(cache.storage, without=PIECES))
     ids, mask = read_sample(cache, row)
-
-    # A run is what its tokens add to the text before them, since some tokenizers drop the first space of a text.
-    # A character that ends in the next run belongs to the next run.
-    starts = [i for i in range(len(ids)) if i == 0 or mask[i] != mask[i - 1]]
-    text = decode(ids)
-    cuts = [*(len(decode(ids[:start]).rstrip(CUT_CHARACTER)) for start in starts), len(text)]
-    return [(text[begin:end], mask[i]) for i, (begin, end) in zip(starts, pairwise(cuts), strict=True)]
+    return marked_runs(decode, ids, mask)

@@ -131,7 +131,7 @@ def train(
     config = resolve(source, assignments, flags, drafter_config)
     from .commands.train import run_train
 
-    return run_train(cache, out, config, as_json, num_processes)
+    return run_train(cache, out, config, as_json, num_processes, drafter_config)
 
 
 @main.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 DEBUG = "vpd.debug"
 """Key of the context's `meta` that is set where `--debug` was given."""
-INTERRUPTED = 130
 MACHINE_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENAMETOOLONG}
 """Errors of the machine, such as a full disk; any other OSError is an error of the program."""
 
@@ -67,7 +67,7 @@ class VpdGroup(click.Group):
             code = stopped.exit_code
         except KeyboardInterrupt:
             click.echo("vpd: interrupted; what was committed is kept, the same command continues.", err=True)
-            code = INTERRUPTED
+            code = Stopped(signal.SIGINT).exit_code
         ctx.exit(code or 0)
 
 

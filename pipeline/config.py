@@ -17,6 +17,7 @@ from yaml.constructor import ConstructorError
 from ..data.errors import ConfigError
 from ..stages.config import ReadConfig, Section
 from ..stages.draft.config import DraftConfig
+from ..stages.drafter.shape import check_config, rope_parameters
 from ..stages.evaluate.config import EvalConfig
 from ..stages.extract.config import EstimateConfig, ExtractConfig
 from ..stages.train.config import DrafterSection, TrainConfig
@@ -108,25 +109,18 @@ def from_drafter_json(path: str | Path) -> dict[str, Any]:
     For a VP-Drafter the sampler is `visible-geometric`, with the file's `prefix_weight_base`, or 0.9 if it has none.
 
     Raises:
+        DrafterError: the drafter is one that vpd does not compute, or a key is unknown or has a wrong value.
         ConfigError: the file can't be read, or contradicts itself.
     """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: expected a drafter's config.json: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected a JSON object, found {content!r:.80}")
+    content = read_drafter_json(path)
     dflash = content.get("dflash_config") or {}
-    rope = content.get("rope_parameters") or {}
-    if not isinstance(dflash, dict) or not isinstance(rope, dict):
-        raise ConfigError(f"{path}: expected JSON objects in dflash_config and rope_parameters")
     block_sizes = content.get("block_size"), dflash.get("block_size")
+    theta = rope_parameters(content).get("rope_theta")
     found = {
         "drafter.num_layers": content.get("num_hidden_layers"),
         "drafter.block_size": _agreed(f"{path}: block_size", *block_sizes),
         "drafter.mask_token_id": dflash.get("mask_token_id"),
-        "drafter.rope_theta": _agreed(f"{path}: rope_theta", content.get("rope_theta"), rope.get("rope_theta")),
-        "extract.layer_ids": dflash.get("target_layer_ids"),
+        "drafter.rope_theta": _agreed(f"{path}: rope_theta", content.get("rope_theta"), theta),
     }
     for name in ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size"):
         found[f"drafter.{name}"] = content.get(name)
@@ -140,6 +134,20 @@ def from_drafter_json(path: str | Path) -> dict[str, Any]:
         found["train.prefix.beta"] = 0.9 if base is None else base
         found["train.prefix.sampler"] = "visible-geometric"
     return {key: value for key, value in found.items() if value is not None}
+
+
+def read_drafter_json(path: str | Path) -> dict[str, Any]:
+    """A drafter's config.json in the public form, checked as that of a checkpoint, of which any key may be absent.
+
+    Raises:
+        DrafterError: the drafter is one that vpd does not compute, or a key is unknown or has a wrong value.
+        ConfigError: the file can't be read.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: expected a drafter's config.json: {error}") from error
+    return check_config(content, str(path))
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

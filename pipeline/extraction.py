@@ -18,7 +18,8 @@ from ..stages.draft.first_draft import FirstDrafting
 from ..stages.extract.config import ExtractConfig
 from ..stages.extract.engine import Engine
 from ..stages.extract.engines import make_engine
-from ..stages.extract.inputs import make_chat, plan_prompts
+from ..stages.extract.fingerprint import FILE_HASHES
+from ..stages.extract.inputs import make_chat, plan_prompts, with_template_end
 from ..stages.extract.manifest import open_cache, plan_layers, plan_manifest
 from ..stages.extract.plan import ExtractPlan, plan_extraction
 from ..stages.extract.probe import probe
@@ -60,9 +61,10 @@ def prepare(job: ExtractJob) -> Prepared:
     """
     settings = job.settings
     prompts = plan_prompts(job.prompts, settings)
-    target = load_target(job.target, settings.adapter)
-    layer_ids = plan_layers(target, settings)
-    chat = make_chat(target, settings)
+    target = load_target(job.target, settings.adapter, trust_remote_code=settings.trusts_target_code)
+    layer_ids, chat = plan_layers(target, settings), make_chat(target, settings, job.out)
+    target = with_template_end(target, chat)
+    FILE_HASHES.load(open_storage(job.out))
     manifest = plan_manifest(target, layer_ids, chat, prompts, settings)
     plan = plan_extraction(job.out, manifest, prompts, chat, target, settings)
     return Prepared(job, target, layer_ids, manifest, plan)

@@ -19,11 +19,11 @@ def emit(result: dict[str, Any], as_json: bool, text: str) -> None:
     click.echo(json.dumps(result) if as_json else text)
 
 
-def make_console() -> Console:
-    """Standard output that takes no path and no text for markup."""
+def make_console(stderr: bool = False) -> Console:
+    """Standard output or standard error, taking no path and no text for markup."""
     from rich.console import Console
 
-    return Console(highlight=False, markup=False, emoji=False)
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
 
 
 def format_bytes(number: float) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -58,13 +57,13 @@ def extract_on_ray(
     from ray.exceptions import RayError
 
     report = prepared.plan.report
-    if not prepared.plan.conversations:
+    if not prepared.plan.num_left:
         return report
     cache = open_cache(job.out, prepared.manifest, prepared.target)
     error: BaseException | None = None
     with (
         redirect_stdout(sys.stderr),  # Ray reports dead workers on standard output, where only the result belongs.
-        ProgressReport("extract", count_units(prepared), "units") as progress,
+        ProgressReport("extract", len(prepared.plan.units), "units") as progress,
     ):
         if not ray.is_initialized():
             ray.init(log_to_driver=False, configure_logging=False)
@@ -88,7 +87,7 @@ def extract_on_ray(
                     error = caught
             shown = show_units(progress, cache.storage, shown)
     if error is not None:
-        report.num_left = len(prepare(job).plan.conversations)
+        report.num_left = prepare(job).plan.num_left
         if report.num_left and not is_stopping:
             raise as_vpd_error(error) from error
     return report
@@ -98,14 +97,12 @@ def run_worker(job: ExtractJob) -> ExtractReport:
     """What a worker does, in a process of Ray. Its report does not count what planning has left out."""
     load_plugins()
     prepared = prepare(job)
-    planned = prepared.plan.report.skipped.copy()
+    planned = prepared.plan.report
+    skipped, rules = planned.skipped.copy(), planned.rules.copy()
     report = work_on(prepared)
-    report.skipped -= planned
+    report.skipped -= skipped
+    report.rules -= rules
     return report
-
-
-def count_units(prepared: Prepared) -> int:
-    return math.ceil(len(prepared.plan.seq_ids) / prepared.job.settings.machinery.unit_records)
 
 
 def show_units(progress: ProgressReport, storage: Storage, shown: int) -> int:
@@ -124,6 +121,7 @@ def add_report(report: ExtractReport, found: ExtractReport) -> None:
     report.num_argmax_differing += found.num_argmax_differing
     report.num_left = found.num_left
     report.skipped.update(found.skipped)
+    report.rules.update(found.rules)
     if found.audit is not None and found.audit["worst_relative_error"] >= worst_error(report):
         report.audit = found.audit
 

@@ -2,7 +2,8 @@
 
     python tests/targets.py [NAME ...] [--engine vllm|transformers]
 
-Each kind goes through `vpd extract` in a separate process, which audits all sequences.
+Each kind goes through `vpd extract` in a separate process, which audits all sequences. The embedding that stage two
+feeds to drafters is compared with what the target's own embedding module gives, and the logits likewise.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
+import torch
 from rich.console import Console
 from rich.table import Table
 from support.kinds import KINDS, save_kind
 from support.tiny import as_flags, write_jsonl
+from transformers import AutoModelForCausalLM
+from vpd.stages.drafter.target_pieces import TargetPieces
 from vpd.stages.extract.engines import ENGINES
 
 PROMPTS = [{"prompt": f"what is the sum of {i} and {7 * i % 5}?"} for i in range(16)]
@@ -32,7 +36,15 @@ SECONDS = 300
 @click.argument("names", nargs=-1)
 @click.option("--engine", type=click.Choice([*ENGINES]), default="vllm", show_default=True)
 def main(names: tuple[str, ...], engine: str) -> None:
-    table = Table("target", "extraction", "choices confirmed", "audit: worst error", "choices agree")
+    columns = (
+        "extraction",
+        "choices confirmed",
+        "audit: worst error",
+        "choices agree",
+        "embedding ratio",
+        "logit ratio",
+    )
+    table = Table("target", *columns)
     with TemporaryDirectory() as temporary:
         for name in names or KINDS:
             table.add_row(name, *try_kind(name, engine, Path(temporary) / name.replace(" ", "-")))
@@ -61,7 +73,22 @@ def try_kind(name: str, engine: str, folder: Path) -> list[str]:
         f"{confirmed} of {found['num_checked']}",
         f"{audit['worst_relative_error']:.1e}",
         f"{audit['argmax_agreement']:.2%}",
+        *ratios(target, folder / "cache/target"),
     ]
+
+
+def ratios(target: Path, stored: Path) -> list[str]:
+    """The target's embeddings and logits over those that stage two computes from the cache: least and largest."""
+    pieces = TargetPieces.load(stored)
+    model: Any = AutoModelForCausalLM.from_pretrained(target, dtype="float32")
+    ids = torch.arange(20, 40)
+    with torch.no_grad():
+        out = model(ids[None], output_hidden_states=True)
+        logits = out.hidden_states[-1][0] @ pieces.head_VH.T
+        if (cap := pieces.logits_soft_cap) is not None:
+            logits = cap * torch.tanh(logits / cap)
+        found = [model.get_input_embeddings()(ids) / pieces.embed_VH[ids], out.logits[0] / logits]
+    return [f"{float(ratio.quantile(0.01)):.3f} .. {float(ratio.quantile(0.99)):.3f}" for ratio in found]
 
 
 def reason(error: str) -> str:

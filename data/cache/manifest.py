@@ -28,6 +28,26 @@ ORIGIN = [
 """The fields that must agree before a run adds anything to a cache."""
 
 
+class FirstRecord(BaseModel):
+    """How the first record of the prompts was read, and the text that the target reads; bounded in length."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    row: int
+    """Line number, or row number of a table; both count from 1."""
+    used: tuple[str, ...]
+    """Keys of the record whose values are in the text."""
+    left_out: tuple[str, ...]
+    """The record's other keys."""
+    rules: tuple[str, ...]
+    """Names of the rules that were applied to the record."""
+    notes: tuple[str, ...]
+    """What the chat template asks of the extraction beside its text."""
+    runs: tuple[tuple[str, bool], ...]
+    """Text, and whether it is supervised."""
+
+
 class CacheManifest(BaseModel):
     """Everything that a reader needs to know about a cache besides the parts."""
 
@@ -60,6 +80,8 @@ class CacheManifest(BaseModel):
     versions: dict[str, str]
     rendered_sample: str
     """The first prompt as the template rendered it."""
+    first_record: FirstRecord | None = None
+    """How that prompt was read; None if no record could be used."""
 
     @field_validator("codec")
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,8 @@ from .storage.base import Storage
 TARGET, RECORD_NAME = "target", "target.json"
 PIECES = "pieces.safetensors"
 """The file of weights among them."""
+PIECE_FACTS = "pieces.json"
+"""What the target does around its embedding and its head, as JSON; there is no such file if it does nothing."""
 BLOCK_BYTES = 8 << 20
 BLOCKS_AT_ONCE = 4
 TARGET_ADVICE = "Run the cache's vpd extract command again: it stores the target's pieces again."
@@ -74,9 +77,8 @@ def target_folder(storage: Storage, without: str | None = None) -> Path:
     files = read_target_record(storage)
     local = storage.local_folder
     if is_remote := local is None:
-        user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         # The name is a hash of the content: caches of one target share a folder, caches of two targets never do.
-        local = user_cache / "vpd" / hash_text(dump_record(files).decode())
+        local = user_cache() / "vpd" / hash_text(dump_record(files).decode())
     for name, described in files.items():
         path = local / name
         if name == f"{TARGET}/{without}" or describe_file(path) == described:
@@ -89,6 +91,16 @@ def target_folder(storage: Storage, without: str | None = None) -> Path:
         if describe_file(path) != described:
             raise CacheCorruptError(f"{storage.locate(name)} is not what was written.", TARGET_ADVICE)
     return local / TARGET
+
+
+def user_cache() -> Path:
+    """The folder for what can be fetched again: XDG_CACHE_HOME, or `.cache` of the user's home."""
+    if named := os.environ.get("XDG_CACHE_HOME"):
+        return Path(named)
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:  # a user without an account and without HOME, as in some containers
+        return Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
 
 
 def describe_file(path: Path) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Notes of an extraction: finished work units, audits, the probe. Readers of states need none of them."""
+"""Notes of an extraction: finished work units, audits, the probe, hashes of files. Readers of states need none."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ AUDITS = "audits"
 """Folder with one record for each run that audited some of its sequences."""
 PROBE = "probe.json"
 """States of a short text; every later engine must compute the same states."""
+HASHES = f"{WORK}/hashes.json"
+"""Hashes of the target's files, so that no later run reads these files to hash them."""
 
 
 def finished_units(storage: Storage) -> list[str]:
@@ -62,9 +64,23 @@ def read_probe(storage: Storage) -> dict[str, Any] | None:
     return _parse(storage, PROBE, storage.read(PROBE)) if storage.exists(PROBE) else None
 
 
+def note_hashes(storage: Storage, hashes: dict[str, str]) -> None:
+    storage.write(HASHES, dump_record({"files": hashes}))
+
+
+def read_hashes(storage: Storage) -> dict[str, str]:
+    """File, with its size and time -> hash; empty if none are kept.
+
+    Raises:
+        CacheCorruptError: the record is damaged.
+    """
+    return _parse(storage, HASHES, storage.read(HASHES))["files"] if storage.exists(HASHES) else {}
+
+
 def damaged_notes(storage: Storage) -> Iterator[tuple[str, CacheCorruptError]]:
     """The damaged files of notes, and what is wrong with each."""
-    names = [*_unit_files(finished_units(storage)), *_audit_files(storage), *([PROBE] if storage.exists(PROBE) else [])]
+    single = [name for name in (PROBE, HASHES) if storage.exists(name)]
+    names = [*_unit_files(finished_units(storage)), *_audit_files(storage), *single]
     for name, content in zip(names, storage.read_all(names), strict=True):
         try:
             _parse(storage, name, content)

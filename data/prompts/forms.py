@@ -6,12 +6,45 @@ registered first reads the record. A null counts as an absent key.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ..errors import PromptError
 from ..registry import Registry
-from .messages import Message, describe, parse_messages, parse_tools, require_filled_list, require_string
+from .answers import ANSWER_KEYS, add_answer, add_thinking
+from .calls import parse_tools
+from .messages import Message, parse_messages
+from .reading import DEFAULT_READING, Reading, may_carry
+from .rules import apply_turn_rules
+from .transcripts import TRANSCRIPT_START, read_glaive, read_transcript
+from .values import describe, require_filled_list, require_string
+from .view import RecordView
+
+SYSTEM_KEYS = ("system", "system_prompt", "system_message")
+TOOLS_KEYS = ("tools", "functions")
+THINKING_KEYS = (
+    *("reasoning_content", "reasoning", "thinking", "think", "thought", "thoughts", "rationale", "cot", "complex_cot"),
+    *("chain_of_thought", "reasoning_trace", "deepseek_reasoning"),
+)
+WORKED_ON_KEYS = ("input", "context")
+SHARED_KEYS = (*SYSTEM_KEYS, *TOOLS_KEYS, *THINKING_KEYS)
+CONVERSATION_KEYS = ("messages", "conversations", "conversation", "dialog", "dialogue", "data")
+QUESTION_KEYS = ("instruction", "prompt", "question", "query", "problem", "input", "inputs")
+TREE_KEYS = ("parent_id", "message_tree_id")
+
+
+class ReadingFacts(NamedTuple):
+    """How a record was read."""
+
+    used: tuple[str, ...] = ()
+    """Keys of the data whose values are in the content."""
+    left_out: tuple[str, ...] = ()
+    """The other keys of the data, with a value or without one."""
+    rules: tuple[str, ...] = ()
+    """Names of the rules that were applied to the record, such as "begins with the assistant"."""
+
+
+NO_FACTS = ReadingFacts()
 
 
 class Content(NamedTuple):
@@ -23,9 +56,11 @@ class Content(NamedTuple):
     """None for a conversation."""
     tools: tuple[dict[str, Any], ...] = ()
     """Functions that the conversation may call, as the chat template takes them."""
+    facts: ReadingFacts = NO_FACTS
+    """How the record was read."""
 
 
-Parser = Callable[[Mapping[str, Any]], Content]
+Parser = Callable[[RecordView], Content]
 """Reads a record without nulls. Raises PromptError if a value is not what the form expects."""
 
 
@@ -44,7 +79,8 @@ RECORD_FORMS: Registry[RecordForm] = Registry("record form")
 def record_form(key: str, *further_keys: str) -> Callable[[Parser], Parser]:
     """Registers a function as the parser of the records that have `key`.
 
-    Only the keys named here are read from Parquet files and from data sets of the hub, and only they can be renamed.
+    Only the keys named here are read from tables and from data sets of the hub. A key that the parser does not look up,
+    and that may hold a part of the conversation, is an error.
 
     Raises:
         ConfigError: another form has the same main key.
@@ -62,58 +98,174 @@ def known_keys() -> list[str]:
     return [*dict.fromkeys(key for form in RECORD_FORMS.values() for key in form.keys)]
 
 
-def parse_record(record: object) -> Content:
+def is_wanted(column: str, reading: Reading = DEFAULT_READING) -> bool:
+    """Whether reading a record needs the values of a column of this name."""
+    key = reading.key_of(column)
+    return key is not None and (key in known_keys() or key in TREE_KEYS or may_carry(column))
+
+
+def parse_record(record: object, reading: Reading = DEFAULT_READING) -> Content:
     """Reads a record in the first form whose main key is present.
 
     Raises:
-        PromptError: the record has no known form, or a value is not what the form expects.
+        PromptError: the record has no known form, a value is not what the form expects, or a key that may hold a part
+            of the conversation would be lost.
     """
     if not isinstance(record, dict):
         raise PromptError(f"expected one JSON object, found {describe(record)}")
-    present = {key: value for key, value in record.items() if value is not None}
-    for key, form in RECORD_FORMS.items():
-        if key in present:
-            return form.parse(present)
-    raise PromptError(f"no known form among the keys {list(record)}; expected one of {', '.join(RECORD_FORMS)}")
+    view = RecordView(record, reading)
+    present = [key for key in RECORD_FORMS if key in view]
+    key = next((key for key in present if _looks_right(key, view.peek(key))), present[0] if present else None)
+    if key is None:
+        raise PromptError(
+            f"no known form among the keys {list(record)[:40]}; expected one of {', '.join(RECORD_FORMS)}. Say what "
+            "they are with extract.columns"
+        )
+    content = RECORD_FORMS[key].parse(view)
+    view.check_left_out(content.messages, content.text)
+    return content._replace(facts=ReadingFacts(view.used, view.left_out, tuple(view.rules)))
 
 
-@record_form("messages", "tools")
-def _parse_messages(record: Mapping[str, Any]) -> Content:
-    """`{"messages": [{"role": ..., "content": ...}, ...]}`: a conversation as chat templates take it."""
-    return Content(parse_messages(record["messages"], "messages"), tools=parse_tools(record.get("tools")))
+def _looks_right(key: str, value: Any) -> bool:
+    """Whether a value may be that of a main key. Data sets count turns under `turns`, and have a date under `data`."""
+    if key in (*CONVERSATION_KEYS, "turns"):
+        return isinstance(value, (list, tuple)) or (isinstance(value, str) and value.lstrip().startswith("["))
+    return not isinstance(value, (bool, int, float))
 
 
-@record_form("conversations", "tools")
-def _parse_conversations(record: Mapping[str, Any]) -> Content:
-    """`{"conversations": [{"from": ..., "value": ...}, ...]}`: a conversation as ShareGPT writes it.
-
-    A message may also have the keys `role` and `content`.
-    """
-    turns = parse_messages(record["conversations"], "conversations", ("from", "role"), ("value", "content"))
-    return Content(turns, tools=parse_tools(record.get("tools")))
+def _parse_conversation(record: RecordView, key: str) -> Content:
+    """A conversation, with the shared keys and an answer beside it."""
+    messages = parse_messages(record[key], key, record.reading, record.note, takes_texts=key != "messages")
+    if messages[-1].role != "assistant":
+        messages = add_answer(record, messages, ANSWER_KEYS[:4])
+    return _finish(record, messages)
 
 
-@record_form("turns")
-def _parse_turns(record: Mapping[str, Any]) -> Content:
+def _finish(record: RecordView, messages: tuple[Message, ...]) -> Content:
+    """The conversation with the system text, the thinking and the functions that stand under keys of their own."""
+    messages = add_thinking(record, _with_system(record, messages), THINKING_KEYS)
+    messages = apply_turn_rules(messages, record.note)
+    return Content(messages, tools=_read_tools(record, messages))
+
+
+def _with_system(record: RecordView, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The messages after the record's system text, unless one of them is a system message already."""
+    key = record.filled(*SYSTEM_KEYS)
+    if key is None or any(message.role in ("system", "developer") for message in messages):
+        return messages
+    return (Message("system", require_string(record[key], key)), *messages)
+
+
+def _read_tools(record: RecordView, messages: tuple[Message, ...]) -> tuple[dict[str, Any], ...]:
+    """The functions of a record, unless the system message describes them."""
+    key = record.filled(*TOOLS_KEYS)
+    tools = parse_tools(record[key], key, record.note) if key is not None else ()
+    if tools and _lists_tools(messages[0], tools):
+        record.note("the system message already lists the functions")
+        return ()
+    return tools
+
+
+def _lists_tools(message: Message, tools: tuple[dict[str, Any], ...]) -> bool:
+    """Whether a system message in the way of Hermes describes every function."""
+    names = [
+        str(tool.get("function", tool).get("name")) for tool in tools if isinstance(tool.get("function", tool), dict)
+    ]
+    return message.role == "system" and "<tools>" in message.content and all(f'"{n}"' in message.content for n in names)
+
+
+def _register_conversation(key: str) -> None:
+    @record_form(key, *SHARED_KEYS, *ANSWER_KEYS[:4])
+    def parse(record: RecordView) -> Content:
+        return _parse_conversation(record, key)
+
+    parse.__doc__ = f'`{{"{key}": [...]}}`: a list of messages; every name that data sets give to its keys is known.'
+
+
+for _key in CONVERSATION_KEYS:
+    _register_conversation(_key)
+
+
+@record_form("turns", *SYSTEM_KEYS, *TOOLS_KEYS)
+def _parse_turns(record: RecordView) -> Content:
     """`{"turns": ["...", ...]}`: the user's turns of a conversation."""
     turns = require_filled_list(record["turns"], "turns")
-    return Content(tuple(Message("user", require_string(turn, f"turns[{i}]")) for i, turn in enumerate(turns)))
+    messages = tuple(Message("user", require_string(turn, f"turns[{i}]")) for i, turn in enumerate(turns))
+    return Content(_with_system(record, messages), tools=_read_tools(record, messages))
 
 
-@record_form("prompt", "response", "tools")
-def _parse_prompt(record: Mapping[str, Any]) -> Content:
-    """`{"prompt": ..., "response": "..."}`: a text or a list of messages, and an answer, which may be absent."""
-    prompt = record["prompt"]
-    if isinstance(prompt, list):
-        messages = parse_messages(prompt, "prompt")
+@record_form("chat", *SYSTEM_KEYS)
+def _parse_glaive(record: RecordView) -> Content:
+    """`{"chat": "USER: ... ASSISTANT: ...", "system": "SYSTEM: ..."}`: a conversation as Glaive writes it."""
+    chat = record["chat"]
+    if isinstance(chat, list):
+        return _parse_conversation(record, "chat")
+    key = record.filled(*SYSTEM_KEYS)
+    system = require_string(record[key], key) if key is not None else ""
+    messages, tools = read_glaive(require_string(chat, "chat", "a string or a list of messages"), system, record.note)
+    return Content(apply_turn_rules(messages, record.note), tools=tools)
+
+
+def _register_question(key: str) -> None:
+    @record_form(key, *SHARED_KEYS, *WORKED_ON_KEYS, *ANSWER_KEYS, "history", "label", "kto_tag")
+    def parse(record: RecordView) -> Content:
+        return _parse_question(record, key)
+
+    parse.__doc__ = (
+        f'`{{"{key}": ..., "response": ...}}`: a text, a transcript or a list of messages, and an answer, or none.'
+    )
+
+
+def _parse_question(record: RecordView, key: str) -> Content:
+    asked = record[key]
+    if isinstance(asked, list):
+        messages = parse_messages(asked, key, record.reading, record.note)
+    elif isinstance(asked, str) and asked.startswith(TRANSCRIPT_START):
+        messages = read_transcript(require_string(asked, key), key)
+        if not messages[-1].content:
+            messages = messages[:-1]
     else:
-        messages = (Message("user", require_string(prompt, "prompt", "a string or a list of messages")),)
-    if "response" in record:
-        messages += (Message("assistant", require_string(record["response"], "response")),)
-    return Content(messages, tools=parse_tools(record.get("tools")))
+        texts = [require_string(asked, key, "a string or a list of messages")]
+        for other in WORKED_ON_KEYS:
+            if other != key and record.filled(other) is not None and isinstance(record[other], str):
+                texts.append(require_string(record[other], other))
+        if len(texts) > 1:
+            record.note("joined the instruction and what it works on")
+            texts = [text for text in texts if text.strip()]
+        messages = (*_read_history(record), Message("user", "\n\n".join(texts)))
+    return _finish(record, add_answer(record, messages, ANSWER_KEYS))
+
+
+def _read_history(record: RecordView) -> tuple[Message, ...]:
+    """Earlier turns: a list of messages, or of pairs of a question and an answer."""
+    if record.filled("history") is None:
+        return ()
+    history = require_filled_list(record["history"], "history")
+    if all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        history = [text for pair in history for text in pair]
+    return parse_messages(history, "history", record.reading, record.note, takes_texts=True)
+
+
+for _key in QUESTION_KEYS:
+    _register_question(_key)
+
+
+@record_form("chosen", *SHARED_KEYS)
+def _parse_chosen(record: RecordView) -> Content:
+    """`{"chosen": ..., "rejected": ...}`: the better one of two conversations, as messages or as a transcript."""
+    chosen = record["chosen"]
+    if isinstance(chosen, str):
+        messages = read_transcript(require_string(chosen, "chosen"), "chosen")
+    else:
+        messages = parse_messages(chosen, "chosen", record.reading, record.note)
+    return _finish(record, messages)
 
 
 @record_form("text")
-def _parse_text(record: Mapping[str, Any]) -> Content:
+def _parse_text(record: RecordView) -> Content:
     """`{"text": "..."}`: a plain text, which no chat template touches."""
+    if (key := record.filled(*TREE_KEYS)) is not None:
+        raise PromptError(
+            f"the record is one message of a tree ({key!r} names its place); expected a whole conversation"
+        )
     return Content(text=require_string(record["text"], "text"))

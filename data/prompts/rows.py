@@ -1,32 +1,26 @@
-"""Where prompts come from: files, patterns of files and data sets of the hub, each read as a stream of rows."""
+"""Where prompts come from: files, patterns of files, saved data sets and data sets of the hub, as streams of rows."""
 
 import glob
-import gzip
 import importlib.util
 import json
-import zlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from ..errors import ConfigError, PromptError
+from .readers import BATCH_ROWS, Row, Wanted, batch_rows, choose_columns, file_rows, load_json
+
+__all__ = ["HUB", "HubPart", "find_places", "load_json", "rows_of_places"]
 
 HUB = "hf://"
-PARQUET_MAGIC = b"PAR1"
-GZIP_MAGIC = b"\x1f\x8b"
-PARQUET_BATCH_ROWS = 1024
-
-Row = tuple[int, Callable[[], object]]
-"""A row's number, from 1, and a call that loads the row. The call raises for a bad row, which can then be skipped."""
+SAVED_TABLE, SAVED_SPLITS = "state.json", "dataset_dict.json"
+"""Files of a folder that the package datasets saved: of a single table, and of several splits."""
 
 
 @dataclass(frozen=True, slots=True)
 class HubPart:
-    """Which rows of a data set of the hub are read."""
+    """Which rows of a data set are read, if it has several splits or subsets."""
 
     split: str = "train"
     subset: str | None = None
@@ -46,19 +40,27 @@ def find_places(places: Sequence[str | Path]) -> list[str]:
             if not files:
                 raise PromptError(f"no file fits {place}; check the pattern")
         for file in files:
-            if not file.startswith(HUB) and not Path(file).is_file():
-                raise PromptError(f"prompt file {file} does not exist or is not a file; check the path")
+            if not file.startswith(HUB) and not Path(file).is_file() and not is_saved(Path(file)):
+                raise PromptError(
+                    f"prompt file {file} does not exist or is not a file; check the path. A folder must be one that "
+                    f"datasets saved; for the files of another folder give a pattern, such as '{file}/*.parquet'"
+                )
         found += files
     return found
 
 
+def is_saved(path: Path) -> bool:
+    """Whether the package datasets saved this folder to disk."""
+    return any((path / name).is_file() for name in (SAVED_TABLE, SAVED_SPLITS))
+
+
 def rows_of_places(
-    places: Sequence[str], wanted: Collection[str], hub: HubPart
+    places: Sequence[str], wanted: Wanted, hub: HubPart
 ) -> Iterator[tuple[str, int, Callable[[], object]]]:
     """All rows: place, number within the place, and a call that loads the row.
 
     Args:
-        wanted: names of the columns that are read from Parquet files and data sets.
+        wanted: whether a column of this name is read from tables and data sets.
 
     Raises:
         PromptError: a place can't be read, holds no row, or has none of the wanted columns.
@@ -66,13 +68,40 @@ def rows_of_places(
     """
     for place in places:
         row = 0
-        for row, load in _hub_rows(place, wanted, hub) if place.startswith(HUB) else _rows(Path(place), wanted):
+        for row, load in _rows(place, wanted, hub):
             yield place, row, load
         if not row:
             raise PromptError(f"no prompts in {place}: there is no record; remove it from the list")
 
 
-def _hub_rows(place: str, wanted: Collection[str], hub: HubPart) -> Iterator[Row]:
+def _rows(place: str, wanted: Wanted, hub: HubPart) -> Iterator[Row]:
+    if place.startswith(HUB):
+        return _hub_rows(place, wanted, hub)
+    return _saved_rows(Path(place), wanted, hub) if Path(place).is_dir() else file_rows(Path(place), wanted)
+
+
+def _saved_rows(folder: Path, wanted: Wanted, hub: HubPart) -> Iterator[Row]:
+    """The rows of a folder that the package datasets saved, shard after shard."""
+    if (folder / SAVED_SPLITS).is_file():
+        splits = _read_json(folder / SAVED_SPLITS, "splits")
+        if hub.split not in splits:
+            raise PromptError(f"{folder} has the splits {splits}, and no {hub.split}; choose one with extract.split")
+        folder = folder / hub.split
+    row = 0
+    for shard in _read_json(folder / SAVED_TABLE, "_data_files"):
+        for _, load in file_rows(folder / shard["filename"], wanted):
+            row += 1
+            yield row, load
+
+
+def _read_json(path: Path, key: str) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))[key]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PromptError(f"{path} can't be read: {error}; have the data set saved again") from error
+
+
+def _hub_rows(place: str, wanted: Wanted, hub: HubPart) -> Iterator[Row]:
     if importlib.util.find_spec("datasets") is None:
         raise ConfigError(f"{place} needs the package datasets, which is not installed: pip install 'vpd[hub]'.")
     import datasets
@@ -86,52 +115,9 @@ def _hub_rows(place: str, wanted: Collection[str], hub: HubPart) -> Iterator[Row
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}. Check the name, extract.subset, "
             "extract.split and the network."
         ) from error
-    columns = [column for column in data.column_names if column in wanted]
-    if not columns:
-        raise PromptError(f"{place}: no known form among the columns {data.column_names}; set extract.columns")
-    for row, record in enumerate(data.select_columns(columns), start=1):
-        yield row, lambda record=record: dict(record)
-
-
-def _rows(path: Path, wanted: Collection[str]) -> Iterator[Row]:
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-        if not magic:
-            return
-        if magic == PARQUET_MAGIC or path.suffix == ".parquet":
-            yield from _parquet_rows(path, wanted)
-        elif magic.startswith(GZIP_MAGIC) or path.suffix == ".gz":
-            with gzip.open(path, "rb") as file:
-                yield from _json_rows(file)
-        else:
-            with path.open("rb") as file:
-                yield from _json_rows(file)
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error, pa.ArrowException) as error:
-        raise PromptError(f"prompt file {path} can't be read; its bytes may be damaged: {error}") from error
-
-
-def _json_rows(lines: Iterator[bytes] | gzip.GzipFile) -> Iterator[Row]:
-    for row, line in enumerate(lines, start=1):
-        if line.strip():
-            yield row, lambda line=line: _load_json(line)
-
-
-def _load_json(line: bytes) -> object:
-    try:
-        return json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise PromptError(f"not JSON ({error}); expected one JSON object per line") from error
-
-
-def _parquet_rows(path: Path, wanted: Collection[str]) -> Iterator[Row]:
-    with pq.ParquetFile(path) as file:
-        found = file.schema_arrow.names
-        columns = [name for name in found if name in wanted]
-        if not columns:
-            raise PromptError(f"{path}: no known form among the columns {found}; expected one of {sorted(wanted)}")
-        row = 0
-        for batch in file.iter_batches(PARQUET_BATCH_ROWS, columns=columns):
-            for record in batch.to_pylist():
-                row += 1
-                yield row, lambda record=record: record
+    columns = choose_columns(place, data.column_names, wanted)
+    row = 0
+    for table in data.select_columns(columns).with_format("arrow").iter(BATCH_ROWS):
+        for load in batch_rows(table, data.column_names):
+            row += 1
+            yield row, load

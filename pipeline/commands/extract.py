@@ -11,12 +11,13 @@ import click
 from ...data.cache.cache import Cache
 from ...data.cache.storage.places import open_storage
 from ...stages.draft.first_draft import FirstDrafting
-from ...stages.drafter.checkpoint import check_fits, load_shape
+from ...stages.drafter.checkpoint import check_drafter
 from ...stages.extract.estimate import check_space
 from ...stages.extract.sink import ExtractReport
 from ...stages.train.checkpoints import find_drafter
 from ..config import VpdConfig, config_yaml
 from ..extraction import ExtractJob, Prepared, can_draft_beside, drafting_beside, prepare, work_on
+from ..first_record import show_first_record
 from ..output import emit, format_bytes
 from ..progress import ProgressReport
 from ..ray_workers import RayResources, extract_on_ray
@@ -43,8 +44,9 @@ def run_extract(
         click.echo(config_yaml(config, ["extract"]), err=True)
     drafter = find_drafter(first_drafter) if first_drafter is not None else None
     prepared = prepare(ExtractJob(target, prompts, out, config.extract))
+    show_first_record(prepared.manifest)
     if drafter is not None:
-        check_fits(load_shape(drafter), prepared.manifest, drafter)
+        check_drafter(drafter, prepared.manifest)
     check_space(open_storage(out), prepared.plan, prepared.manifest, config.extract)
     drafting = FirstDrafting(drafter, config.draft, config.read) if drafter is not None else None
     report = extract_beside_drafting(prepared, drafting, ray)
@@ -81,7 +83,7 @@ def extract_beside_drafting(
             if ray is not None:
                 report = extract_on_ray(job, prepared, ray, must_stop)
             else:
-                with ProgressReport("extract", len(prepared.plan.conversations), "tokens") as progress:
+                with ProgressReport("extract", prepared.plan.num_left, "tokens") as progress:
                     report = work_on(prepared, progress.advance, must_stop, progress.begin)
         report.stopped_by = signals.received
         return report
@@ -93,8 +95,13 @@ def describe_extraction(result: dict[str, Any]) -> str:
         f"{result['cache']}: {result['num_sequences']} sequences, {result['num_tokens']} tokens, "
         f"{format_bytes(result['num_bytes'])} ({result['num_written']} written now, {result['num_present']} there "
         f"before; skipped: {result['skipped'] or 'none'}). Of {num_checked} greedy choices compared, the stored states "
-        f"confirm {num_checked - result['num_argmax_differing']}.{describe_audit(result['audit'])}"
+        f"confirm {num_checked - result['num_argmax_differing']}.{describe_rules(result['rules'])}"
+        f"{describe_audit(result['audit'])}"
     )
+
+
+def describe_rules(found: dict[str, int]) -> str:
+    return f" Rules applied to records: {found}." if found else ""
 
 
 def describe_audit(found: dict[str, Any] | None) -> str:

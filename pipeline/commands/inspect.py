@@ -9,7 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ...data.cache.cache import Cache
+from ...data.cache.manifest import FirstRecord
 from ..cache_facts import cache_facts
+from ..first_record import print_first_record
 from ..output import bar, emit, format_bytes, make_console
 
 
@@ -39,6 +41,8 @@ def print_cache(found: dict[str, Any], console: Console) -> None:
     for drafts in found["first_drafters"]:
         print_drafts(drafts, console)
     print_sample(found["sample"], console)
+    if found["first_record"] is not None:
+        print_first_record(FirstRecord(**found["first_record"]), console)
 
 
 def add_origin(table: Table, found: dict[str, Any]) -> None:

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from ...stages.train.checkpoints import list_checkpoints
-from ...stages.train.plan import make_trainer
-from ..config import VpdConfig
+from ...stages.train.plan import check_agrees, make_trainer, plan_shape
+from ..config import VpdConfig, read_drafter_json
 from ..launch import is_launched, launch
 from ..output import emit
 from ..reading import open_for_reading
@@ -17,10 +17,18 @@ from ..run_folder import RunFolder
 from ..training import check_trackers, run_trainers
 
 
-def run_train(place: str, out: Path, config: VpdConfig, as_json: bool, num_processes: int = 1) -> int | None:
+def run_train(
+    place: str,
+    out: Path,
+    config: VpdConfig,
+    as_json: bool,
+    num_processes: int = 1,
+    drafter_config: Path | None = None,
+) -> int | None:
     """Trains a run to its last step.
 
     Args:
+        drafter_config: a drafter's config.json, whose settings `config` already has; the rest of it is checked.
         num_processes: with more than one, this process starts that many of the same command.
 
     Returns:
@@ -33,6 +41,9 @@ def run_train(place: str, out: Path, config: VpdConfig, as_json: bool, num_proce
         atexit.register(gc.collect)
     cache = open_for_reading(place, config.read)
     check_trackers(config.train)
+    if drafter_config is not None:
+        shape = plan_shape(cache, config.drafter)
+        check_agrees(shape, read_drafter_json(drafter_config), str(drafter_config))
     folder = RunFolder(out, config, cache)
     trainer = make_trainer(cache, out, config.drafter, config.train, config.read, config.eval)
     run_trainers([trainer], [folder], config, as_json)

@@ -21,7 +21,7 @@ from ...data.errors import DrafterError
 from ..config import ReadConfig
 from ..devices import choose_device, choose_dtype
 from ..drafter.blocks import accept_lengths, anchors_of, block_tokens
-from ..drafter.checkpoint import check_fits, drafter_fingerprint, load_drafter, load_shape
+from ..drafter.checkpoint import check_drafter, drafter_fingerprint, load_drafter
 from ..drafter.model import Drafter
 from ..drafter.target_pieces import TargetPieces
 from .config import DraftConfig
@@ -37,8 +37,7 @@ def open_first_drafts(cache: Cache, folder: Path, config: DraftConfig) -> FirstD
     Raises:
         DrafterError: the drafter does not fit the cache, or its drafts are there with another stride.
     """
-    shape = load_shape(folder)
-    check_fits(shape, cache.manifest, folder)
+    shape = check_drafter(folder, cache.manifest)
     facts = {
         "block_size": shape.block_size,
         "judged_against": "recorded tokens",
@@ -47,7 +46,7 @@ def open_first_drafts(cache: Cache, folder: Path, config: DraftConfig) -> FirstD
         "num_alternatives": NUM_ALTERNATIVES,
         "stride": config.stride,
     }
-    drafts = FirstDrafts.create_or_open(cache, drafter_fingerprint(folder), facts)
+    drafts = FirstDrafts.create_or_open(cache, drafter_fingerprint(folder, cache.target_folder), facts)
     if drafts.facts["stride"] != config.stride:
         raise DrafterError(
             f"{drafts.place} holds this drafter's drafts at stride {drafts.facts['stride']}, this run asks for "
@@ -80,6 +79,8 @@ class FirstDrafting:
             on_sequence: called after each sequence with its number of anchors.
             must_stop: once this is true, the current part is given up and the call ends.
         """
+        check_drafter(self._folder, cache.manifest)
+        self._models(cache)  # before the drafts have a place: nothing stays of a drafter that does not load
         drafts = open_first_drafts(cache, self._folder, self._config)
         missing = drafts.missing_parts()
         for part in random.sample(missing, len(missing)):
@@ -89,8 +90,9 @@ class FirstDrafting:
 
     def _models(self, cache: Cache) -> tuple[Drafter, TargetPieces]:
         if self._loaded is None:
-            drafter = load_drafter(self._folder, device=self._device, dtype=self._dtype)
-            pieces = TargetPieces.load(cache.target_folder, device=self._device, dtype=self._dtype)
+            where = {"device": self._device, "dtype": self._dtype}
+            drafter = load_drafter(self._folder, target_folder=cache.target_folder, **where)
+            pieces = TargetPieces.load(cache.target_folder, **where)
             self._loaded = drafter, pieces
         return self._loaded
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ...data.cache.manifest import CacheManifest
@@ -20,8 +20,12 @@ from ...data.cache.storage.files import fsync_folder, fsync_tree
 from ...data.errors import DrafterError, StorageError
 from .model import Drafter
 from .shape import DrafterShape
+from .target_pieces import load_piece_facts
+from .weights import advice_for, check_copies, check_weights
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, MASK_EMBEDDING = "config.json", "model.safetensors", "mask_embedding.pt"
+FILES = (CONFIG, WEIGHTS, f"{WEIGHTS}.index.json", MASK_EMBEDDING)
+"""The files of a drafter's folder that vpd looks at."""
 
 
 def save_drafter(
@@ -63,60 +67,107 @@ def load_shape(folder: str | Path) -> DrafterShape:
     """Reads a drafter's shape.
 
     Raises:
-        DrafterError: there is no readable `config.json` of a DFlash drafter.
+        DrafterError: there is no readable `config.json` of a DFlash drafter that vpd computes.
     """
-    path = Path(folder) / CONFIG
-    try:
-        return DrafterShape.from_json(json.loads(path.read_text()), str(path))
-    except (FileNotFoundError, NotADirectoryError):
+    if not (Path(folder) / CONFIG).exists():
         raise DrafterError(
             f"expected a drafter at {folder}, found no {CONFIG} there. Give the folder of a DFlash checkpoint."
-        ) from None
-    except json.JSONDecodeError as error:
-        raise DrafterError(f"{path} is not JSON: {error}. Restore the file.") from None
+        )
+    path = Path(folder) / CONFIG
+    shape = DrafterShape.from_json(read_json(path), str(path))
+    if (extra := Path(folder) / MASK_EMBEDDING).exists():
+        raise DrafterError(
+            f"{extra}: this drafter has an embedding of its own for the mask token, which vpd does not support. Give "
+            "a drafter that takes the target's embedding."
+        )
+    return shape
+
+
+def read_json(path: Path) -> Any:
+    """The content of a drafter's config.
+
+    Raises:
+        DrafterError: the file is damaged or can't be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DrafterError(f"{path}: expected a drafter's config.json: {error.strerror}. Restore the file.") from None
+    except (ValueError, RecursionError) as error:
+        raise DrafterError(f"{path} is not JSON: {error}. {advice_for(path)}") from None
 
 
 def load_drafter(
-    folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    folder: str | Path,
+    *,
+    target_folder: Path | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Drafter:
     """Loads a drafter from a folder in the public DFlash form.
+
+    Args:
+        target_folder: a cache's `target_folder`. Copies of the target's weights beside the drafter's must equal the
+            target's weights there; None: such copies are refused.
 
     Raises:
         DrafterError: files are missing, or the weights do not have the shape that `config.json` says.
     """
-    shape = load_shape(folder)
+    drafter = _empty_drafter(load_shape(folder))
     path = Path(folder) / WEIGHTS
-    try:
-        weights = load_file(path, device=str(device))
-    except (FileNotFoundError, SafetensorError) as error:
-        raise DrafterError(f"expected the weights of a drafter in {path}: {error}. Restore the file.") from None
-    with torch.device("meta"):
-        drafter = Drafter(shape)
-    expected = {name: tuple(value.shape) for name, value in drafter.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in weights.items()}
-    if expected != found:
-        name = sorted(expected.items() ^ found.items())[0][0]
-        raise DrafterError(
-            f"{path} does not fit its {CONFIG}: for {name} expected {expected.get(name, 'nothing')}, "
-            f"found {found.get(name, 'nothing')}. Give a checkpoint in the public DFlash form."
-        )
-    drafter.load_state_dict({name: value.to(dtype) for name, value in weights.items()}, assign=True)
+    if copies := check_weights(path, _weight_shapes(drafter)):
+        check_copies(path, copies, target_folder)
+    with safe_open(path, "pt", device=str(device)) as file:
+        weights = {name: file.get_tensor(name).to(dtype) for name in drafter.state_dict()}
+    drafter.load_state_dict(weights, assign=True)
     return drafter.requires_grad_(False).eval()
 
 
-def drafter_fingerprint(folder: str | Path) -> str:
+def _empty_drafter(shape: DrafterShape) -> Drafter:
+    with torch.device("meta"):
+        return Drafter(shape)
+
+
+def _weight_shapes(drafter: Drafter) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in drafter.state_dict().items()}
+
+
+def check_drafter(folder: str | Path, manifest: CacheManifest) -> DrafterShape:
+    """Checks that a drafter is whole and was made for a cache's states; reads no weight.
+
+    Raises:
+        DrafterError: files are missing or damaged, or the drafter does not fit.
+    """
+    shape = load_shape(folder)
+    check_fits(shape, manifest, folder)
+    check_weights(Path(folder) / WEIGHTS, _weight_shapes(_empty_drafter(shape)))
+    return shape
+
+
+def drafter_fingerprint(folder: str | Path, target_folder: Path | None = None) -> str:
     """Hash of a drafter's weights and shape, which decide its drafts; 16 hex digits.
+
+    All else in the folder that could decide them is refused when the shape and the weights are read.
+
+    Args:
+        target_folder: a cache's `target_folder`. If that target scales its embedding or its logits, which decides the
+            drafts too, the hash covers this; None: the target does not.
 
     Raises:
         DrafterError: files are missing.
     """
     digest = hashlib.sha256(repr(load_shape(folder)).encode())
+    if target_folder is not None and (facts := load_piece_facts(target_folder)):
+        digest.update(json.dumps(facts, sort_keys=True).encode())
+    path = Path(folder) / WEIGHTS
     try:
-        with open(Path(folder) / WEIGHTS, "rb") as file:
+        with open(path, "rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
-    except FileNotFoundError:
-        raise DrafterError(f"expected the weights of a drafter in {Path(folder) / WEIGHTS}, found none.") from None
+    except OSError as error:
+        raise DrafterError(
+            f"expected the weights of a drafter in {path}: {error.strerror}. {advice_for(path)}"
+        ) from None
     return digest.hexdigest()[:16]
 
 

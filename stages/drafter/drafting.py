@@ -35,7 +35,7 @@ def fill_blocks(
     tokens_NGA = block_ids_NG.new_zeros(*block_ids_NG.shape, num_alternatives)
     probs_NGA = torch.zeros(tokens_NGA.shape, device=tokens_NGA.device)
     found = [
-        _most_likely(some_PH, pieces.head_VH, num_alternatives)
+        _most_likely(some_PH, pieces, num_alternatives)
         for some_PH in states_PH.split(positions_per_chunk(pieces.head_VH))
     ]
     if found:
@@ -44,8 +44,10 @@ def fill_blocks(
     return tokens_NGA, probs_NGA
 
 
-def _most_likely(states_PH: Tensor, head_VH: Tensor, num_alternatives: int) -> tuple[Tensor, Tensor]:
-    logits_PV = linear(states_PH, head_VH).float()
+def _most_likely(states_PH: Tensor, pieces: TargetPieces, num_alternatives: int) -> tuple[Tensor, Tensor]:
+    logits_PV = linear(states_PH, pieces.head_VH).float()
+    if (cap := pieces.logits_soft_cap) is not None:
+        logits_PV.div_(cap).tanh_().mul_(cap)
     top_PA, tokens_PA = logits_PV.topk(num_alternatives, dim=-1)
     largest_P1 = top_PA[:, :1]
     sums_P1 = logits_PV.sub_(largest_P1).exp_().sum(dim=-1, keepdim=True)  # in place, since the logits are large

@@ -6,8 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...data.errors import DrafterError
+from .public_config import check_keys, is_positive, public_form
 
 SUPPORTED_ROPE = "default"
+ROPE_KEYS = {
+    *("rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"),
+    *("mrope_section", "mrope_interleaved"),  # of images; text has one position for all sections
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +34,8 @@ class DrafterShape:
     mask_token_id: int
     target_layer_ids: tuple[int, ...]
     """Context layers: id i is the output of the target's 0-based layer i."""
-    num_target_layers: int
+    num_target_layers: int | None
+    """None: the drafter's config does not say."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.block_size <= 255:
@@ -90,19 +96,16 @@ class DrafterShape:
         Raises:
             DrafterError: a key is missing, or the drafter needs a feature that vpd does not support.
         """
-        if not isinstance(config, dict):
-            raise DrafterError(
-                f"{where}: expected a JSON object, found {config!r:.40}. Give a DFlash drafter's config."
-            )
+        config = check_config(config, where)
         dflash = config.get("dflash_config") or {}
-        refuse_unsupported(config, where)
         try:
+            num_heads = config["num_attention_heads"]
             return cls(
                 num_layers=config["num_hidden_layers"],
                 hidden_size=config["hidden_size"],
-                num_attention_heads=config["num_attention_heads"],
+                num_attention_heads=num_heads,
                 num_key_value_heads=config["num_key_value_heads"],
-                head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+                head_dim=config.get("head_dim") or config["hidden_size"] // num_heads,
                 intermediate_size=config["intermediate_size"],
                 rms_norm_eps=config["rms_norm_eps"],
                 rope_theta=float(rope_parameters(config)["rope_theta"]),
@@ -113,7 +116,9 @@ class DrafterShape:
                 target_layer_ids=tuple(dflash["target_layer_ids"]),
                 num_target_layers=config["num_target_layers"],
             )
-        except TypeError as error:
+        except DrafterError as error:
+            raise DrafterError(f"{where}: {error}") from None
+        except (TypeError, ValueError) as error:
             raise DrafterError(
                 f"{where}: a value has the wrong type ({error}). Give a drafter in the public DFlash form."
             ) from None
@@ -124,6 +129,20 @@ class DrafterShape:
             ) from None
 
 
+def check_config(content: Any, where: str) -> dict[str, Any]:
+    """A drafter's config in the public form, checked for everything that vpd would compute otherwise.
+
+    A key may be absent.
+
+    Raises:
+        DrafterError: the drafter needs a feature that vpd does not support, or a key is unknown or has a wrong value.
+    """
+    config = public_form(content, where)
+    check_rope(config, where)
+    check_keys(config, where)
+    return config
+
+
 def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     """RoPE settings of a `config.json`, in the newer form (`rope_parameters`) or the older ones."""
     older = {"rope_theta": config["rope_theta"]} if "rope_theta" in config else {}
@@ -131,27 +150,18 @@ def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     return {"rope_type": rope.get("type", SUPPORTED_ROPE), **older, **rope}
 
 
-def refuse_unsupported(config: dict[str, Any], where: str) -> None:
-    """Refuses variants of the architecture that this drafter would compute wrongly.
-
+def check_rope(config: dict[str, Any], where: str) -> None:
+    """
     Raises:
-        DrafterError: the drafter is such a variant.
+        DrafterError: the drafter's RoPE is one that vpd does not compute.
     """
     rope = rope_parameters(config)
-    # Without `layer_types`, the layers from `max_window_layers` on have a sliding window.
-    slides_by_count = (
-        config.get("layer_types") is None
-        and bool(config.get("use_sliding_window"))
-        and config.get("sliding_window") is not None
-        and config.get("max_window_layers", 0) < config.get("num_hidden_layers", 1)
-    )
+    theta, unknown = rope.get("rope_theta"), [key for key in rope if key not in ROPE_KEYS and rope[key] is not None]
     reasons = {
         f"RoPE of type {rope['rope_type']}": rope["rope_type"] != SUPPORTED_ROPE,
         "partial rotary embeddings": config.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)) != 1.0,
-        "sliding-window layers": slides_by_count or "sliding_attention" in (config.get("layer_types") or []),
-        "causal blocks": bool((config.get("dflash_config") or {}).get("causal", False)),
-        f"activation {config.get('hidden_act')}": config.get("hidden_act", "silu") != "silu",
-        "attention biases": bool(config.get("attention_bias", False)),
+        f"rope_theta {theta!r:.40}": theta is not None and not is_positive(theta),
+        f"RoPE with {', '.join(unknown)}": bool(unknown) and rope["rope_type"] == SUPPORTED_ROPE,
     }
     found = [reason for reason, present in reasons.items() if present]
     if found:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...data.cache.target_files import PIECES
+from ...data.cache.target_files import PIECE_FACTS, PIECES
 from ...data.errors import DrafterError
 
 if TYPE_CHECKING:
@@ -27,20 +27,40 @@ product."""
 
 @dataclass(frozen=True, slots=True)
 class TargetPieces:
-    """Frozen tensors of the target; with tied weights `head_VH` and `embed_VH` are one tensor."""
+    """Frozen tensors of the target; with tied weights `head_VH` and `embed_VH` are one tensor, unless one is scaled."""
 
     embed_VH: Tensor
+    """What the target's embedding module gives, which for some targets is a multiple of its weight."""
     head_VH: Tensor
+    """The LM head, with the factor by which some targets multiply its outputs."""
+    logits_soft_cap: float | None = None
+    """The target's logits are `cap * tanh(outputs / cap)` of the head's outputs; None = they are these outputs."""
 
     @classmethod
     def load(
         cls, target_folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> TargetPieces:
         """Reads the pieces from a cache's `target_folder`."""
+        facts = load_piece_facts(target_folder)
         with safe_open(target_folder / PIECES, "pt", device=str(device)) as file:
-            embed_VH = file.get_tensor(EMBED).to(dtype)
+            weight_VH = file.get_tensor(EMBED).to(dtype)
             tied = HEAD not in set(file.keys())
-            return cls(embed_VH, embed_VH if tied else file.get_tensor(HEAD).to(dtype))
+            head_VH = weight_VH if tied else file.get_tensor(HEAD).to(dtype)
+        return cls(
+            _scaled(weight_VH, facts.get("embedding_multiplier", 1.0)),
+            _scaled(head_VH, facts.get("logits_multiplier", 1.0)),
+            facts.get("logits_soft_cap"),
+        )
+
+
+def load_piece_facts(target_folder: Path) -> dict[str, float]:
+    """What the target does around its embedding and its head, as stored with the cache; empty if nothing."""
+    path = target_folder / PIECE_FACTS
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _scaled(matrix: Tensor, multiplier: float) -> Tensor:
+    return matrix if multiplier == 1 else matrix * torch.tensor(multiplier, dtype=matrix.dtype, device=matrix.device)
 
 
 def positions_per_chunk(head_VH: Tensor) -> int:
@@ -63,11 +83,42 @@ def load_target_config(target_folder: Path) -> dict[str, Any]:
     return json.loads((target_folder / "config.json").read_text())
 
 
+def full_attention_theta(target: dict[str, Any]) -> float:
+    """The base of RoPE in the target's full-attention layers, from its `config.json` in any of the usual spellings.
+
+    Raises:
+        DrafterError: the config does not say.
+    """
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = target.get(name) or {}
+        kinds = [kind for kind in rope.values() if isinstance(kind, dict)]  # by type of layer
+        rope = rope.get("full_attention") or (kinds[0] if len(kinds) == 1 else rope)
+        if isinstance(theta := rope.get("rope_theta"), int | float):
+            return float(theta)
+    for name in ("rope_theta", "global_rope_theta", "rotary_emb_base"):
+        if isinstance(theta := target.get(name), int | float):
+            return float(theta)
+    raise DrafterError(
+        "expected the RoPE base of full-attention layers in the target's config (rope_parameters or rope_theta), found "
+        f"{ {name: target[name] for name in target if 'rope' in name} or 'nothing of RoPE' }. Set drafter.rope_theta."
+    )
+
+
 def load_tokenizer(target_folder: Path) -> PreTrainedTokenizerBase:
-    """The target's tokenizer as stored with the cache."""
+    """The target's tokenizer as stored with the cache.
+
+    Raises:
+        DrafterError: the tokenizer needs code of the target, which the cache does not hold.
+    """
     from transformers import AutoTokenizer  # Its import takes longer than that of PyTorch.
 
-    return AutoTokenizer.from_pretrained(target_folder, local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(target_folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises bare exceptions
+        raise DrafterError(
+            f"the target's tokenizer in {target_folder} can't be loaded without the target's own code: "
+            f"{' '.join(str(error).split())[:300]}. For training, set drafter.mask_token_id."
+        ) from error
 
 
 def choose_mask_token(explicit: int | None, target_folder: Path, vocab_size: int) -> int:

@@ -20,7 +20,7 @@ from ...data.errors import CacheNotFoundError
 from ..devices import choose_device, choose_dtype
 from ..draft.passes import OpenBranches, complete_branches, draft_pass, rank_next
 from ..drafter.blocks import NO_TOKEN
-from ..drafter.checkpoint import check_fits, load_drafter
+from ..drafter.checkpoint import check_drafter, load_drafter
 from ..drafter.model import Drafter
 from ..drafter.target_pieces import TargetPieces
 from .branches import POLICIES, Branches, CycleFacts, show_branches
@@ -142,8 +142,10 @@ def decode_prompts(
     device = choose_device(config.device)
     dtype = choose_dtype("auto", device)
     for folder in drafters:
-        check_fits(load_drafter(folder).shape, cache.manifest, folder)
-    first, second = (load_drafter(folder, device=device, dtype=dtype) for folder in drafters)
+        check_drafter(folder, cache.manifest)
+    first, second = (
+        load_drafter(folder, target_folder=cache.target_folder, device=device, dtype=dtype) for folder in drafters
+    )
     target: Any = AutoModelForCausalLM.from_pretrained(target_folder, dtype=torch.float32)
     pieces = TargetPieces.load(cache.target_folder, device=device, dtype=dtype)
     decoder = LiveDecoder(

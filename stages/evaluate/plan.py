@@ -11,7 +11,7 @@ from ...data.cache.drafts import FirstDrafts
 from ...data.cache.index import SequenceRow
 from ...data.errors import CacheNotFoundError
 from ..config import ReadConfig
-from ..drafter.checkpoint import check_fits, load_shape
+from ..drafter.checkpoint import check_drafter
 from .config import EvalConfig
 from .replay import Replay, require_all_anchors, require_replayable
 from .report import ReplayReport
@@ -61,7 +61,7 @@ def plan_replay(
         DrafterError: the first drafter does not fit the cache, or its recorded drafts leave out anchors.
     """
     if isinstance(first, Path):
-        check_fits(load_shape(first), cache.manifest, first)
+        check_drafter(first, cache.manifest)
     require_replayable(cache, rows[: config.limit])
     if isinstance(first, FirstDrafts):
         require_complete(first)

@@ -31,7 +31,7 @@ from ...data.errors import CacheNotFoundError, DrafterError
 from ..config import ReadConfig
 from ..devices import choose_device, choose_dtype
 from ..draft.passes import OpenBranches, complete_branches, cut_into_passes, draft_all, rank_next
-from ..drafter.checkpoint import check_fits, load_drafter
+from ..drafter.checkpoint import check_drafter, load_drafter
 from ..drafter.model import Context, Drafter
 from ..drafter.target_pieces import TargetPieces
 from .branches import POLICIES, Branches, CycleFacts, paper, runner_up, show_branches
@@ -139,9 +139,8 @@ class Replay:
         self.report = ReplayReport(list(self.ways()), config.policies[0], config.k, block_size)
 
     def _load(self, folder: Path) -> Drafter:
-        drafter = load_drafter(folder, device=self.device, dtype=self.dtype)
-        check_fits(drafter.shape, self.cache.manifest, folder)
-        return drafter
+        check_drafter(folder, self.cache.manifest)
+        return load_drafter(folder, target_folder=self.cache.target_folder, device=self.device, dtype=self.dtype)
 
     def ways(self) -> Iterator[Way]:
         """Every way of decoding that is replayed, in the order of `accept_lengths`."""

@@ -1,5 +1,6 @@
 """Settings of extraction and of its estimate."""
 
+import datetime
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
@@ -51,22 +52,30 @@ class ExtractConfig(Section):
     """Jinja file of the chat template; none = the tokenizer's own."""
     template_args: dict[str, Any] = Field(default={})
     """Arguments of the chat template, such as `enable_thinking: false`."""
+    template_date: str | None = None
+    """Date that a template which reads the clock is given, such as 2026-01-31; none = the cache's, or today."""
     adapter: str | None = None
     """Folder of a LoRA adapter of the target, in peft's form; none = the target as it is."""
+    trust_remote_code: bool = False
+    """Let code that the target's folder holds run, which some targets need (`auto_map` in their config)."""
     skip_bad: bool = False
     """Leave out and count records that can't be used; otherwise the first of them is an error."""
     limit: Count | None = None
-    """Number of records to take, from the start or in the order of `shuffle_seed`; >= 1, none = all."""
+    """Number of records to take, bad ones included, from the start or in the seed's order; >= 1, none = all."""
     shuffle_seed: NonNegative | None = None
     """Seed of the records' order, so that `limit` takes a random share; >= 0, none = the order of the files."""
     duplicates: Literal["auto", "keep", "drop"] = "auto"
     """Whether to use a record whose content came before; auto = keep if answers are sampled, as they differ."""
     split: str = "train"
-    """Split of data sets of the hub (`hf://NAME`)."""
+    """Split of a data set of the hub (`hf://NAME`) or of a saved folder."""
     subset: str | None = None
     """Subset of data sets of the hub; none = their only subset."""
     columns: dict[str, str] = Field(default={})
     """Names that a record's keys have in the data, such as `prompt: question, response: answer`."""
+    roles: dict[str, str] = Field(default={})
+    """Roles that go by another name in the data, such as `alice: user`."""
+    ignore: list[str] = Field(default=[])
+    """Keys of the data to leave out, though they could carry conversation, such as `[context, images]`."""
     thinking: Literal["keep", "mask", "drop"] = "keep"
     """What to do with a reasoning model's thinking: supervise it, mask it, or drop it from given answers."""
     thinking_marks: tuple[str, str] = ("<think>", "</think>")
@@ -90,6 +99,21 @@ class ExtractConfig(Section):
     machinery: MachinerySection = MachinerySection()
     """How work and memory are divided."""
 
+    @field_validator("template_date", mode="before")
+    @classmethod
+    def _iso_date(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        try:
+            return datetime.date.fromisoformat(str(value)).isoformat()
+        except ValueError:
+            raise ValueError("a date such as 2026-01-31") from None
+
+    @property
+    def trusts_target_code(self) -> bool:
+        """Whether the target's own code may run: the setting says so, or an engine argument of that name."""
+        return self.trust_remote_code or self.engine_args.get("trust_remote_code") is True
+
     @field_validator("layer_ids")
     @classmethod
     def _distinct(cls, value: list[int] | None) -> list[int] | None:
@@ -102,7 +126,7 @@ class EstimateConfig(Section):
     """`estimate`: what an extraction and a training run will cost."""
 
     sample: Count | None = None
-    """Number of records to tokenize, evenly chosen; they stand for all records; >= 1, none = all."""
+    """Number of records to read, evenly chosen; they stand for all records; >= 1, none = all of up to 4096 records."""
     num_sequences: Count | None = None
     """Number of sequences that the records stand for; >= 1, none = one sequence per record."""
     tflops: PositiveFloat = 989.0
@@ -110,7 +134,9 @@ class EstimateConfig(Section):
     utilization: Ratio | None = None
     """Share of the GPU's peak that training reaches; in (0, 1], none = unknown. `make bench` measures it on a GPU."""
     tokens_per_second: PositiveFloat | None = None
-    """Rate of the extraction; > 0, none = the pilot's rate; without a pilot, unknown."""
+    """Rate of a worker's extraction; > 0, none = the pilot's rate; without a pilot, unknown."""
+    gpus: Count | None = None
+    """Number of GPUs that extract, and then train, together; >= 1, none = one worker extracts."""
     pilot: NonNegative = 0
     """Number of records to extract, to measure the rate, the length of answers and the size of each codec; >= 0.
 

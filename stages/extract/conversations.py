@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from ...data.cache.arrays import NO_CHOICE, TOKEN_ARRAYS
 from ...data.cache.sequence import NewSequence
@@ -66,7 +65,8 @@ class UnknownToken(PromptError):
 class Conversation(Protocol):
     """Asks the engine until a record's sequence is finished.
 
-    All conversations of a prompt set wait in memory at once, so they keep their tokens in arrays of few bytes.
+    All conversations of the claimed units, and of a small prompt set, wait in memory at once. So they keep their tokens
+    in arrays of few bytes.
     """
 
     record: PromptRecord
@@ -162,7 +162,6 @@ class GeneratedConversation:
         self,
         record: PromptRecord,
         chat: ChatFormat,
-        tokenizer: PreTrainedTokenizerBase,
         *,
         max_len: int,
         max_new_tokens: int,
@@ -175,7 +174,7 @@ class GeneratedConversation:
             PromptError: the record has no user message, the template refuses the record, or a token is unknown.
         """
         self.record, self._thinking = record, thinking
-        self._chat, self._tokenizer = chat.with_tools(record.tools), tokenizer
+        self._chat = chat.with_tools(record.tools)
         self._max_len, self._max_new_tokens, self._greedy = max_len, max_new_tokens, greedy
         self._vocab_size = vocab_size
         self._turns = split_turns(record)
@@ -205,8 +204,7 @@ class GeneratedConversation:
 
     def advance(self, completion: Completion) -> EngineRequest | FinishedSequence:
         if self._turns:
-            answer = self._tokenizer.decode(completion.output_ids, skip_special_tokens=True)
-            self._messages += [Message("assistant", str(answer)), *self._turns.pop(0)]
+            self._messages += [self._chat.answer(completion.output_ids), *self._turns.pop(0)]
             return self._request(self._prompt_ids(self._messages))
         return self._finish(completion)
 

@@ -44,7 +44,7 @@ def make_engine(target: Target, layer_ids: Sequence[int], config: ExtractConfig)
             plan_sampling(config),
             dtype=config.dtype,
             max_len=config.max_len,
-            engine_args=config.engine_args,
+            engine_args=config.engine_args | ({"trust_remote_code": True} if config.trusts_target_code else {}),
         )
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from .engine import Engine
 from .plan import ExtractPlan
 from .run import extract
 from .sink import ExtractReport
+from .units import PreparedUnit, WorkUnit
 
 INDEX_BYTES = 150
 """Bytes of a sequence in the index."""
@@ -84,14 +85,14 @@ def check_space(storage: Storage, plan: ExtractPlan, manifest: CacheManifest, co
     free = storage.free_bytes()
     if free is None or config.fill_disk:
         return
-    lengths = expected_lengths(plan.conversations, config.response_tokens, len(plan.conversations))
+    lengths = expected_lengths(plan.conversations, config.response_tokens, plan.num_expected)
     needed = cache_bytes(lengths, manifest, config.codec)
     if needed > free:
         longest = config.mode == "generate" and config.response_tokens is None
         how = f", if every answer takes all {config.max_new_tokens} tokens" if longest else ""
         shorter = "give the mean length of an answer with --response-tokens, " if longest else ""
         raise StorageError(
-            f"expected {needed / 2**30:.3f} GiB of free space at {storage.place} for {len(plan.conversations)} "
+            f"expected {needed / 2**30:.3f} GiB of free space at {storage.place} for {lengths.num_sequences} "
             f"sequences{how}, found {free / 2**30:.3f} GiB. Free some space, choose a smaller codec with --codec, "
             f"{shorter}or start nevertheless with --fill-disk."
         )
@@ -177,4 +178,6 @@ def choose_evenly(plan: ExtractPlan, number: int) -> ExtractPlan:
     chosen = np.linspace(0, len(plan.conversations) - 1, number).round().astype(int)
     conversations = [plan.conversations[i] for i in chosen]
     seq_ids = [conversation.record.seq_id for conversation in conversations]
-    return ExtractPlan(conversations, ExtractReport(), plan.prompt_set, seq_ids, {})
+    sample = PreparedUnit("pilot", conversations, seq_ids)
+    units = [WorkUnit("pilot", range(number), sample)]
+    return replace(plan, units=units, report=ExtractReport(), known_units={}, sample=sample)

@@ -17,7 +17,7 @@ from .conversations import Conversation, SequenceTooLong
 from .engine import ABORTED, Completion, Engine, EngineRequest
 from .plan import ExtractPlan
 from .sink import ExtractReport, Outcome, Sink
-from .units import WorkBoard, WorkUnit, split_units
+from .units import PreparedUnit, WorkBoard, WorkUnit
 
 SECONDS_BETWEEN_CLAIMS = 1.0
 """Waiting time while other workers hold all units that are left."""
@@ -36,7 +36,8 @@ def extract(
     The sequences that were finished are committed even if the run ends with an error.
 
     Args:
-        on_sequence: called for each sequence that is written, with its number of tokens and the lengths of the queues.
+        on_sequence: called for each sequence that is written, with its number of tokens and the lengths of the queues,
+            and with 0 tokens for each row that is left out after its unit was claimed.
         must_stop: once this is true, no sequence is started, and the started ones have `config.stop_seconds` to finish.
 
     Raises:
@@ -44,11 +45,10 @@ def extract(
         ExtractionError: the engine failed, or too many sequences were put into quarantine.
     """
     report = plan.report
-    if not plan.conversations:
+    if not plan.num_left:
         return report
-    units = split_units(plan.seq_ids, plan.conversations, config.machinery.unit_records)
-    board = WorkBoard(cache.storage, units, plan.known_units, config.machinery.lease_seconds)
-    worker = Worker(board, config, must_stop)
+    board = WorkBoard(cache.storage, plan.units, plan.known_units, config.machinery.lease_seconds)
+    worker = Worker(board, plan, config, must_stop, on_sequence)
     try:
         if worker.wait_for_work():
             work(worker, engine_factory, cache, plan, config, on_sequence)
@@ -105,9 +105,17 @@ def audit_written(engine: Engine, cache: Cache, seq_ids: list[str], share: float
 class Worker:
     """Keeps an engine busy with the conversations of the units that it claims."""
 
-    def __init__(self, board: WorkBoard, config: ExtractConfig, must_stop: Callable[[], bool]):
-        self.board, self._config, self._must_stop = board, config, must_stop
-        self._unit: WorkUnit | None = None
+    def __init__(
+        self,
+        board: WorkBoard,
+        plan: ExtractPlan,
+        config: ExtractConfig,
+        must_stop: Callable[[], bool],
+        on_sequence: Callable[[int, str], None],
+    ):
+        self.board, self._plan, self._config, self._must_stop = board, plan, config, must_stop
+        self._on_sequence = on_sequence
+        self._unit: PreparedUnit | None = None
         self._backlog: deque[tuple[str, Conversation]] = deque()
         self._running: dict[str, tuple[str, Conversation]] = {}
         self._num_aborted = 0
@@ -134,11 +142,16 @@ class Worker:
 
         Returns:
             Whether a unit was claimed; if not, nothing is left to do.
+
+        Raises:
+            PromptError: a record can't be used.
         """
         while self._unit is None and self.board.num_units_left and not self.is_stopping:
-            self._unit = self.board.claim()
-            if self._unit is None:
+            self._unit = self._claim()
+            if self._unit is None and self._failure is None:
                 time.sleep(SECONDS_BETWEEN_CLAIMS)
+        if self._failure is not None:
+            raise self._failure
         return self._unit is not None
 
     def run(self, engine: Engine, sink: Sink) -> None:
@@ -188,13 +201,42 @@ class Worker:
     def _take_unit(self, sink: Sink) -> bool:
         unit, self._unit = self._unit, None
         if unit is None and self.board.num_units_left and time.monotonic() >= self._next_claim:
-            unit = self.board.claim()
+            unit = self._claim()
             self._next_claim = 0.0 if unit else time.monotonic() + SECONDS_BETWEEN_CLAIMS
         if unit is None:
             return False
         sink.expect(unit)
         self._backlog += [(unit.unit_id, conversation) for conversation in unit.conversations]
         return True
+
+    def _claim(self) -> PreparedUnit | None:
+        """Claims a unit that has something left to do, and prepares it; None if there is none now.
+
+        A unit of which nothing is left is finished at once.
+        """
+        while not self.is_stopping and (unit := self.board.claim()) is not None:
+            prepared = unit.prepared or self._prepare(unit)
+            if prepared is None:
+                return None
+            if prepared.conversations:
+                return prepared
+            self.board.finish(prepared, {})
+        return None
+
+    def _prepare(self, unit: WorkUnit) -> PreparedUnit | None:
+        """Reads a unit's rows; None if a record can't be used."""
+        try:
+            prepared = self._plan.preparation.prepare(unit)
+        except PromptError as error:
+            self._failure = PromptError(
+                f"{error} What was finished is kept. The same command goes on once the record is mended; with "
+                "--skip-bad, such records are left out and counted."
+            )
+            return None
+        self._plan.report.count(prepared)
+        for _ in range(len(unit.rows) - len(prepared.conversations)):
+            self._on_sequence(0, "")
+        return prepared
 
     def _advance(self, completion: Completion, engine: Engine, sink: Sink) -> None:
         unit_id, conversation = self._running.pop(completion.key)

@@ -17,7 +17,7 @@ from ...data.cache.writer import StateWriter
 from ...data.errors import ExtractionError
 from ...data.prompts.records import PromptRecord
 from .conversations import FinishedSequence
-from .units import WorkBoard, WorkUnit
+from .units import PreparedUnit, WorkBoard
 
 MIN_QUARANTINED = 3
 """Number of sequences that may go into quarantine even if their share is larger than allowed."""
@@ -40,13 +40,26 @@ class ExtractReport:
     """The signal that came while the run extracted, whether or not sequences are left."""
     skipped: Counter[str] = field(default_factory=Counter)
     """Records without a sequence, by reason."""
+    rules: Counter[str] = field(default_factory=Counter)
+    """Name of a rule of reading -> records that it was applied to."""
     written_ids: list[str] = field(default_factory=list)
     audit: dict[str, Any] | None = None
     """What the audit found; with several workers, the audit with the worst error."""
 
+    def count(self, unit: PreparedUnit) -> None:
+        """Counts the rows of a unit that are present or left out."""
+        self.num_present += unit.num_present
+        self.skipped.update(unit.hopeless.values())
+        self.skipped.update(unit.left_out)
+        self.rules.update(unit.rules)
+
     def to_json(self) -> dict[str, Any]:
         names = ("num_written", "num_present", "num_checked", "num_argmax_differing", "num_left", "audit")
-        return {**{name: getattr(self, name) for name in names}, "skipped": dict(self.skipped)}
+        return {
+            **{name: getattr(self, name) for name in names},
+            "skipped": dict(self.skipped),
+            "rules": dict(self.rules),
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +93,7 @@ class Sink:
         self._max_quarantined, self._on_sequence = max_quarantined, on_sequence
         self._left: Counter[str] = Counter()
         self._skipped: dict[str, dict[str, str]] = {}
+        self._units: dict[str, PreparedUnit] = {}
         self._complete: list[str] = []
         self._num_faults = 0
         self._queue: queue.SimpleQueue[Outcome | Callable[[], None] | None] = queue.SimpleQueue()
@@ -92,8 +106,9 @@ class Sink:
         """Outcomes that wait for the thread."""
         return self._queue.qsize()
 
-    def expect(self, unit: WorkUnit) -> None:
+    def expect(self, unit: PreparedUnit) -> None:
         """Announces a unit; call this before its outcomes are put."""
+        self._units[unit.unit_id] = unit
         self._left[unit.unit_id] = len(unit.conversations)
         self._skipped[unit.unit_id] = {}
 
@@ -195,7 +210,7 @@ class Sink:
         """Reports the complete units as finished; call this when all that was appended is committed."""
         complete, self._complete = self._complete, []
         for unit_id in complete:
-            self._board.finish(unit_id, self._skipped.pop(unit_id))
+            self._board.finish(self._units.pop(unit_id), self._skipped.pop(unit_id))
 
 
 def find_fault(sequence: FinishedSequence) -> tuple[str, bool]:

@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from ...data.cache.storage.base import Storage
-from ...data.cache.target_files import PIECES, store_target_files, target_folder
+from ...data.cache.target_files import PIECE_FACTS, PIECES, store_target_files, target_folder
 from ...data.errors import CacheCorruptError, TargetError
 from ...data.hashing import hash_text
 from ..hub import find_model
 from .adapter import Adapter, load_adapter
+from .architecture import Architecture, build, one_line
+from .fingerprint import FILE_HASHES
+from .pieces import Pieces, find_pieces
+from .weights import Weights, read_json_object, refuse_pointers
 
-WEIGHTS_INDEX = "model.safetensors.index.json"
-PIECE_SUFFIXES = {
-    "embed_tokens.weight": ("embed_tokens.weight",),
-    "norm.weight": ("model.norm.weight", "language_model.norm.weight"),
-    "norm.bias": ("model.norm.bias", "language_model.norm.bias"),
-    "lm_head.weight": ("lm_head.weight",),
-    "lm_head.bias": ("lm_head.bias",),
-}
-"""Piece -> ends of the tensor's name in the weights of the architectures that vpd knows."""
-REQUIRED_PIECES = ("embed_tokens.weight", "norm.weight")
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 """Patterns of the config's and the tokenizer's files."""
-HASH_BLOCK = 1 << 22
+GENERATION_CONFIG = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -45,11 +37,20 @@ class Target:
 
     name: str
     folder: Path
-    config: PretrainedConfig
-    """Config of the language model."""
+    model_config: PretrainedConfig
+    """Config of the whole model, which may hold more than the language model, such as a vision tower."""
     tokenizer: PreTrainedTokenizerBase
     adapter: Adapter | None = None
     """LoRA adapter that the engine adds to the target's weights; None = no adapter."""
+    trust_remote_code: bool = False
+    """Whether code in the folder may run."""
+    further_end_ids: tuple[int, ...] = ()
+    """Tokens that end an answer beside those that the target's files name."""
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """Config of the language model."""
+        return self.model_config.get_text_config()
 
     @property
     def num_layers(self) -> int:
@@ -65,24 +66,61 @@ class Target:
 
     @property
     def eos_token_ids(self) -> set[int]:
-        """Tokens that end an answer, as the tokenizer, the config and the generation config name them."""
-        path = self.folder / "generation_config.json"
-        generation = json.loads(path.read_text()) if path.is_file() else {}
-        found: set[int] = set()
+        """Tokens that end an answer: those of the tokenizer, the config and the generation config, and further ones.
+
+        Raises:
+            TargetError: the generation config is damaged, or names no token ids.
+        """
+        path = self.folder / GENERATION_CONFIG
+        generation = read_json_object(path) if path.is_file() else {}
+        found = set(self.further_end_ids)
         ends: list[Any] = [self.tokenizer.eos_token_id, self.config.eos_token_id, generation.get("eos_token_id")]
-        for ids in ends:
-            found |= {int(i) for i in ids} if isinstance(ids, list) else set() if ids is None else {int(ids)}
+        try:
+            for ids in ends:
+                found |= {int(i) for i in ids} if isinstance(ids, list) else set() if ids is None else {int(ids)}
+        except (TypeError, ValueError):
+            raise TargetError(
+                f"expected token ids at eos_token_id in {path} and in config.json beside it, found {ends}. Correct "
+                "these files."
+            ) from None
         return found
+
+    @cached_property
+    def weights(self) -> Weights:
+        """The tensors of the weight files.
+
+        Raises:
+            TargetError: a file is missing or damaged.
+        """
+        return Weights(self.folder)
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """
+        Raises:
+            TargetError: transformers has no class for the target that vpd can use.
+        """
+        return build(self.model_config, self.trust_remote_code)
+
+    @cached_property
+    def pieces(self) -> Pieces:
+        """The pieces that stage two needs, found in the weights but not read.
+
+        Raises:
+            TargetError: the weights lack a piece, or hold it in a form that vpd can't read.
+        """
+        return find_pieces(self.architecture, self.weights, self.model_config)
 
     def weight_files(self) -> list[Path]:
         return sorted(self.folder.glob("*.safetensors"))
 
+    def hashed_files(self) -> list[Path]:
+        """The config and every weight file, with the adapter's files."""
+        return [self.folder / "config.json", *self.weight_files(), *(self.adapter.files if self.adapter else [])]
+
     def fingerprint(self) -> str:
         """Hash of the config and of every weight file, with the adapter's; 16 hex digits."""
-        files = [self.folder / "config.json", *self.weight_files(), *(self.adapter.files if self.adapter else [])]
-        with ThreadPoolExecutor(max_workers=4) as pool:
-            digests = list(pool.map(_hash_file, files))
-        return hash_text("".join(digests))
+        return hash_text("".join(FILE_HASHES.of(self.hashed_files())))
 
     def tokenizer_hash(self) -> str:
         """Hash of the vocabulary and of all else that decides a text's token ids; 16 hex digits."""
@@ -91,29 +129,89 @@ class Target:
         return hash_text(content)
 
 
-def load_target(name: str, adapter: str | None = None) -> Target:
+def load_target(
+    name: str, adapter: str | None = None, *, weights: bool = True, trust_remote_code: bool = False
+) -> Target:
     """Finds a target: a local folder, or a model of the hub (downloaded, or from the hub's local cache).
 
     Args:
         adapter: folder of a LoRA adapter for the target.
+        weights: whether the weights are needed; without them, config and tokenizer are enough.
+        trust_remote_code: whether code in the folder may run.
 
     Raises:
-        TargetError: there is no such target or adapter, or the target lacks its config, tokenizer or weights.
+        TargetError: there is no such target or adapter, or the target's config, tokenizer or weights can't be used.
     """
-    folder = find_model(name, (*SMALL_FILES, "*.safetensors"), "target", TargetError)
+    files = (*SMALL_FILES, *(["*.safetensors"] if weights else []), *(["*.py"] if trust_remote_code else []))
+    folder = find_model(name, files, "target", TargetError)
     if not (folder / "config.json").is_file():
         raise TargetError(f"expected a model in {folder}, found no config.json. Give a transformers model folder.")
-    if not list(folder.glob("*.safetensors")):
+    refuse_pointers(sorted(path for pattern in SMALL_FILES for path in folder.glob(pattern)))
+    config = load_config(folder, trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code)
+    found = Target(
+        name, folder, config, tokenizer, None if adapter is None else load_adapter(adapter), trust_remote_code
+    )
+    _ = found.eos_token_ids
+    if weights:
+        _ = found.pieces
+    return found
+
+
+def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
+    """
+    Raises:
+        TargetError: the config is damaged, of an unknown kind, or needs code that may not run.
+    """
+    content = read_json_object(folder / "config.json")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        sizes = [getattr(config.get_text_config(), name) for name in ("num_hidden_layers", "hidden_size", "vocab_size")]
+    except Exception as error:  # the class may be any code
+        if content.get("auto_map") and not trust_remote_code:
+            raise remote_code_error(folder, "config.json") from None
         raise TargetError(
-            f"expected weights (*.safetensors) in the target's folder {folder}, found none. "
-            "Save the model with save_pretrained, or download it completely."
+            f"the target's config {folder / 'config.json'} can't be loaded: {one_line(error)}."
+        ) from error
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise TargetError(
+            f"expected positive num_hidden_layers, hidden_size and vocab_size in {folder / 'config.json'}, "
+            f"found {sizes}. Download the file again."
+        )
+    return config
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer that the folder ships. A Mistral folder's `tokenizer.json` goes before its `tekken.json`.
+
+    Raises:
+        TargetError: the tokenizer is damaged, of a newer form, or needs code that may not run.
+    """
+    settings = folder / "tokenizer_config.json"
+    content = read_json_object(settings) if settings.is_file() else {}
+    args = {"mistral_format": False} if (folder / "tekken.json").is_file() else {}
+    if args and not (folder / "tokenizer.json").is_file():
+        raise TargetError(
+            f"expected a tokenizer.json in {folder}, found tekken.json alone, whose tokenizer has no chat template and "
+            "gives no places of tokens in the text. Give a folder in the form of transformers, with tokenizer.json."
         )
     try:
-        config = AutoConfig.from_pretrained(folder).get_text_config()
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise TargetError(f"the target's config or tokenizer in {folder} can't be loaded: {error}") from error
-    return Target(name, folder, config, tokenizer, None if adapter is None else load_adapter(adapter))
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **args)
+    except Exception as error:  # tokenizers raises bare exceptions
+        if content.get("auto_map") and not trust_remote_code:
+            raise remote_code_error(folder, settings.name) from None
+        raise TargetError(
+            f"the target's tokenizer in {folder} can't be loaded: {one_line(error)}. The files may be cut short, or "
+            "made by a newer version of tokenizers: download tokenizer.json and tokenizer_config.json again, or "
+            "update transformers."
+        ) from error
+
+
+def remote_code_error(folder: Path, file: str) -> TargetError:
+    return TargetError(
+        f"the target needs its own code (auto_map in {folder / file}), which vpd runs only with leave. Read the *.py "
+        "files in that folder; if you trust them, set --trust-remote-code (extract.trust_remote_code)."
+    )
 
 
 def context_layers(num_target_layers: int, num_draft_layers: int) -> tuple[int, ...]:
@@ -158,63 +256,47 @@ def copy_pieces(target: Target, storage: Storage) -> None:
         pass
     with tempfile.TemporaryDirectory(dir=storage.local_folder) as temporary:
         folder = Path(temporary)
-        target.config.save_pretrained(folder)
-        target.tokenizer.save_pretrained(folder)
-        if (target.folder / "generation_config.json").is_file():
-            shutil.copy(target.folder / "generation_config.json", folder)
+        save_plainly(target, folder)
+        if (target.folder / GENERATION_CONFIG).is_file():
+            shutil.copy(target.folder / GENERATION_CONFIG, folder)
         save_file(read_pieces(target), folder / PIECES)
+        if facts := target.pieces.facts():
+            (folder / PIECE_FACTS).write_text(json.dumps(facts, indent=2, sort_keys=True))
         with suppress(FileExistsError):  # another run has stored the same pieces in the meantime
             store_target_files(storage, folder)
+
+
+def save_plainly(target: Target, folder: Path) -> None:
+    """Saves config and tokenizer so that no code of the target is needed to read them."""
+    target.config.save_pretrained(folder)
+    target.tokenizer.save_pretrained(folder)
+    for name in ("config.json", "tokenizer_config.json"):
+        path = folder / name
+        content = json.loads(path.read_text()) if path.is_file() else {}
+        if content.pop("auto_map", None) is not None:
+            path.write_text(json.dumps(content, indent=2))
+    for path in folder.glob("*.py"):
+        path.unlink()
 
 
 def read_pieces(target: Target) -> dict[str, torch.Tensor]:
     """Embedding, final norm, and LM head unless it is tied to the embedding; with their biases, if they have any.
 
     Raises:
-        TargetError: the weights have no tensor, or several, of a piece's name.
+        TargetError: the weights lack a piece, or hold it in a form that vpd can't read.
     """
-    where = _tensor_files(target)
-    pieces: dict[str, torch.Tensor] = {}
-    for piece, suffixes in PIECE_SUFFIXES.items():
-        names = [name for name in where if name.endswith(suffixes)]
-        is_tied = piece == "lm_head.weight" and target.config.tie_word_embeddings
-        if is_tied or not (names or piece in REQUIRED_PIECES):
-            continue
-        if len(names) != 1:
-            raise TargetError(
-                f"expected one tensor named ...{' or ...'.join(suffixes)} in the weights of {target.folder}, "
-                f"found {len(names)}. vpd does not know the tensor names of this architecture."
-            )
-        with safe_open(where[names[0]], "pt") as file:
-            pieces[piece] = file.get_tensor(names[0])
-    return pieces
+    return target.pieces.read()
 
 
-def _tensor_files(target: Target) -> dict[str, Path]:
-    """Tensor name -> file, from the weights' index or from the files' headers."""
-    index = target.folder / WEIGHTS_INDEX
-    if index.is_file():
-        return {name: target.folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    found: dict[str, Path] = {}
-    for path in target.weight_files():
-        with safe_open(path, "pt") as file:
-            found |= dict.fromkeys(file.keys(), path)
-    return found
+def target_facts(target: Target, fingerprint: str | None = None) -> dict[str, Any]:
+    """The manifest's fields about the target.
 
-
-def _hash_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(HASH_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def target_facts(target: Target) -> dict[str, Any]:
-    """The manifest's fields about the target."""
+    Args:
+        fingerprint: the target's, if it is known; None = its files are hashed.
+    """
     return {
         "target": target.name if target.adapter is None else f"{target.name} + {target.adapter.folder}",
-        "target_fingerprint": target.fingerprint(),
+        "target_fingerprint": target.fingerprint() if fingerprint is None else fingerprint,
         "tokenizer_hash": target.tokenizer_hash(),
         "num_target_layers": target.num_layers,
         "hidden_size": target.hidden_size,

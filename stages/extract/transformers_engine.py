@@ -11,10 +11,10 @@ from typing import Any, cast
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from ...data.errors import ConfigError, TargetError
 from .adapter import Adapter, can_apply
+from .architecture import auto_class, one_line, text_tower
 from .engine import Completion, EngineRequest, Sampling, engine_facts
 from .target import Target
 
@@ -50,14 +50,14 @@ class TransformersEngine:
         self._batch_size = int(model_args.pop("batch_size", 1))
         if self._batch_size < 1:
             raise ConfigError(f"expected a batch_size of at least 1, got {self._batch_size}.")
-        self._model = AutoModelForCausalLM.from_pretrained(target.folder, dtype=dtype, **model_args)
+        self._model = load_model(target, dtype, **model_args)
         if target.adapter is not None:
             self._load_adapter(target.adapter, target.folder)
         cast(nn.Module, self._model).to(self._device).eval()
         self._sampling = sampling
         self._ends = [[token_id] for token_id in target.eos_token_ids]
         self._captured: dict[int, Tensor] = {}
-        layers = decoder_layers(self._model, target.num_layers)
+        _, layers = text_tower(self._model, target.num_layers)
         for layer_id in layer_ids:
             layers[layer_id].register_forward_hook(self._hook(layer_id))
         self._layer_ids = tuple(layer_ids)
@@ -146,20 +146,33 @@ class TransformersEngine:
         return keep
 
 
-def decoder_layers(model: nn.Module, num_layers: int) -> nn.ModuleList:
-    """The model's list of decoder layers.
+def load_model(target: Target, dtype: Any, **model_args: Any) -> Any:
+    """The target as transformers loads it.
+
+    Args:
+        model_args: arguments of `from_pretrained`.
 
     Raises:
-        TargetError: the model does not have exactly one list of `num_layers` layers.
+        TargetError: transformers can't load the target, or its weights lack a tensor.
     """
-    lists = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and name.rsplit(".", 1)[-1] == "layers" and len(module) == num_layers
-    ]
-    if len(lists) != 1:
-        raise TargetError(f"expected one list of {num_layers} decoder layers, found {len(lists)} in {type(model)}.")
-    return lists[0]
+    args = {"trust_remote_code": target.trust_remote_code, **model_args}
+    try:
+        model, found = auto_class(target.model_config).from_pretrained(
+            target.folder, dtype=dtype, output_loading_info=True, **args
+        )
+    except Exception as error:  # the class may be any code, and a quantized target needs further packages
+        raise TargetError(f"transformers can't load the target {target.folder}: {one_line(error)}.") from error
+    absent = {*found["missing_keys"], *(each[0] for each in found["mismatched_keys"])}
+    # What lies beside the text tower, such as a vision tower, has no part in a text.
+    used = (text_tower(model, target.num_layers)[0], target.architecture.head)
+    missing = sorted(name for name in absent if name.startswith(used))
+    if missing:
+        raise TargetError(
+            f"expected all weights of {type(model).__name__} in {target.folder}, found none of the right shape for "
+            f"{', '.join(missing[:4])}{f' and {len(missing) - 4} more' if len(missing) > 4 else ''}. The weights are "
+            "of another model or incomplete: download config.json and the weights again."
+        )
+    return model
 
 
 def pad_left(prompts: list[list[int]], device: str) -> tuple[Tensor, Tensor]:

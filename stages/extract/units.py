@@ -15,16 +15,16 @@ import sys
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ...data.cache.records import dump_record, parse_record
 from ...data.cache.storage.base import Storage
 from ...data.cache.work import DONE, WORK, read_units
-from ...data.hashing import hash_text
 from .conversations import Conversation
 
 LEASE, WORKER = ".lease.json", ".worker.json"
@@ -33,30 +33,45 @@ HANG_SECONDS = 1800.0
 
 
 @dataclass(frozen=True, slots=True)
-class WorkUnit:
-    """A slice of the prompt set, and the part of the slice that is left to do."""
+class PreparedUnit:
+    """A unit whose rows were read, and the part of them that is left to do."""
 
     unit_id: str
-    """Hash of the ids of all records of the slice, done or not; 16 hex digits."""
     conversations: list[Conversation]
+    sequences: list[str] = field(default_factory=list)
+    """Ids of all sequences of the unit, done or not."""
+    hopeless: dict[str, str] = field(default_factory=dict)
+    """Id -> reason of the records that, as an earlier run found, never give a sequence."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Rows without a sequence of their own, by reason; without the hopeless ones."""
+    rules: Counter[str] = field(default_factory=Counter)
+    """Name of a rule of reading -> rows that it was applied to."""
+
+    @property
+    def num_present(self) -> int:
+        """Sequences that the cache already held."""
+        return len(self.sequences) - len(self.conversations)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.sequences) + len(self.hopeless) + self.left_out.total()
 
 
-def split_units(seq_ids: Sequence[str], conversations: Sequence[Conversation], size: int) -> list[WorkUnit]:
-    """The units of a prompt set that have something left to do.
+@dataclass(frozen=True, slots=True)
+class WorkUnit:
+    """A slice of the prompt set that one worker does."""
 
-    Args:
-        seq_ids: ids of all records, in their order.
-        conversations: the records that are left to do.
-        size: number of records of a unit.
-    """
-    missing = {conversation.record.seq_id: conversation for conversation in conversations}
-    units: list[WorkUnit] = []
-    for start in range(0, len(seq_ids), size):
-        ids = seq_ids[start : start + size]
-        left = [missing[seq_id] for seq_id in ids if seq_id in missing]
-        if left:
-            units.append(WorkUnit(hash_text("\n".join(ids)), left))
-    return units
+    unit_id: str
+    """The slice's key; 16 hex digits."""
+    rows: Sequence[int]
+    """Numbers of the slice's rows."""
+    prepared: PreparedUnit | None = None
+    """None until somebody reads the rows, which may be after the claim."""
+
+    @property
+    def num_left(self) -> int:
+        """Records that are left to do; if nobody has read the rows, there may be fewer."""
+        return len(self.rows) if self.prepared is None else len(self.prepared.conversations)
 
 
 class WorkBoard:
@@ -90,8 +105,8 @@ class WorkBoard:
 
     @property
     def num_left(self) -> int:
-        """Conversations of those units."""
-        return sum(len(unit.conversations) for unit in self._left.values())
+        """Records of those units."""
+        return sum(unit.num_left for unit in self._left.values())
 
     def claim(self) -> WorkUnit | None:
         """Claims a unit that no living worker holds; None if there is none now, which changes if a worker dies."""
@@ -116,14 +131,22 @@ class WorkBoard:
         """Notes that the worker's loop goes on. After a first call, the worker loses its units if no call follows."""
         self._last_progress = time.monotonic()
 
-    def finish(self, unit_id: str, skipped: dict[str, str]) -> None:
+    def finish(self, unit: PreparedUnit, skipped: Mapping[str, str]) -> None:
         """Records that a unit's sequences are committed.
 
         Args:
-            skipped: id -> reason of the unit's records that never give a sequence.
+            skipped: id -> reason of the unit's conversations that never give a sequence.
         """
+        unit_id = unit.unit_id
         before = self._known[unit_id]["skipped"] if unit_id in self._known else {}
-        record = {"worker": self._worker, "host": socket.gethostname(), "skipped": before | skipped}
+        record = {
+            "worker": self._worker,
+            "host": socket.gethostname(),
+            "skipped": {**before, **unit.hopeless, **skipped},
+            "sequences": unit.sequences,
+            "left_out": dict(unit.left_out),
+            "rules": dict(unit.rules),
+        }
         self._storage.write(f"{WORK}/{unit_id}{DONE}", dump_record(record))
         self._held.pop(unit_id, None)
         for name in self._storage.list_folder(WORK):

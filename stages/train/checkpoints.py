@@ -12,7 +12,8 @@ import torch
 
 from ...data.cache.storage.files import write_text_durably
 from ...data.errors import DrafterError
-from ..drafter.checkpoint import CONFIG, WEIGHTS
+from ..drafter.checkpoint import CONFIG, FILES, WEIGHTS
+from ..drafter.weights import advice_for
 from ..hub import find_model
 
 CHECKPOINTS, STATE, ALPHA = "checkpoints", "training_state.pt", "alpha.json"
@@ -39,14 +40,15 @@ def keep_latest(run: Path, keep: int) -> None:
     best = best_checkpoints(run)
     for path in list_checkpoints(run)[:-keep]:
         if path not in best:
-            # Renamed first, so that a checkpoint that is half removed is not taken for a complete one.
-            shutil.rmtree(path.rename(path.with_name(f".{path.name}.removed.tmp")))
+            # Renamed first, so that a checkpoint that is half removed is not taken for a complete one. On NFS a file
+            # that another process reads can't be removed yet; `remove_unfinished` does so when the run is continued.
+            shutil.rmtree(path.rename(path.with_name(f".{path.name}.removed.tmp")), ignore_errors=True)
 
 
 def remove_unfinished(run: Path) -> None:
     """Removes unfinished checkpoints, which processes leave behind that are killed while they write or remove one."""
     for path in (run / CHECKPOINTS).glob(".step-*.tmp"):
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 class CheckpointResult(NamedTuple):
@@ -91,11 +93,15 @@ def find_drafter(name: str | Path) -> Path:
     Raises:
         DrafterError: there is no such drafter.
     """
-    folder = find_model(str(name), (CONFIG, WEIGHTS), "drafter", DrafterError)
+    folder = find_model(str(name), FILES, "drafter", DrafterError)
     if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
         return folder
     checkpoints = list_checkpoints(folder)
     if not checkpoints:
+        if (folder / CONFIG).is_file():
+            raise DrafterError(
+                f"expected the weights of a drafter in {folder / WEIGHTS}. {advice_for(folder / WEIGHTS)}"
+            )
         raise DrafterError(
             f"expected a drafter in {folder}: a checkpoint ({CONFIG}, {WEIGHTS}) or a run with checkpoints; found "
             "neither. Train one with `vpd train`, or give a DFlash checkpoint."

@@ -12,7 +12,6 @@ from ..config import (
     NonNegativeFloat,
     OneOf,
     PositiveFloat,
-    Ratio,
     Section,
     Share,
 )
@@ -49,8 +48,8 @@ class PrefixConfig(Section):
 
     sampler: PrefixSampler = "posterior"
     """The rule that draws prefix lengths."""
-    beta: Ratio = 0.9
-    """Ratio of the geometric prior over prefix lengths (Eq. 6); in (0, 1]."""
+    beta: PositiveFloat = 0.9
+    """Ratio of the geometric prior over prefix lengths (Eq. 6); > 0. Above 1, long prefixes are likelier."""
     k: Count = 4
     """Branches among which `topk` chooses; >= 1."""
     mixture: dict[PrefixSampler, PositiveFloat] = Field(default={"past-boundary": 0.7, "geometric": 0.3})

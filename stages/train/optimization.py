@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from transformers import get_scheduler
 
 from .config import TrainConfig
 
-SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+SCHEDULES: dict[str, Callable[[int, int], float]] = {
+    "cosine": lambda step, num_steps: 0.5 * (1.0 + math.cos(math.pi * (step / max(1, num_steps)))),
+    "linear": lambda step, num_steps: (num_steps - step) / max(1, num_steps),
+    "constant": lambda step, num_steps: 1.0,
+}
+"""Schedule -> share of the learning rate in a step; steps are counted from the end of the warmup."""
 
 
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
@@ -32,9 +37,19 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
 
 
 def make_schedules(optimizers: Iterable[Optimizer], config: TrainConfig, num_steps: int) -> list[LRScheduler]:
-    """One learning rate schedule for each optimizer."""
-    num_warmup = round(config.warmup * num_steps)
-    return [get_scheduler(SCHEDULES[config.schedule], each, num_warmup, num_steps) for each in optimizers]
+    """One learning rate schedule for each optimizer: a linear warmup, then the schedule of the settings.
+
+    The schedules are those of transformers' `get_scheduler`, whose import takes longer than that of all else that
+    training needs.
+    """
+    num_warmup, schedule = round(config.warmup * num_steps), SCHEDULES[config.schedule]
+
+    def share(step: int) -> float:
+        if step < num_warmup:
+            return step / num_warmup
+        return max(0.0, schedule(step - num_warmup, num_steps - num_warmup))
+
+    return [LambdaLR(each, share) for each in optimizers]
 
 
 class WeightAverage:

@@ -12,8 +12,9 @@ from ...data.cache.manifest import CacheManifest
 from ...data.errors import CacheNotFoundError, ConfigError, DrafterError
 from ..config import ReadConfig
 from ..drafter.checkpoint import check_fits, drafter_fingerprint
-from ..drafter.shape import DrafterShape, rope_parameters
-from ..drafter.target_pieces import TargetPieces, choose_mask_token, load_target_config
+from ..drafter.model import INIT_STD
+from ..drafter.shape import DrafterShape
+from ..drafter.target_pieces import TargetPieces, choose_mask_token, full_attention_theta, load_target_config
 from ..evaluate.config import EvalConfig
 from ..evaluate.plan import ReplayPlan, plan_replay, require_complete
 from ..holdout import split_rows
@@ -55,7 +56,7 @@ def shape_for(
         head_dim=section.head_dim or target.get("head_dim") or manifest.hidden_size // num_heads,
         intermediate_size=own_or_target("intermediate_size"),
         rms_norm_eps=target.get("rms_norm_eps", 1e-6),
-        rope_theta=section.rope_theta or float(rope_parameters(target).get("rope_theta", 10000.0)),
+        rope_theta=section.rope_theta or full_attention_theta(target),
         max_position_embeddings=target.get("max_position_embeddings", DEFAULT_MAX_POSITIONS),
         vocab_size=manifest.vocab_size,
         block_size=section.block_size,
@@ -63,6 +64,38 @@ def shape_for(
         target_layer_ids=manifest.layer_ids,
         num_target_layers=manifest.num_target_layers,
     )
+
+
+def check_agrees(shape: DrafterShape, config: dict[str, Any], where: str) -> None:
+    """Checks that a drafter's config asks for the drafter that is trained, where no setting says otherwise.
+
+    Args:
+        config: the result of `check_config`; a key that is absent asks for nothing.
+
+    Raises:
+        DrafterError: the config asks for another drafter; the message names all differences.
+    """
+    trained = {
+        "hidden_size": shape.hidden_size,
+        "vocab_size": shape.vocab_size,
+        "num_target_layers": shape.num_target_layers,
+        "rms_norm_eps": shape.rms_norm_eps,
+        "max_position_embeddings": shape.max_position_embeddings,
+        "initializer_range": INIT_STD,
+        "attention_dropout": 0,
+        "target_layer_ids": list(shape.target_layer_ids),
+    }
+    asked = config | {"target_layer_ids": (config.get("dflash_config") or {}).get("target_layer_ids")}
+    different = [
+        f"{name}: the file has {asked[name]!r:.80}, this run trains {value}"
+        for name, value in trained.items()
+        if asked.get(name) is not None and asked[name] != value
+    ]
+    if different:
+        raise DrafterError(
+            f"{where} asks for another drafter than this cache can train. {'; '.join(different)}. Use a cache of that "
+            "target with these layers, or correct the file."
+        )
 
 
 def plan_first_drafts(cache: Cache, shape: DrafterShape, config: TrainConfig) -> FirstDrafts | None:
@@ -80,7 +113,7 @@ def plan_first_drafts(cache: Cache, shape: DrafterShape, config: TrainConfig) ->
             f"{', '.join(readers)}: expected first drafts in {cache.place}, found none. Make them with vpd draft "
             f"{cache.place} --first-drafter DIR, or choose --prefix-sampler geometric and --anchor-sampler uniform."
         )
-    drafts = FirstDrafts.open(cache, first_drafter_fingerprint(config))
+    drafts = FirstDrafts.open(cache, first_drafter_fingerprint(cache, config))
     if drafts.block_size != shape.block_size:
         raise ConfigError(
             f"the first drafts {drafts.fingerprint} have block size {drafts.block_size}, drafter.block_size is "
@@ -147,13 +180,13 @@ def plan_run_replay(
         CacheNotFoundError: the cache lacks first drafts, or there is nothing to replay.
         DrafterError: the first drafts leave out anchors.
     """
-    first = FirstDrafts.open(cache, first_drafter_fingerprint(config)) if config.objective == "vp" else None
+    first = FirstDrafts.open(cache, first_drafter_fingerprint(cache, config)) if config.objective == "vp" else None
     return plan_replay(cache, held_out, first, evaluation, read)
 
 
-def first_drafter_fingerprint(config: TrainConfig) -> str | None:
+def first_drafter_fingerprint(cache: Cache, config: TrainConfig) -> str | None:
     """Fingerprint of the first drafter that the config names by its folder, hub id or fingerprint."""
     named = config.first_drafter
     if named is None or not ("/" in named or Path(named).is_dir()):
         return named
-    return drafter_fingerprint(find_drafter(named))
+    return drafter_fingerprint(find_drafter(named), cache.target_folder)

@@ -146,7 +146,11 @@ def _lengths(facts: BlockFacts) -> Tensor:
 
 
 def _eq_6(config: PrefixConfig, facts: BlockFacts) -> Tensor:
-    return (config.beta ** _lengths(facts).float()).expand(len(facts.num_labels_N), -1)
+    if config.beta <= 1:
+        return (config.beta ** _lengths(facts).float()).expand(len(facts.num_labels_N), -1)
+    # In proportion to the weight of the longest length that leaves a label, so that no weight is too large for float32.
+    below_longest_NJ = (_lengths(facts) - (facts.num_labels_N[:, None] - 1)).clamp(max=0)
+    return config.beta ** below_longest_NJ.float()
 
 
 def _where_the_draft_fails(facts: BlockFacts, num_further: int) -> Tensor:

@@ -121,7 +121,7 @@ class Trainer:
         self.feature_rms_D = feature_rms(cache, rows).to(self.device)
         # A run that is resumed takes its weights from its checkpoint.
         initial = config.model_copy(update={"init": None}) if list_checkpoints(run) else config
-        drafter = make_drafter(shape, initial, self.feature_rms_D.cpu()).to(self.device).train()
+        drafter = make_drafter(shape, initial, self.feature_rms_D.cpu(), cache.target_folder).to(self.device).train()
         drafter.attention = choose_attention(config, self.device)
         if config.compile:
             drafter.compile_layers()
@@ -321,18 +321,27 @@ class Trainer:
         )
 
 
-def make_drafter(shape: DrafterShape, config: TrainConfig, feature_rms_D: Tensor) -> Drafter:
+def make_drafter(
+    shape: DrafterShape, config: TrainConfig, feature_rms_D: Tensor, target_folder: Path | None = None
+) -> Drafter:
     """A new drafter, or the one that `train.init` names, for context features divided by `feature_rms_D`.
 
     Checkpoints hold the weights for features that are not divided.
+
+    Args:
+        target_folder: the cache's `target_folder`, for a drafter that holds copies of the target's weights.
 
     Raises:
         VpdError: the drafter that `train.init` names has another shape.
     """
     if config.init is not None:
-        drafter = load_drafter(find_drafter(config.init))
-        if replace(drafter.shape, block_size=shape.block_size, mask_token_id=shape.mask_token_id) != shape:
-            differing = [n for n in DrafterShape.__slots__ if getattr(drafter.shape, n) != getattr(shape, n)]
+        drafter = load_drafter(find_drafter(config.init), target_folder=target_folder)
+        free = {name: getattr(shape, name) for name in ("block_size", "mask_token_id")}
+        if drafter.shape.num_target_layers is None:
+            free["num_target_layers"] = shape.num_target_layers
+        found = replace(drafter.shape, **free)
+        if found != shape:
+            differing = [name for name in DrafterShape.__slots__ if getattr(found, name) != getattr(shape, name)]
             raise VpdError(
                 f"the drafter {config.init} given as train.init differs from this run's in {', '.join(differing)}. "
                 "Set the drafter section to its values."

@@ -159,12 +159,13 @@ def serve_ours(pipe: Connection, target_folder: Path, prompts_file: Path) -> Non
 
 
 def prompt_ids(target_folder: Path, prompts_file: Path) -> list[list[int]]:
-    from vpd.stages.extract.inputs import make_chat, plan_prompts
+    from vpd.data.prompts.records import read_prompts
+    from vpd.stages.extract.inputs import make_chat
     from vpd.stages.extract.target import load_target
 
     config = make_config()
     chat = make_chat(load_target(str(target_folder)), config)
-    return [chat.prompt_ids(record.messages) for record in plan_prompts([str(prompts_file)], config).records]
+    return [chat.prompt_ids(record.messages) for record in read_prompts([prompts_file], keep_duplicates=False).records]
 
 
 def make_config() -> Any:

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/run.py [--out FILE] [--only NAME] ...
 
-They take about thirteen minutes and 4 GiB of the disk below OUT, which is given back. Ratios compare what was measured
+They take about fourteen minutes and 4 GiB of the disk below OUT, which is given back. Ratios compare what was measured
 in the same run, in turn; still, a machine that does nothing else gives the truest ones.
 """
 
@@ -23,6 +23,7 @@ from bench_codecs import bench_codecs
 from bench_extract import bench_extract
 from bench_feed import bench_feed
 from bench_open import bench_open
+from bench_plan import bench_plan
 from bench_read import bench_read
 from bench_remote import bench_remote
 from bench_start import bench_start
@@ -36,6 +37,7 @@ BENCHMARKS: dict[str, list[Callable[[Path], list[Figure]]]] = {
     "read": [partial(bench_read, workload=workload) for workload in (QWEN3, SMOLLM2)],
     "start": [bench_start],
     "open": [bench_open],
+    "plan": [bench_plan],
     "codecs": [bench_codecs],
     "feed": [partial(bench_feed, workload=SMOLLM2)],
     "train": [bench_train],

@@ -3,17 +3,13 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from support.chats import CHATML, END, NO_END, TOKENIZER, TRIMMING, byte_level_tokenizer, chat_format, supervised, talk
+from tokenizers import processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from vpd.data.chat import ChatFormat, TokenizedConversation
 from vpd.data.errors import PromptError
 from vpd.data.prompts.messages import Message
 
-END = "<|im_end|>"
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 # In Qwen3's manner: answers before the last user turn lose their thinking, and without thinking the
 # generation prompt closes an empty think block.
 QWEN3 = """
@@ -37,10 +33,6 @@ MARKED = (
     "{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
 )
 MARKED_WITHOUT_END = MARKED.replace("m.content + '<|im_end|>' }}{%- endg", "m.content }}{%- endg")
-NO_END = (
-    "{% for m in messages %}{{ '[' + m.role + ']' + m.content }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
-)
 END_OF_USER_ONLY = NO_END.replace("m.content }}", "m.content + ('<|im_end|>' if m.role == 'user' else '') }}")
 END_BETWEEN_TURNS = (
     "{% for m in messages %}{{ '[' + m.role + ']' + m.content }}"
@@ -58,55 +50,6 @@ ALTERNATING = (
     "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('roles must alternate') }}{% endif %}{{ m.content }}{% endfor %}"
 )
-
-
-def byte_level_tokenizer(**post_processing: bool) -> PreTrainedTokenizerFast:
-    """A byte-level BPE: any text has tokens, and an emoji is several that share one character offset."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    if post_processing:
-        tokenizer.post_processor = processors.ByteLevel(**post_processing)
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=["<|im_start|>", END, "<s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["hello world user assistant system the answer"] * 3, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token=END)
-
-
-TOKENIZER = byte_level_tokenizer()
-TRIMMING = byte_level_tokenizer(add_prefix_space=False, trim_offsets=True)
-
-
-def chat_format(template: str | None, tokenizer: PreTrainedTokenizerFast = TOKENIZER, **args: object) -> ChatFormat:
-    end = tokenizer.convert_tokens_to_ids(END)
-    assert isinstance(end, int)
-    return ChatFormat(tokenizer, eos_token_ids={end}, template=template, template_args=args)
-
-
-def talk(*contents: str, system: str | None = None) -> list[Message]:
-    """User and assistant in turn."""
-    messages = [Message(("user", "assistant")[i % 2], content) for i, content in enumerate(contents)]
-    return messages if system is None else [Message("system", system), *messages]
-
-
-def supervised(chat: ChatFormat, messages: list[Message], tokenizer=TOKENIZER) -> list[str]:
-    """The text of each run of supervised tokens."""
-    tokenized = chat.conversation(messages)
-    assert len(tokenized.token_ids) == len(tokenized.loss_mask)
-    assert set(tokenized.loss_mask) <= {0, 1}
-    runs: list[list[int]] = []
-    previous = 0
-    for token_id, mask in zip(tokenized.token_ids, tokenized.loss_mask, strict=True):
-        if mask and not previous:
-            runs.append([])
-        if mask:
-            runs[-1].append(token_id)
-        previous = mask
-    return [str(tokenizer.decode(run, clean_up_tokenization_spaces=False)) for run in runs]
 
 
 THOUGHT = "<think>\nhmm\n</think>\n\n"
@@ -211,15 +154,34 @@ def test_a_marked_answer_that_ends_in_a_trimmed_space_does_not_run_on():
 
 
 def test_plain_text_gets_special_tokens_and_all_but_the_first_are_supervised():
-    tokenizer = byte_level_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
-    )
+    tokenizer = adding_bos()
     chat = chat_format(None, tokenizer)
     tokenized = chat.text("hello world")
     assert tokenizer.decode(tokenized.token_ids) == "<s>hello world"
     assert tokenized.loss_mask == [0] + [1] * (len(tokenized.token_ids) - 1)
     assert tokenizer.bos_token_id not in chat_format(CHATML, tokenizer).conversation(talk("a", "b")).token_ids
+
+
+def adding_bos() -> PreTrainedTokenizerFast:
+    tokenizer = byte_level_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("text", ["hello", "<s>hello", "<s><s>hello"])
+def test_there_is_one_begin_of_text_token_however_the_text_came(text: str):
+    """`template` writes the token, and the tokenizer adds it."""
+    tokenizer = adding_bos()
+    assert tokenizer.decode(chat_format(None, tokenizer).text(text).token_ids) == "<s>hello"
+    chat = chat_format("{{ bos_token }}{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}", tokenizer)
+    assert tokenizer.decode(chat.prompt_ids(talk(text))) == f"<s>hello{END}"
+    found = chat.conversation(talk(text, "one"))
+    assert tokenizer.decode(found.token_ids) == f"<s>hello{END}one{END}"
+    assert len(found.token_ids) == len(found.loss_mask)
+    # A begin-of-text token inside a text stays where it is.
+    assert tokenizer.decode(chat.prompt_ids(talk("a<s><s>b"))) == f"<s>a<s><s>b{END}"
 
 
 def test_plain_text_without_a_token_is_refused():

@@ -35,9 +35,9 @@ assert codec.decode(stored, 4).tolist() == [[[1.0, 1.25, 1.25, -6.0]]]
 """,
     "A record form": """
 from vpd.data.prompts.forms import known_keys, parse_record
-content = parse_record({"question": "why?", "answer": "so"})
+content = parse_record({"riddle": "why?", "solved": "so"})
 assert [(each.role, each.content) for each in content.messages] == [("user", "why?"), ("assistant", "so")]
-assert {"question", "answer"} <= set(known_keys())
+assert {"riddle", "solved"} <= set(known_keys())
 """,
     "A branch policy": """
 import torch

@@ -22,7 +22,7 @@ from vpd.stages.extract.sink import ExtractReport
 
 
 def test_skip_bad_counts_what_it_leaves_out(place: Place):
-    records = [PROMPTS[0], "{broken", {"question": "why?"}, {"prompt": "fox " * 100}, PROMPTS[1]]
+    records = [PROMPTS[0], "{broken", {"riddle": "why?"}, {"prompt": "fox " * 100}, PROMPTS[1]]
     prompts = place.write(*records)
     result = vpd(*place.extract(prompts), skip_bad=True)
     assert result["skipped"] == {"unreadable record": 2, "too long": 1}
@@ -30,6 +30,15 @@ def test_skip_bad_counts_what_it_leaves_out(place: Place):
     again = vpd(*place.extract(prompts), skip_bad=True)
     assert (again["num_written"], again["num_present"]) == (0, 2)
     assert again["skipped"] == result["skipped"]
+
+
+def test_the_rules_of_reading_are_counted_by_name(place: Place):
+    turns = [{"role": "assistant", "content": "hi"}, *({"role": "user", "content": f"why {i}?"} for i in range(2))]
+    prompts = place.write({"messages": turns}, {"messages": turns[1:]}, {"messages": turns[:2]})
+    expected = {"begins with the assistant": 2, "repeats a role": 2}
+    assert vpd(*place.extract(prompts))["rules"] == expected
+    assert vpd(*place.extract(prompts))["rules"] == expected
+    assert run_vpd(*place.extract(prompts)).out.count(f"Rules applied to records: {expected}.") == 1
 
 
 def test_skip_bad_counts_records_without_an_answer(place: Place):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
-from vpd.data.errors import ConfigError
+from vpd.data.errors import ConfigError, DrafterError
 from vpd.pipeline.config import VpdConfig, config_yaml, from_drafter_json, load_config, parse_assignment
 from vpd.stages.train.config import PrefixConfig
 
@@ -49,7 +49,6 @@ def test_demo_recipe():
 
 def test_qwen3_recipe():
     config = load_config("qwen3", {})
-    assert config.extract.layer_ids == [1, 9, 17, 25, 33]
     assert config.extract.template_args == {"enable_thinking": False}
     assert (config.drafter.block_size, config.drafter.mask_token_id) == (16, 151669)
     assert config.train.prefix == PrefixConfig(sampler="posterior")
@@ -159,7 +158,7 @@ def test_wrong_settings_are_named(case: Wrong, tmp_path: Path):
 
 
 def test_all_problems_are_reported_together(tmp_path: Path):
-    path = write(tmp_path, "train: {num_anchor: 4, lr: -1, prefix: {beta: 2}}\n")
+    path = write(tmp_path, "train: {num_anchor: 4, lr: -1, prefix: {beta: 0}}\n")
     with pytest.raises(ConfigError) as caught:
         load_config(path, {"eval.k": "four", "drafter.size": 1})
     first, *lines = str(caught.value).splitlines()
@@ -257,7 +256,6 @@ def test_drafter_json_of_a_vp_drafter(spelling: str, tmp_path: Path):
     config = load_config(None, from_drafter_json(write_json(tmp_path, content)))
     shape = {"num_layers": 5, "mask_token_id": 151669, **{key: SHAPE[key] for key in list(SHAPE)[1:]}}
     assert config.drafter.model_dump() == shape
-    assert config.extract.layer_ids == [1, 9, 17, 25, 33]
     assert config.train.objective == "vp"
     assert (config.train.prefix.sampler, config.train.prefix.beta) == ("visible-geometric", 0.9)
 
@@ -302,12 +300,25 @@ def test_drafter_json_yields_only_what_it_holds(case: Drafter, tmp_path: Path):
         ({"dflash_config": {"loss_type": ["dflash"]}}, "loss_type.*vp_drafter"),
         ({"dflash_config": {"training_mode": "dflash", "loss_type": "vp_drafter"}}, "'dflash' and 'vp_drafter'"),
         ({"block_size": 8, "dflash_config": {"block_size": 16}}, "block_size: .* 8 and 16"),
-        ({"dflash_config": 3}, "dflash_config"),
-        ([], "JSON object"),
     ],
 )
 def test_drafter_json_that_makes_no_sense(content: Any, words: str, tmp_path: Path):
     with pytest.raises(ConfigError, match=words):
+        from_drafter_json(write_json(tmp_path, content))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"dflash_config": 3}, "dflash_config"),
+        ([], "JSON object"),
+        ({"dflash_config": {"projector_type": "domino"}}, "projector_type"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "yarn"),
+        ({"num_hiden_layers": 5}, "num_hiden_layers: unknown key, nearest: num_hidden_layers"),
+    ],
+)
+def test_drafter_json_is_checked_as_a_checkpoints_config(content: Any, words: str, tmp_path: Path):
+    with pytest.raises(DrafterError, match=words):
         from_drafter_json(write_json(tmp_path, content))
 
 

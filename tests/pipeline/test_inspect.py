@@ -26,7 +26,7 @@ KEYS = {
     *("layer_ids", "vllm_layer_ids", "num_target_layers", "hidden_size", "vocab_size", "chunk_tokens", "codec"),
     *("generation", "engine", "versions", "audits", "quarantined"),
     *("num_parts", "num_sequences", "num_tokens", "num_supervised", "num_bytes"),
-    *("bytes_per_token", "bytes_by_array", "finish_reasons", "lengths", "first_drafters", "sample"),
+    *("bytes_per_token", "bytes_by_array", "finish_reasons", "lengths", "first_drafters", "sample", "first_record"),
 }
 
 

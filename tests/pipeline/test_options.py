@@ -97,7 +97,7 @@ def test_flag_with_a_wrong_value_or_name_is_refused(args: list[str]):
 def test_help_is_the_first_sentence_and_the_default():
     text = " ".join(run(TrainConfig, "train", "--help")["help"].split())
     assert "--lr FLOAT Peak learning rate; > 0. [default: 0.0006]" in text
-    assert "Ratio of the geometric prior over prefix lengths (Eq. 6); in (0, 1]. [default: 0.9]" in text
+    assert "Ratio of the geometric prior over prefix lengths (Eq. 6); > 0. [default: 0.9]" in text
     assert "Number of optimizer steps; >= 1, none = as many as `epochs` takes. [default: none]" in text
     assert "|topk|mixture] The rule that draws prefix lengths. [default: posterior]" in text
     assert text.index("--objective") < text.index("--prefix-sampler") < text.index("--init")

@@ -34,13 +34,30 @@ LAUNCHERS = {
     "--mixed_precision no --dynamo_backend no",
 }
 
+AT_EXIT = """
+import atexit, os, pathlib
+
+def note_threads():
+    tasks = pathlib.Path("/proc/self/task").iterdir()
+    names = [(task / "comm").read_text().strip() for task in tasks]
+    pathlib.Path(os.environ["NOTES"], os.environ["RANK"]).write_text(" ".join(names))
+
+if "RANK" in os.environ:
+    atexit.register(note_threads)  # before all others, so it is called last
+"""
+"""Notes the threads of a process at its very end, as a file that is named after its rank."""
+
 
 @pytest.fixture(scope="module")
 def runs(drafted_cache: Path, forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of six steps and of few sequences a step, by one process and two."""
     folder = tmp_path_factory.mktemp("runs")
     launched = [launch(name, train(drafted_cache, folder / name, **SETTINGS)) for name in LAUNCHERS]
-    two = forks.start([*train(drafted_cache, folder / "two", **SETTINGS), "--num-processes", 2])
+    (folder / "sitecustomize.py").write_text(AT_EXIT)
+    two = forks.start(
+        [*train(drafted_cache, folder / "two", **SETTINGS), "--num-processes", 2],
+        {"PYTHONPATH": str(folder), "NOTES": str(folder)},
+    )
     # Two at a time, as there may be no more cores.
     for name, settings in (("", SETTINGS), ("few-", FEW), ("muon-", MUON)):
         one = forks.start(train(drafted_cache, folder / f"{name}one", **settings))
@@ -212,25 +229,7 @@ def test_a_world_of_one_is_not_launched(size: str | None, expected: bool, monkey
     assert is_launched() == expected
 
 
-AT_EXIT = """
-import atexit, os, pathlib
-
-def note_threads():
-    tasks = pathlib.Path("/proc/self/task").iterdir()
-    names = [(task / "comm").read_text().strip() for task in tasks]
-    pathlib.Path(os.environ["NOTES"], os.environ["RANK"]).write_text(" ".join(names))
-
-if "RANK" in os.environ:
-    atexit.register(note_threads)  # before all others, so it is called last
-"""
-
-
-def test_no_thread_of_the_process_group_lives_when_the_interpreter_ends(
-    drafted_cache: Path, forks: Forks, tmp_path: Path
-):
+def test_no_thread_of_the_process_group_lives_when_the_interpreter_ends(runs: Path):
     """One that needs the interpreter then would abort the process."""
-    (tmp_path / "sitecustomize.py").write_text(AT_EXIT)
-    arguments = [*train(drafted_cache, tmp_path / "run", **SETTINGS), "--num-processes", 2]
-    forks.start(arguments, {"PYTHONPATH": str(tmp_path), "NOTES": str(tmp_path)}).result()
-    found = [(tmp_path / rank).read_text() for rank in ("0", "1")]
+    found = [(runs / rank).read_text() for rank in ("0", "1")]
     assert [text for text in found if "gloo" in text] == []

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from support.compare import check_equal_runs, checkpoint_steps, metrics, steps_logged
+from support.compare import MASK, check_equal_runs, checkpoint_steps, metrics, steps_logged
 from support.forks import Forks
 from support.place import check_message
 from support.tiny import DRAFTER, TRAIN, Outcome, run_vpd, snapshot, vpd
@@ -22,6 +22,7 @@ from vpd.stages.train.trainer import StepResult, Trainer
 Settings = dict[str, Any]
 SETTINGS: Settings = {
     **{f"drafter.{name}": value for name, value in DRAFTER.items()},
+    **MASK,
     **{f"train.{name}": value for name, value in TRAIN.items()},
     "train.max_steps": 5,
     "train.save_every": 2,

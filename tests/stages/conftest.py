@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.in_process import in_process
 from support.tiny import PROMPTS as EXTRACT_PROMPTS
 from support.tiny import write_jsonl
 from support.tiny_world import World, make_world
@@ -75,7 +76,7 @@ def tiny_target_run(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, 
 
 
 @pytest.fixture(scope="session")
-def smollm2_run(tmp_path_factory: pytest.TempPathFactory, vllm_imported: None) -> Run:
+def smollm2_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """SmolLM2-135M-Instruct under vLLM; drafters small enough to learn eight responses by heart."""
     root = tmp_path_factory.mktemp("smollm2")
     make_target(root / "target")
@@ -87,4 +88,5 @@ def smollm2_run(tmp_path_factory: pytest.TempPathFactory, vllm_imported: None) -
         "train.num_anchors": 24,
         "train.lr": 2e-3,
     }
-    return make_run(root, root / "target", PROMPTS, "smollm2-135m", settings, first_steps=150)
+    with in_process():
+        return make_run(root, root / "target", PROMPTS, "smollm2-135m", settings, first_steps=150)

@@ -226,7 +226,7 @@ def file_name(name: str) -> str:
 def replay(study: Study, split: str, drafter: Path) -> ReplayReport:
     cache = Cache.open(study.cache(split))
     config = study.config()
-    drafts = FirstDrafts.open(cache, drafter_fingerprint(find_drafter(study.first)))
+    drafts = FirstDrafts.open(cache, drafter_fingerprint(find_drafter(study.first), cache.target_folder))
     return plan_replay(cache, cache.rows, drafts, config.eval, config.read).run(find_drafter(drafter))
 
 

@@ -9,7 +9,7 @@ from vpd.data.cache.reader import CachedSequence
 from vpd.stages.extract.config import ExtractConfig
 from vpd.stages.extract.engine import Completion, Engine, EngineRequest
 from vpd.stages.extract.engines import make_engine
-from vpd.stages.extract.inputs import make_chat, plan_prompts
+from vpd.stages.extract.inputs import make_chat, plan_prompts, with_template_end
 from vpd.stages.extract.manifest import open_cache, plan_layers, plan_manifest
 from vpd.stages.extract.plan import plan_extraction
 from vpd.stages.extract.run import extract
@@ -30,8 +30,9 @@ def run(
 ) -> ExtractReport:
     """The steps of `vpd extract`, with the engine wrapped."""
     config = make_config(**changes)
-    target = load_target(str(target_folder), config.adapter)
-    layer_ids, chat = plan_layers(target, config), make_chat(target, config)
+    target = load_target(str(target_folder), config.adapter, trust_remote_code=config.trusts_target_code)
+    layer_ids, chat = plan_layers(target, config), make_chat(target, config, out)
+    target = with_template_end(target, chat)
     prompts = plan_prompts([prompt_file], config)
     manifest = plan_manifest(target, layer_ids, chat, prompts, config)
     plan = plan_extraction(out, manifest, prompts, chat, target, config)

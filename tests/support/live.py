@@ -3,6 +3,7 @@
 # D context features, G block size
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,7 @@ class LiveDecoder:
         return len(response) >= max_new_tokens or any(token in self.eos_token_ids for token in response)
 
     def step(self, token_ids: list[int], past: DynamicCache) -> tuple[Tensor, Tensor]:
+        """Adds these tokens to the cache; returns their logits and the drafters' features."""
         out = self.target(torch.tensor([token_ids]), past_key_values=past, use_cache=True, output_hidden_states=True)
         # The cache stores states as bfloat16, so this decoder rounds them too.
         states = torch.cat([out.hidden_states[i + 1][0] for i in self.layer_ids], dim=-1)
@@ -62,18 +64,19 @@ class LiveDecoder:
 
     def verify(self, anchor: int, candidates: list[list[int]], past: DynamicCache) -> tuple[list[int], Tensor]:
         """The tokens committed by the best candidate, and the features of the anchor and the accepted tokens."""
-        best: tuple[list[int], Tensor] = ([], torch.empty(0))
-        for candidate in candidates:
-            logits, features = self.step([anchor, *candidate], past)
-            past.crop(-len(candidate) - 1)
-            choices = logits.argmax(dim=-1).tolist()
+        copies = copy.deepcopy(past)
+        copies.batch_repeat_interleave(len(candidates))
+        longest = max(map(len, candidates))
+        rows = [[anchor, *candidate, *[anchor] * (longest - len(candidate))] for candidate in candidates]
+        choices = self.target(torch.tensor(rows), past_key_values=copies, use_cache=True).logits.argmax(dim=-1).tolist()
+        best: list[int] = []
+        for candidate, chosen in zip(candidates, choices, strict=True):
             accepted = 0
-            while accepted < len(candidate) and candidate[accepted] == choices[accepted]:
+            while accepted < len(candidate) and candidate[accepted] == chosen[accepted]:
                 accepted += 1
-            if accepted + 1 > len(best[0]):
-                best = ([*candidate[:accepted], choices[accepted]], features[: accepted + 1])
-        self.step([anchor, *best[0][:-1]], past)
-        return best
+            if accepted + 1 > len(best):
+                best = [*candidate[:accepted], chosen[accepted]]
+        return best, self.step([anchor, *best[:-1]], past)[1]
 
     def candidates(self, anchor: int, features: Tensor, position: int, way: str) -> list[list[int]]:
         top = self.fill(self.first, [anchor], features, position)

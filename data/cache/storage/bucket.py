@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
 import obstore
@@ -131,12 +132,21 @@ class ObjectStorage:
             folder, slash, _ = entry["path"].removeprefix(f"{name}/").partition("/")
             if slash:
                 latest[folder] = max(entry["last_modified"], latest.get(folder, entry["last_modified"]))
-        oldest_alive = datetime.now(UTC) - timedelta(seconds=SECONDS_UNTIL_ABANDONED)
-        dead = {folder for folder, when in latest.items() if when < oldest_alive}
+        unlisted = latest.keys() - listed() if latest else set()
+        oldest_alive = self._now(name) - timedelta(seconds=SECONDS_UNTIL_ABANDONED) if unlisted else None
+        dead = {folder for folder in unlisted if oldest_alive is not None and latest[folder] < oldest_alive}
         leftovers = dead - listed() if dead else set()
         for folder in leftovers:
             self.remove(f"{name}/{folder}")
         return len(leftovers)
+
+    def _now(self, name: str) -> datetime:
+        """The time by the store's clock, which dates the objects: that of a new object in a folder."""
+        clock = f"{name}/.clock-{uuid.uuid4().hex[:8]}"
+        self.write(clock, b".")
+        now = self._call(clock, lambda: obstore.head(self._store, clock))["last_modified"]
+        self.remove(clock)
+        return now
 
     def get_range(self, name: str, start: int, length: int) -> memoryview:
         return memoryview(self._call(name, lambda: obstore.get_range(self._store, name, start=start, length=length)))

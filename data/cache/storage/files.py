@@ -41,11 +41,15 @@ def write_bytes_durably(path: Path, content: bytes) -> None:
     """Replaces a file as a whole: a reader sees the old content or the new content, even after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    with open(aside, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with open(aside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:  # a full disk, for example
+        aside.unlink(missing_ok=True)
+        raise
     fsync_folder(path.parent)
 
 

@@ -148,8 +148,10 @@ class LocalStorage:
         path.unlink(missing_ok=True)
 
     def remove_leftovers(self, name: str, listed: Callable[[], set[str]]) -> int:
-        held_by_nobody = [path for path in (self.root / name).glob("*") if path.is_dir() and not is_alive(path)]
-        kept = listed()
+        known = listed()
+        unlisted = [path for path in (self.root / name).glob("*") if path.name not in known and path.is_dir()]
+        held_by_nobody = [path for path in unlisted if not is_alive(path)]
+        kept = listed() if held_by_nobody else known
         dead = [folder for folder in held_by_nobody if folder.name not in kept]
         for folder in dead:
             # Ignore errors: another process may remove the folder too, or its writer may have just published it.

@@ -14,11 +14,16 @@ def open_storage(place: str | Path) -> Storage:
     """The storage of a folder (a path, or `file://`), or of a prefix in a bucket (`s3://`, `gs://`, `az://`).
 
     Raises:
-        ConfigError: the place has another scheme, or is `file://` with a host.
+        ConfigError: the place has another scheme, a query or a fragment, or is `file://` with a host.
     """
     url = urlsplit(str(place)) if "://" in str(place) else urlsplit("")
     if not url.scheme:
         return LocalStorage(Path(place))
+    if url.query or url.fragment or str(place).endswith(("?", "#")):
+        raise ConfigError(
+            f"expected ? and # of a place written as %3F and %23, since they end the path of a URL, found {place}. A "
+            "folder can be named by its path, without file://."
+        )
     if url.scheme == "file" and url.netloc in ("", "localhost"):
         return LocalStorage(Path(unquote(url.path)))
     if url.scheme == "file":

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from ....data.errors import TargetError
 from ...drafter.target_pieces import linear
@@ -45,16 +44,14 @@ def make_final_norm(target: Target, weights: dict[str, Tensor]) -> nn.Module:
     """The target's final norm in float32: the module of transformers' class for this target, as norms differ.
 
     Raises:
-        TargetError: transformers' class for this target has no final norm of that name.
+        TargetError: transformers' class has no single module between the last layer and the head.
     """
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(target.config)
-        norm: nn.Module = model.get_decoder().norm.float()
-        norm.load_state_dict({name: value.float() for name, value in weights.items()}, assign=True)
-    except (ValueError, AttributeError, RuntimeError) as error:
+    name = target.architecture.norm
+    if name is None:
         raise TargetError(
-            f"expected a target whose final norm transformers' class for {target.config.model_type} names `norm`: "
-            f"{' '.join(str(error).split()).rstrip('. ')}. Choose --engine transformers."
-        ) from error
+            f"expected one final norm between the last layer and the head of transformers' class for "
+            f"{target.config.model_type}, found none or several modules. Choose --engine transformers."
+        )
+    norm = target.architecture.module(name).float()
+    norm.load_state_dict({name: value.float() for name, value in weights.items()}, assign=True)
     return norm

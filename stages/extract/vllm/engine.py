@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,9 +16,11 @@ from torch import Tensor
 
 from ....data.cache.arrays import NO_CHOICE
 from ....data.errors import ConfigError, EngineDiedError, ExtractionError
+from ..architecture import one_line
 from ..engine import ABORTED, Completion, EngineRequest, Sampling, engine_facts
 from ..target import Target
 from .argmax import ArgmaxHead
+from .backend import BACKEND, choose_backend
 from .receiver import CapturedStates, StateReceiver, socket_folder
 from .signals import shielded
 
@@ -96,6 +99,7 @@ class VllmEngine:
         from vllm import EngineArgs
         from vllm.lora.request import LoRARequest
         from vllm.platforms import current_platform
+        from vllm.v1.engine.core_client import InprocClient
         from vllm.v1.engine.llm_engine import LLMEngine
 
         self._sampling = sampling
@@ -108,6 +112,14 @@ class VllmEngine:
         self._finished: dict[str, Any] = {}
         self._requests: dict[str, EngineRequest] = {}
         self._num_greedy = 0
+        backend = choose_backend(target, engine_args)
+        if backend:
+            print(
+                f"vpd: vLLM runs this target through its Transformers backend ({BACKEND}), since its own class does "
+                "not hand out its layers' states.",
+                file=sys.stderr,
+            )
+            engine_args = engine_args | backend
         args = self._engine_args(target, dtype, max_len, vllm_ids, engine_args)
         self._lora_request: LoRARequest | None = None
         if target.adapter is not None:
@@ -121,12 +133,15 @@ class VllmEngine:
         except (RuntimeError, TypeError, ValueError) as error:
             self._receiver.close()
             raise ExtractionError(
-                f"vLLM did not start on {target.folder}: {error}. Its own messages above show the reason. Set engine "
-                "arguments in extract.engine_args (on a CPU, kv_cache_memory_bytes bounds vLLM's memory). If vLLM's "
-                "class for this target does not give its layers' states (EAGLE-3's interface), choose "
+                f"vLLM did not start on {target.folder}: {one_line(error)}. Its own messages above show the reason. "
+                "Set engine arguments in extract.engine_args (on a CPU, kv_cache_memory_bytes bounds vLLM's memory). "
+                "If vLLM's class for this target does not give its layers' states (EAGLE-3's interface), choose "
                 "--engine transformers."
             ) from error
         client = self._engine.engine_core
+        # An engine process goes on by itself after its last request. Without such a process (vLLM's
+        # VLLM_ENABLE_V1_MULTIPROCESSING=0), the states are sent in a step that `poll` makes.
+        self._is_in_process = isinstance(client, InprocClient)
         threading.Thread(target=wake_when_dead, args=(client,), name="vpd-engine-watch", daemon=True).start()
         self.facts = engine_facts("vllm", self.version(), self._engine.model_config.dtype, engine_args)
 
@@ -212,15 +227,14 @@ class VllmEngine:
 
     def poll(self) -> list[Completion]:
         """Runs one engine step; returns every finished request whose states have arrived."""
-        if self._engine.has_unfinished_requests():
+        running = self._engine.has_unfinished_requests()
+        waiting = bool(self._finished) and not running
+        if running or (waiting and self._is_in_process):
             with death_as_error():
                 outputs = self._engine.step()
             for output in outputs:
                 if output.finished:
                     self._finished[output.request_id] = cast(Any, output).outputs[0]
-            waiting = False
-        else:
-            waiting = bool(self._finished)
         self._receiver.collect(STATES_TIMEOUT if waiting else 0.0)
         ready = [key for key in self._finished if not self._has_states(key) or key in self._receiver.received]
         return self._complete(ready)

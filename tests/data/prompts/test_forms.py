@@ -13,21 +13,21 @@ import pytest
 from support.extracting import tokens
 from support.tiny import EXTRACT, run_vpd, vpd, write_jsonl
 from vpd.data.errors import ConfigError, PromptError
-from vpd.data.prompts.forms import RECORD_FORMS, Content, known_keys, parse_record, record_form
+from vpd.data.prompts.forms import RECORD_FORMS, Content, parse_record, record_form
 from vpd.data.prompts.messages import Message, require_string
 
-RECORDS = [{"question": f"what is {i}?", "hint": "a fox", "score": i} for i in range(3)]
+RECORDS = [{"riddle": f"what is {i}?", "hint": "a fox", "score": i} for i in range(3)]
 
 
 @pytest.fixture
-def question_form(monkeypatch: pytest.MonkeyPatch) -> None:
+def riddle_form(monkeypatch: pytest.MonkeyPatch) -> None:
     """A form that the package does not know, for the time of a test."""
     monkeypatch.setattr(RECORD_FORMS, "_entries", {**RECORD_FORMS})
 
-    @record_form("question", "hint")
-    def parse_question(record: Mapping[str, Any]) -> Content:
+    @record_form("riddle", "hint")
+    def parse_riddle(record: Mapping[str, Any]) -> Content:
         hint = require_string(record.get("hint", "no hint"), "hint")
-        return Content((Message("system", hint), Message("user", require_string(record["question"], "question"))))
+        return Content((Message("system", hint), Message("user", require_string(record["riddle"], "riddle"))))
 
 
 def write_places(folder: Path, records: list[dict[str, Any]]) -> dict[str, str]:
@@ -39,11 +39,11 @@ def write_places(folder: Path, records: list[dict[str, Any]]) -> dict[str, str]:
     return {"lines": str(lines), "table": str(folder / "records.parquet"), "hub": f"hf://{folder / 'hub'}"}
 
 
-@pytest.mark.usefixtures("question_form")
+@pytest.mark.usefixtures("riddle_form")
 @pytest.mark.parametrize("place", ["lines", "table", "hub"])
 def test_a_registered_form_is_extracted_from_every_place(place: str, tiny_llama: Path, tmp_path: Path):
     known = [
-        {"messages": [{"role": "system", "content": "a fox"}, {"role": "user", "content": record["question"]}]}
+        {"messages": [{"role": "system", "content": "a fox"}, {"role": "user", "content": record["riddle"]}]}
         for record in RECORDS
     ]
     short = EXTRACT | {"max_new_tokens": 3}
@@ -54,26 +54,26 @@ def test_a_registered_form_is_extracted_from_every_place(place: str, tiny_llama:
     assert len(tokens(tmp_path / "found")) == len(RECORDS)
 
 
-@pytest.mark.usefixtures("question_form")
+@pytest.mark.usefixtures("riddle_form")
 @pytest.mark.parametrize("place", ["lines", "table"])
 def test_the_keys_of_a_registered_form_can_be_renamed(place: str, tiny_llama: Path, tmp_path: Path):
-    renamed = [{"ask": record["question"], "help": record["hint"], "question": 7} for record in RECORDS]
+    renamed = [{"ask": record["riddle"], "help": record["hint"], "riddle": 7} for record in RECORDS]
     source = write_places(tmp_path, renamed)[place]
     found = vpd(
         *("extract", tiny_llama, source, "--out", tmp_path / "found", "--set"),
-        "extract.columns={question: ask, hint: help}",
+        "extract.columns={riddle: ask, hint: help}",
         **EXTRACT | {"max_new_tokens": 3},
     )
     assert found["num_written"] == len(RECORDS)
 
 
-@pytest.mark.usefixtures("question_form")
+@pytest.mark.usefixtures("riddle_form")
 def test_messages_name_the_registered_form(tmp_path: Path, tiny_llama: Path):
-    with pytest.raises(PromptError, match="expected one of messages, conversations, turns, prompt, text, question"):
-        parse_record({"questoin": "why?"})
-    prompts = write_jsonl(tmp_path / "bad.jsonl", [{"question": 3}])
+    with pytest.raises(PromptError, match=r"expected one of messages, .*, turns, .*, text, riddle"):
+        parse_record({"ridle": "why?"})
+    prompts = write_jsonl(tmp_path / "bad.jsonl", [{"riddle": 3}])
     outcome = run_vpd("extract", tiny_llama, prompts, "--out", tmp_path / "cache", **EXTRACT)
-    assert outcome.message == f"{prompts}:1: question must be a string, found int '3'"
+    assert outcome.message == f"{prompts}:1: riddle must be a string, found int '3'"
 
 
 def test_a_main_key_belongs_to_one_form():
@@ -86,7 +86,6 @@ def test_each_form_is_described_and_reads_its_main_key():
         assert form.keys[0] == key
         assert form.parse.__doc__ is not None
         assert f'{{"{key}": ' in form.parse.__doc__
-    assert set(known_keys()) == {"messages", "conversations", "turns", "prompt", "response", "text", "tools"}
 
 
 def test_the_forms_are_known_without_heavy_packages():

@@ -1,7 +1,9 @@
 """Drafter checkpoints: the public form that other programs load, and refusals of unsupported variants."""
 
 # H hidden width
+import hashlib
 import json
+import re
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +16,17 @@ from support.tiny import SHAPE, snapshot
 from transformers import Qwen3Config
 from vpd.data.cache.manifest import CacheManifest
 from vpd.data.errors import DrafterError, StorageError
-from vpd.stages.drafter.checkpoint import check_fits, drafter_fingerprint, load_drafter, save_drafter
+from vpd.stages.drafter.checkpoint import (
+    check_drafter,
+    check_fits,
+    drafter_fingerprint,
+    load_drafter,
+    load_shape,
+    save_drafter,
+)
 from vpd.stages.drafter.model import Drafter
 from vpd.stages.drafter.shape import DrafterShape
+from vpd.stages.train.checkpoints import find_drafter
 
 H = SHAPE.hidden_size
 WEIGHT_SHAPES = {
@@ -177,8 +187,8 @@ def test_a_checkpoint_that_cannot_be_written_leaves_nothing(num_bytes: int, save
             lambda weights: weights.pop("norm.weight"), r"for norm.weight expected \(8,\), found nothing", id="missing"
         ),
         pytest.param(
-            lambda weights: weights.update({"embed_tokens.weight": torch.zeros(20, H)}),
-            r"for embed_tokens.weight expected nothing, found \(20, 8\)",
+            lambda weights: weights.update({"conv.weight": torch.zeros(20, H), "gru.weight": torch.zeros(3)}),
+            r"for conv.weight expected nothing, found \(20, 8\); also gru.weight",
             id="beyond-the-shape",
         ),
         pytest.param(
@@ -205,7 +215,135 @@ def test_missing_and_damaged_weights_are_named(saved: Path):
             read(saved)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.float64], ids=str)
+def test_weights_of_another_kind_of_number_are_refused(saved: Path, dtype: torch.dtype):
+    edit_weights(saved, lambda weights: weights.update({"fc.weight": weights["fc.weight"].to(dtype)}))
+    with pytest.raises(DrafterError, match=r"expected fc\.weight as F32, BF16, F16, found"):
+        load_drafter(saved)
+
+
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0000\nsize 1234\n"
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("content", ["", LFS_POINTER, "{", "[" * 100_000], ids=["empty", "pointer", "cut", "deep"])
+def test_a_broken_file_is_named(name: str, content: str, saved: Path):
+    (saved / name).write_text(content)
+    with pytest.raises(DrafterError, match=re.escape(str(saved / name))) as caught:
+        check_drafter(saved, make_manifest())
+    assert ("git lfs pull" in str(caught.value)) == (content == LFS_POINTER)
+
+
+def test_a_config_of_bytes_or_a_folder_is_named(saved: Path):
+    (saved / "config.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(DrafterError, match=r"config\.json is not JSON"):
+        load_shape(saved)
+    (saved / "config.json").unlink()
+    (saved / "config.json").mkdir()
+    with pytest.raises(DrafterError, match=r"config\.json: expected a drafter's config\.json: Is a directory"):
+        load_shape(saved)
+
+
+@pytest.mark.parametrize(("index", "advice"), [(False, "Fetch the file"), (True, "several files: join them")])
+def test_absent_weights_are_named(index: bool, advice: str, saved: Path):
+    (saved / "model.safetensors").unlink()
+    if index:
+        (saved / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(DrafterError, match=rf"model\.safetensors.*{advice}"):
+        find_drafter(saved)
+    with pytest.raises(DrafterError, match=rf"model\.safetensors.*{advice}"):
+        load_drafter(saved)
+
+
+def test_an_embedding_of_the_mask_token_alone_is_refused(saved: Path):
+    torch.save({"embedding": torch.zeros(H)}, saved / "mask_embedding.pt")
+    for read in (load_shape, load_drafter, drafter_fingerprint):
+        with pytest.raises(DrafterError, match=r"mask_embedding\.pt: this drafter has an embedding of its own"):
+            read(saved)
+
+
+# Copies of the target's weights
+
+
+def save_pieces(folder: Path, dtype: torch.dtype = torch.float32, tied: bool = False) -> dict[str, torch.Tensor]:
+    """The target's pieces as a cache holds them."""
+    generator = torch.Generator().manual_seed(3)
+    names = ["embed_tokens.weight"] if tied else ["embed_tokens.weight", "lm_head.weight"]
+    pieces = {name: torch.randn(20, H, generator=generator).to(dtype) for name in names}
+    pieces["norm.weight"] = torch.rand(H, generator=generator).to(dtype)
+    folder.mkdir()
+    save_file(pieces, folder / "pieces.safetensors")
+    return pieces
+
+
+COPIES = {"embed_tokens.weight": 0, "lm_head.weight": 1, "verifier_lm_head.weight": 1, "verifier_norm.weight": 2}
+"""Names in a checkpoint, and which of embedding, head and norm each is a copy of."""
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["head", "tied"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("copied", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_copies_of_the_targets_weights_are_left_out(
+    stored: torch.dtype, copied: torch.dtype, tied: bool, saved: Path, tmp_path: Path
+):
+    exact = [*save_pieces(tmp_path / "exact", tied=tied).values()]
+    if tied:
+        exact.insert(0, exact[0])
+    expected = load_drafter(saved).state_dict()
+    save_pieces(tmp_path / "target", stored, tied)
+    if copied != torch.float32:  # else the piece is a rounding of the copy
+        exact = [piece.to(stored) for piece in exact]
+    edit_weights(
+        saved, lambda weights: weights.update({name: exact[i].to(copied).clone() for name, i in COPIES.items()})
+    )
+    found = load_drafter(saved, target_folder=tmp_path / "target").state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_other_weights_than_the_targets_are_refused_by_name(name: str, saved: Path, tmp_path: Path):
+    pieces = [*save_pieces(tmp_path / "target").values()]
+    other = pieces[COPIES[name]].clone()
+    other.view(-1)[3] += 0.01
+    copies = {key: pieces[i].clone() for key, i in COPIES.items()} | {name: other}
+    edit_weights(saved, lambda weights: weights.update(copies))
+    with pytest.raises(DrafterError, match=rf"model\.safetensors: {name}: expected a copy of the target's weight"):
+        load_drafter(saved, target_folder=tmp_path / "target")
+
+
+def test_a_copy_of_another_vocabulary_is_refused(saved: Path, tmp_path: Path):
+    pieces = save_pieces(tmp_path / "target")
+    edit_weights(saved, lambda weights: weights.update({"lm_head.weight": pieces["lm_head.weight"][:19].clone()}))
+    with pytest.raises(DrafterError, match=r"lm_head\.weight: expected a copy"):
+        load_drafter(saved, target_folder=tmp_path / "target")
+    with pytest.raises(DrafterError, match="Name the cache"):
+        load_drafter(saved)
+
+
 # Fingerprint
+
+
+def test_fingerprints_stay_those_of_earlier_caches(tmp_path: Path):
+    """First drafts of existing caches are found by it: a hash of this text and of the file of weights."""
+    described = (
+        "DrafterShape(num_layers=2, hidden_size=8, num_attention_heads=4, num_key_value_heads=2, head_dim=6, "
+        "intermediate_size=10, rms_norm_eps=1e-05, rope_theta=500.0, max_position_embeddings=64, vocab_size=20, "
+        "block_size=5, mask_token_id=19, target_layer_ids=(1, 3, 5), num_target_layers=8)"
+    )
+    saved = save(tmp_path / "drafter", make_drafter())
+    content = (saved / "model.safetensors").read_bytes()
+    assert drafter_fingerprint(saved) == hashlib.sha256(described.encode() + content).hexdigest()[:16]
+
+
+def test_the_fingerprint_covers_what_the_target_does_to_its_embedding(saved: Path, tmp_path: Path):
+    save_pieces(tmp_path / "target")
+    found = [drafter_fingerprint(saved), drafter_fingerprint(saved, tmp_path / "target")]
+    for facts in ({"embedding_multiplier": 2.0}, {"embedding_multiplier": 3.0}, {"logits_soft_cap": 30.0}):
+        (tmp_path / "target/pieces.json").write_text(json.dumps(facts))
+        found.append(drafter_fingerprint(saved, tmp_path / "target"))
+    assert found[0] == found[1]
+    assert len({*found}) == 4
 
 
 def test_the_fingerprint_is_that_of_the_content(saved: Path, tmp_path: Path):

@@ -2,6 +2,7 @@
 
 # T context tokens, N blocks, G block size, A alternatives, H hidden width, V vocabulary
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -54,9 +55,12 @@ def inputs() -> tuple[Tensor, Tensor]:
     return torch.randn(7, 2 * H, generator=generator), torch.randint(V, (N, G), generator=generator)
 
 
-def ranked_tokens(state_H: list[float], head_VH: list[list[float]]) -> list[tuple[float, int]]:
+def ranked_tokens(
+    state_H: list[float], head_VH: list[list[float]], cap: float | None = None
+) -> list[tuple[float, int]]:
     """Every token with its probability, likeliest first."""
     logits = [math.fsum(a * b for a, b in zip(state_H, row, strict=True)) for row in head_VH]
+    logits = [logit if cap is None else cap * math.tanh(logit / cap) for logit in logits]
     total = math.fsum(math.exp(logit) for logit in logits)
     return sorted(((math.exp(logit) / total, token) for token, logit in enumerate(logits)), reverse=True)
 
@@ -107,3 +111,16 @@ def test_drafts_carry_no_gradient_and_leave_the_inputs_alone(drafter: Drafter, p
     _, probs_NGA = fill_blocks(drafter, pieces, context, block_ids_NG, ANCHORS, WANTED["all"], 2)
     assert not probs_NGA.requires_grad
     assert torch.equal(block_ids_NG, before)
+
+
+def test_the_targets_soft_cap_changes_the_probabilities(drafter: Drafter, pieces: TargetPieces):
+    features_TD, block_ids_NG = inputs()
+    with torch.no_grad():
+        context = drafter.context(features_TD)
+        states_NGH = drafter(pieces.embed_VH[block_ids_NG], ANCHORS, context).tolist()
+    capped = replace(pieces, logits_soft_cap=1.5)
+    _, probs_NGA = fill_blocks(drafter, capped, context, block_ids_NG, ANCHORS, WANTED["all"], V)
+    for n in range(N):
+        for k in range(G):
+            expected = ranked_tokens(states_NGH[n][k], pieces.head_VH.tolist(), cap=1.5)
+            assert probs_NGA[n, k].tolist() == pytest.approx([prob for prob, _ in expected], rel=2e-5, abs=0)

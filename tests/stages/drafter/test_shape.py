@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 from support.tiny import SHAPE
+from transformers import Qwen3Config
 from vpd.data.errors import DrafterError
 from vpd.stages.drafter.checkpoint import load_shape
-from vpd.stages.drafter.shape import DrafterShape
+from vpd.stages.drafter.shape import DrafterShape, check_config
 
 # The form of published first drafters, which are older than the `rope_parameters` key.
 PUBLISHED: dict[str, Any] = {
@@ -209,13 +210,148 @@ OLDER_LINEAR = {"type": "linear", "factor": 2.0}
             id="sliding-layers-older-spelling",
         ),
         pytest.param({"dflash_config": {**PUBLISHED["dflash_config"], "causal": True}}, "causal", id="causal"),
-        pytest.param({"attention_bias": True}, "attention biases", id="attention-bias"),
+        pytest.param({"attention_bias": True}, "attention_bias", id="attention-bias"),
         pytest.param({"hidden_act": "gelu"}, "gelu", id="another-activation"),
     ],
 )
 def test_what_would_be_computed_differently_is_refused(tmp_path: Path, added: dict[str, Any], reason: str):
     with pytest.raises(DrafterError, match=reason):
         load_shape(write_config(tmp_path, PUBLISHED | added))
+
+
+def with_dflash(**keys: Any) -> dict[str, Any]:
+    return {"dflash_config": {**PUBLISHED["dflash_config"], **keys}}
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "is-causal": ({"is_causal": True}, "is_causal"),
+    "is-causal-against-dflash": ({"is_causal": False, **with_dflash(causal=True)}, "dflash_config.causal"),
+    "interleaved-rope": ({"is_neox_style": False}, "is_neox_style: expected True, found False"),
+    "interleaved-rope-older": ({"rope_is_neox_style": False}, "rope_is_neox_style"),
+    "gemma-norm": ({"use_gemma_norm": True}, "use_gemma_norm"),
+    "mlp-bias": ({"mlp_bias": True}, "mlp_bias"),
+    "value-scale": (with_dflash(attention_value_scale=0.5), "dflash_config.attention_value_scale"),
+    "output-multiplier": (with_dflash(output_multiplier=2.0), "output_multiplier"),
+    "soft-cap": (with_dflash(final_logit_softcapping=30.0), "final_logit_softcapping: expected none, found 30.0"),
+    "embedding-scale": (with_dflash(input_embedding_scale=11.3), "input_embedding_scale"),
+    "anchor-predicts": (with_dflash(sample_from_anchor=True), "sample_from_anchor"),
+    "shifted-labels": (with_dflash(shift_label=True), "shift_label"),
+    "windows": (with_dflash(use_swa=True, swa_window_size=512), "use_swa"),
+    "sinks": ({"add_swa_attention_sink_bias": True}, "add_swa_attention_sink_bias"),
+    "dspark": (with_dflash(projector_type="dspark"), "projector_type: expected 'dflash', found 'dspark'"),
+    "domino": (with_dflash(projector_type="domino", pure_draft_prefix_len=1), "projector_type.*pure_draft_prefix_len"),
+    "prefix-without-projector": (with_dflash(pure_draft_prefix_len=1), "pure_draft_prefix_len"),
+    "confidences": (with_dflash(enable_confidence_head=True), "enable_confidence_head"),
+    "markov": (with_dflash(markov_rank=256), "markov_rank"),
+    "convolution": (with_dflash(conv_kernel_size=2), "conv_kernel_size"),
+    "own-head": ({"has_own_lm_head": True}, "has_own_lm_head"),
+    "smaller-vocabulary": ({"draft_vocab_size": 32000}, "draft_vocab_size: expected vocab_size = 151936, found 32000"),
+    "another-width": ({"target_hidden_size": 2048}, "target_hidden_size"),
+    "layers-of-others": ({"layer_types": ["full_attention"] * 4}, "layer_types: expected num_hidden_layers = 5"),
+    "linear-attention": ({"layer_types": ["linear_attention"] * 5}, "linear_attention"),
+    "another-model": ({"model_type": "llama"}, "model_type"),
+    **{
+        name: ({"architectures": [name]}, f"architectures: expected DFlashDraftModel, found '{name}'")
+        for name in (
+            "DFlash2DraftModel",
+            "DSparkDraftModel",
+            "Qwen3DSparkModel",
+            "DominoDraftModel",
+            "LiLiCorrDraftModel",
+            "Qwen3XPressModel",
+            "Qwen3ForCausalLM",
+        )
+    },
+    "quantized": ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config: unknown key"),
+    "experts": ({"num_experts": 8}, "num_experts"),
+    "misspelt": ({"hiden_act": "gelu"}, "hiden_act: unknown key, nearest: hidden_act"),
+    "misspelt-inside": (with_dflash(mask_token=3), "dflash_config.mask_token: unknown key, nearest: mask_token_id"),
+    "misspelt-and-false": ({"is_neox_stlye": False}, "nearest: is_neox_style"),
+    "rope-of-layers": (
+        {"rope_parameters": {"full_attention": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4}}},
+        "RoPE of type yarn",
+    ),
+    "rope-misspelt": ({"rope_parameters": {"rope_theta": 1e6, "rope_factor": 2}}, "rope_factor"),
+    "rope-theta-of-zero": ({"rope_theta": 0}, "rope_theta 0"),
+    "true-for-a-number": ({"num_hidden_layers": True}, "num_hidden_layers: expected a whole number"),
+    "huge": ({"hidden_size": 10**12}, "hidden_size: expected a whole number"),
+    "negative": ({"vocab_size": -1}, "vocab_size"),
+    "epsilon": ({"rms_norm_eps": "1e-6"}, "rms_norm_eps"),
+    "layer-of-text": (with_dflash(target_layer_ids=["1"]), "target_layer_ids"),
+    "rope-of-text": ({"rope_parameters": "default"}, "rope_parameters"),
+}
+
+
+@pytest.mark.parametrize(("added", "reason"), REFUSED.values(), ids=REFUSED)
+def test_every_key_that_changes_the_computation_is_refused_by_name(added: dict[str, Any], reason: str):
+    with pytest.raises(DrafterError, match=reason) as caught:
+        check_config(PUBLISHED | added, "some/config.json")
+    assert str(caught.value).startswith("some/config.json: ")
+    with pytest.raises(DrafterError, match=reason):
+        DrafterShape.from_json(PUBLISHED | added, "some/config.json")
+
+
+@pytest.mark.parametrize(
+    "added",
+    [
+        with_dflash(training_mode="vp_drafter", prefix_weight_base=1.2, causal=False),
+        {"is_causal": False, "is_neox_style": True, "use_gemma_norm": False, "draft_vocab_size": 151936},
+        {"torch_dtype": "bfloat16", "transformers_version": "4.57.0", "pad_token_id": None, "_name_or_path": "x"},
+        {"quantization_config": None, "use_bidirectional": False, "output_attentions": False, "temperature": 1.0},
+        with_dflash(final_logit_softcapping=None, attention_value_scale=1.0, use_swa=False, swa_window_size=None),
+        with_dflash(projector_type="dflash", pure_draft_prefix_len=1, shift_label=False, enable_confidence_head=False),
+        {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1000000}}},
+        {"rope_parameters": {"rope_theta": 1000000, "mrope_section": [11, 11, 10], "mrope_interleaved": True}},
+    ],
+    ids=["training", "said", "bookkeeping", "off", "none", "plain-of-domino", "rope-of-layers", "rope-of-images"],
+)
+def test_keys_that_change_nothing_pass(added: dict[str, Any]):
+    plain = DrafterShape.from_json(PUBLISHED, "")
+    assert DrafterShape.from_json(PUBLISHED | added, "") == plain
+
+
+def test_a_plain_drafter_in_the_form_of_speculators_is_read():
+    """That library leaves out what Qwen3's config has by default, and counts layers from the embedding on."""
+    defaults = Qwen3Config().to_dict()
+    own = {name: PUBLISHED[name] for name in ("num_hidden_layers", "num_key_value_heads", "intermediate_size")}
+    own |= {"layer_types": PUBLISHED["layer_types"], "max_position_embeddings": 40960, "model_type": "qwen3"}
+    own |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "hidden_size": 4096, "head_dim": 128}
+    layers = {name: value for name, value in own.items() if value != defaults.get(name) or name == "model_type"}
+    assert "hidden_size" not in layers
+    config = {
+        "architectures": ["DFlashSpeculator"],
+        "speculators_model_type": "dflash",
+        "speculators_version": "0.9.0",
+        "speculators_config": {"algorithm": "dflash"},
+        "transformer_layer_config": layers,
+        "model_type": "speculator_model",
+        "aux_hidden_state_layer_ids": [2, 10, 18, 26, 34],
+        "mask_token_id": 151669,
+        "block_size": 16,
+        "draft_vocab_size": 151936,
+        "target_hidden_size": None,
+        "sliding_window_non_causal": False,
+        "projector_type": "dflash",
+        "pure_draft_prefix_len": 1,
+        "emb_dim": 256,
+        "gru_hidden_dim": 1024,
+        "lambda_base_start": 1.0,
+        "shift_label": False,
+        "sample_from_anchor": False,
+    }
+    plain = DrafterShape.from_json(PUBLISHED, "")
+    assert DrafterShape.from_json(config, "") == replace(plain, num_target_layers=None)
+    for change, reason in (
+        ({"speculators_model_type": "dflash2"}, "dflash2"),
+        ({"projector_type": "domino"}, "domino"),
+        ({"draft_vocab_size": 32000}, "draft_vocab_size"),
+        ({"sample_from_anchor": True}, "sample_from_anchor"),
+        ({"aux_hidden_state_layer_ids": None}, "aux_hidden_state_layer_ids"),
+        ({"transformer_layer_config": layers | {"model_type": "llama"}}, "llama"),
+        ({"transformer_layer_config": layers | {"layer_types": ["sliding_attention"] * 5}}, "sliding-window"),
+    ):
+        with pytest.raises(DrafterError, match=reason):
+            DrafterShape.from_json(config | change, "")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.extracting import by_row, run
+from support.in_process import in_process
 from support.tiny import write_jsonl
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from vpd.data.errors import ConfigError, FingerprintMismatchError, TargetError
@@ -89,15 +90,16 @@ def test_a_cache_takes_nothing_of_the_target_without_its_adapter(tiny_llama: Pat
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_llama: Path, adapter: Path, vllm_imported: None) -> Iterator[VllmEngine]:
-    engine = VllmEngine(
-        load_target(str(tiny_llama), str(adapter)),
-        (1, 3),
-        Sampling(temperature=0, top_p=1, top_k=0, seed=0),
-        dtype="float32",
-        max_len=64,
-        engine_args={"enforce_eager": True, "kv_cache_memory_bytes": 1 << 28},
-    )
+def engine(tiny_llama: Path, adapter: Path) -> Iterator[VllmEngine]:
+    with in_process():
+        engine = VllmEngine(
+            load_target(str(tiny_llama), str(adapter)),
+            (1, 3),
+            Sampling(temperature=0, top_p=1, top_k=0, seed=0),
+            dtype="float32",
+            max_len=64,
+            engine_args={"enforce_eager": True, "kv_cache_memory_bytes": 1 << 28},
+        )
     yield engine
     engine.close()
 

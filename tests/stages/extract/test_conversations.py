@@ -127,9 +127,9 @@ def test_max_len_cuts_a_given_response(chat: ChatFormat):
 # Generated responses
 
 
-def generate(record: PromptRecord, chat: ChatFormat, tokenizer: Any, **changes: Any) -> GeneratedConversation:
+def generate(record: PromptRecord, chat: ChatFormat, **changes: Any) -> GeneratedConversation:
     settings: dict[str, Any] = {"max_len": 100, "max_new_tokens": 20, "vocab_size": VOCAB, "greedy": True} | changes
-    return GeneratedConversation(record, chat, tokenizer, **settings)
+    return GeneratedConversation(record, chat, **settings)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_every_user_or_tool_message_gets_an_answer_of_the_targets_own(turns: str
 
 
 def test_one_answer(chat: ChatFormat, tiny_tokenizer: PreTrainedTokenizerFast, end: int):
-    conversation = generate(make_record("su"), chat, tiny_tokenizer)
+    conversation = generate(make_record("su"), chat)
     request = conversation.first_request()
     assert tiny_tokenizer.decode(request.prompt_ids) == (
         "<|im_start|>system\nsay 0<|im_end|>\n<|im_start|>user\nsay 1<|im_end|>\n<|im_start|>assistant\n"
@@ -165,14 +165,14 @@ def test_one_answer(chat: ChatFormat, tiny_tokenizer: PreTrainedTokenizerFast, e
 
 
 def test_the_record_s_own_answers_are_not_used(chat: ChatFormat, tiny_tokenizer: PreTrainedTokenizerFast):
-    asked = [generate(make_record(turns), chat, tiny_tokenizer).first_request() for turns in ("u", "ua")]
+    asked = [generate(make_record(turns), chat).first_request() for turns in ("u", "ua")]
     assert asked[0] == asked[1]
 
 
 def test_two_turns_end_in_one_sequence_with_both_answers_marked(
     chat: ChatFormat, tiny_tokenizer: PreTrainedTokenizerFast, end: int
 ):
-    conversation = generate(make_record("uu"), chat, tiny_tokenizer)
+    conversation = generate(make_record("uu"), chat)
     first = conversation.first_request()
     assert not first.capture
     second = conversation.advance(complete(first, [*tiny_tokenizer("a dog")["input_ids"], end]))
@@ -191,15 +191,15 @@ def test_two_turns_end_in_one_sequence_with_both_answers_marked(
 
 
 def test_a_text_is_continued(chat: ChatFormat, tiny_tokenizer: PreTrainedTokenizerFast):
-    request = generate(make_record(text="a fox"), chat, tiny_tokenizer).first_request()
+    request = generate(make_record(text="a fox"), chat).first_request()
     assert tiny_tokenizer.decode(request.prompt_ids) == "a fox"
 
 
 @pytest.mark.parametrize("room", [-5, 0, 1, 2, 19, 20, 500])
 def test_prompt_and_answer_fill_max_len_at_most(room: int, chat: ChatFormat, tiny_tokenizer: PreTrainedTokenizerFast):
     """`room` new tokens fill the sequence up to `max_len`, since the last of them does not enter the target."""
-    prompt_ids = generate(make_record("u"), chat, tiny_tokenizer).first_request().prompt_ids
-    conversation = generate(make_record("u"), chat, tiny_tokenizer, max_len=len(prompt_ids) + room - 1)
+    prompt_ids = generate(make_record("u"), chat).first_request().prompt_ids
+    conversation = generate(make_record("u"), chat, max_len=len(prompt_ids) + room - 1)
     if room < 2:
         with pytest.raises(SequenceTooLong) as caught:
             conversation.first_request()
@@ -213,14 +213,14 @@ def test_prompt_and_answer_fill_max_len_at_most(room: int, chat: ChatFormat, tin
 
 
 def test_a_later_turn_may_outgrow_max_len(chat: ChatFormat, tiny_tokenizer: PreTrainedTokenizerFast):
-    conversation = generate(make_record("uu"), chat, tiny_tokenizer, max_len=30)
+    conversation = generate(make_record("uu"), chat, max_len=30)
     with pytest.raises(SequenceTooLong):
         conversation.advance(complete(conversation.first_request(), [50] * 20))
 
 
 @pytest.mark.parametrize(("greedy", "argmax", "checked"), [(True, [50, 51, 52], 3), (False, [50, 8, 52], 0)])
-def test_greedy_choices_stand_and_those_that_rounding_turns_are_counted(greedy, argmax, checked, chat, tiny_tokenizer):
-    conversation = generate(make_record("u"), chat, tiny_tokenizer, greedy=greedy)
+def test_greedy_choices_stand_and_those_that_rounding_turns_are_counted(greedy, argmax, checked, chat):
+    conversation = generate(make_record("u"), chat, greedy=greedy)
     request = conversation.first_request()
     sequence = finish(conversation, complete(request, [50, 51, 52], [50, 8, 52]))
     assert sequence.target_argmax == [NO_CHOICE] * (len(request.prompt_ids) - 1) + argmax
@@ -232,17 +232,28 @@ def test_a_record_with_nothing_to_answer_is_named(
     turns: str, chat: ChatFormat, tiny_tokenizer: PreTrainedTokenizerFast
 ):
     with pytest.raises(PromptError, match=r"expected a user message"):
-        generate(make_record(turns), chat, tiny_tokenizer)
+        generate(make_record(turns), chat)
 
 
 def test_a_template_that_renders_earlier_answers_otherwise_is_refused(tiny_tokenizer: PreTrainedTokenizerFast):
     marked = "('?' if m.role == 'assistant' and add_generation_prompt else '') + m.content"
     template = CHATML.replace("m.content", marked)
     chat = ChatFormat(tiny_tokenizer, eos_token_ids={1}, template=template)
-    conversation = generate(make_record("uu"), chat, tiny_tokenizer)
+    conversation = generate(make_record("uu"), chat)
     completion = complete(conversation.first_request(), [50, 1])
     with pytest.raises(PromptError, match=r".*template"):
         conversation.advance(completion)
+
+
+def test_special_tokens_of_an_earlier_answer_stay_in_the_prompt(chat: ChatFormat, tiny_tokenizer: Any, end: int):
+    """`<|im_start|>` stands for the marks of thinking that some targets have among their special tokens."""
+    written = "<|im_start|>hmm<|im_start|>a fox"
+    conversation = generate(make_record("uu"), chat)
+    ids = tiny_tokenizer(written, add_special_tokens=False)["input_ids"]
+    second = conversation.advance(complete(conversation.first_request(), [*ids, end]))
+    assert isinstance(second, EngineRequest)
+    assert f"assistant\n{written}<|im_end|>\n" in tiny_tokenizer.decode(second.prompt_ids)
+    assert supervised(tiny_tokenizer, second.prompt_ids, [*second.supervised]) == f"{written}<|im_end|>"
 
 
 # Thinking and calls
@@ -255,7 +266,7 @@ def test_thinking_that_cuts_an_answer_off_supervises_nothing(chat: ChatFormat, t
         ([20, 21], [1]),
         ([7, 20, 21], [0, 0]),
     ):
-        conversation = generate(make_record("u"), chat, tiny_tokenizer, thinking=policy)
+        conversation = generate(make_record("u"), chat, thinking=policy)
         sequence = finish(conversation, complete(conversation.first_request(), output_ids))
         assert sequence.loss_mask[sequence.prompt_len :] == expected
         # The last token is no part of the sequence; within the thinking it is no label either.
@@ -295,9 +306,13 @@ def test_a_call_stays_where_its_result_follows(roles: str, expected: list[list[s
     assert [[message.content for message in turn] for turn in split_turns(calling(roles))] == expected
 
 
-def test_recorded_calls_are_not_supervised(chat: ChatFormat, tiny_tokenizer: Any, end: int):
+CALLING = CHATML.replace("m.content +", "m.content + (m.tool_calls[0].function.name if m.tool_calls else '') +")
+
+
+def test_recorded_calls_are_not_supervised(tiny_tokenizer: Any, end: int):
+    chat = ChatFormat(tiny_tokenizer, eos_token_ids={end}, template=CALLING)
     answer = tiny_tokenizer("ok")["input_ids"]
-    conversation = generate(calling("ucra", "ua"), chat, tiny_tokenizer)
+    conversation = generate(calling("ucra", "ua"), chat)
     first = conversation.first_request()
     assert tiny_tokenizer.decode(first.prompt_ids).count("say 1") == 1
     second = conversation.advance(complete(first, [*answer, end]))

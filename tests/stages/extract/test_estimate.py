@@ -1,5 +1,7 @@
 """Estimates of an extraction, compared with real extractions; and the check of free space."""
 
+import shutil
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +15,7 @@ from vpd.data.cache.codecs import CODECS
 from vpd.data.cache.maintenance.transfer import recode
 from vpd.data.cache.storage.places import open_storage
 from vpd.data.errors import ExtractionError
-from vpd.data.prompts.records import read_prompts
-from vpd.pipeline.estimation import sample_records
+from vpd.pipeline.commands.estimate import describe_hours
 from vpd.stages.extract.config import ExtractConfig
 from vpd.stages.extract.conversations import FinishedSequence
 from vpd.stages.extract.engine import Completion, EngineRequest
@@ -27,10 +28,11 @@ from vpd.stages.extract.estimate import (
     measure_share,
     run_pilot,
 )
-from vpd.stages.extract.inputs import make_chat
+from vpd.stages.extract.inputs import make_chat, plan_prompts
 from vpd.stages.extract.manifest import plan_layers, plan_manifest
-from vpd.stages.extract.plan import ExtractPlan, plan_extraction
+from vpd.stages.extract.plan import ExtractPlan, plan_extraction, sample_rows
 from vpd.stages.extract.target import load_target
+from vpd.stages.extract.units import WorkUnit
 
 ANSWERED = [
     {"prompt": "name a dog", "response": "the lazy dog"},
@@ -48,7 +50,7 @@ def out(tmp_path: Path) -> Path:
 def make_plan(llama: Path, prompts: Path, out: Path, **changes: Any) -> tuple[ExtractPlan, Any, Any]:
     """The plan, the manifest, and a call that starts the engine."""
     config = ExtractConfig(**EXTRACT | changes)
-    target, records = load_target(str(llama)), read_prompts([prompts])
+    target, records = load_target(str(llama)), plan_prompts([prompts], config)
     layers, chat = plan_layers(target, config), make_chat(target, config)
     manifest = plan_manifest(target, layers, chat, records, config)
     plan = plan_extraction(out, manifest, records, chat, target, config)
@@ -152,6 +154,7 @@ def test_a_sample_stands_for_all(tiny_llama: Path, tiny_prompts: Path, tiny_cach
         vpd("estimate", tiny_llama, prompts, "--out", out, **EXTRACT, **more) for more in ({}, {"sample": 10})
     )
     assert (whole.pop("num_tokenized"), sample.pop("num_tokenized")) == (30, 10)
+    assert (whole.pop("num_sampled"), sample.pop("num_sampled")) == (30, 10)
     assert whole.pop("free_bytes") > 0 < sample.pop("free_bytes")
     assert sample == whole
     present = vpd("estimate", tiny_llama, tiny_prompts, "--out", tiny_cache, **EXTRACT, sample=6)
@@ -159,11 +162,69 @@ def test_a_sample_stands_for_all(tiny_llama: Path, tiny_prompts: Path, tiny_cach
     assert set(present["bytes"].values()) == {0}
 
 
-@pytest.mark.parametrize(("number", "rows"), [(1, [1]), (3, [1, 5, 9]), (12, range(1, 13)), (99, range(1, 13))])
-def test_samples_are_spread_over_the_records(number: int, rows: list[int], tiny_prompts: Path):
-    prompts = read_prompts([tiny_prompts])
-    assert [record.row for record in sample_records(prompts, number).records] == list(rows)
-    assert sample_records(prompts, None) == prompts
+@pytest.mark.parametrize(("number", "rows"), [(1, [0]), (3, [0, 4, 8]), (12, range(12)), (99, range(12))])
+@pytest.mark.parametrize("cuts", [[0, 12], [0, 5, 6, 12]], ids=str)
+def test_samples_are_spread_over_the_rows(number: int, rows: list[int], cuts: list[int]):
+    units = [WorkUnit(str(start), range(start, end)) for start, end in pairwise(cuts)]
+    assert sample_rows(units, number) == list(rows)
+    assert sample_rows([], number) == []
+
+
+def test_a_sample_counts_what_is_left_out(tiny_llama: Path, tmp_path: Path, out: Path):
+    """Of four records one is too long, one has no form, and one is there twice in a row."""
+    records = [
+        each for i in range(12) for each in ({"prompt": f"why {i}?"},) * 2 + ({"prompt": "fox " * 200}, {"n": i})
+    ]
+    prompts = write_jsonl(tmp_path / "mixed.jsonl", records)
+    whole, sample = (
+        vpd("estimate", tiny_llama, prompts, "--out", out, **EXTRACT, skip_bad=True, **more)
+        for more in ({}, {"sample": 16})  # the first, fourth, seventh, tenth ... of the records
+    )
+    # A repetition of a record that is too long is counted as a duplicate.
+    assert whole["left_out"] == {"duplicate": 23, "too long": 1, "unreadable record": 12}
+    assert (whole["num_records"], whole["num_sequences"]) == (48, 12)
+    assert sample["num_sampled"] == 16
+    assert sample["left_out"]["unreadable record"] == 12
+    assert sum(sample["left_out"].values()) + sample["num_sequences"] == 48
+    assert run_vpd("estimate", tiny_llama, prompts, "--out", out, **EXTRACT).code == 1
+
+
+def test_config_and_tokenizer_are_enough(
+    tiny_llama: Path, tiny_prompts: Path, tiny_cache: Path, tmp_path: Path, out: Path
+):
+    folder = shutil.copytree(tiny_llama, tmp_path / "small", ignore=shutil.ignore_patterns("*.safetensors*"))
+    for place in (out, tiny_cache):
+        with_weights, without = (
+            vpd("estimate", target, tiny_prompts, "--out", place, **EXTRACT) for target in (tiny_llama, folder)
+        )
+        assert without.pop("free_bytes") > 0 < with_weights.pop("free_bytes")
+        assert without == with_weights
+    refused = run_vpd("estimate", folder, tiny_prompts, "--out", out, **EXTRACT, pilot=1)
+    assert (refused.code, "safetensors" in refused.message) == (1, True)
+
+
+@pytest.mark.parametrize(("gpus", "of_worker", "num_workers"), [(None, 2, 1), (8, 1, 8), (8, 2, 4), (1, 2, 0.5)])
+def test_hours_are_those_of_all_gpus(
+    gpus: int | None, of_worker: int, num_workers: float, tiny_llama: Path, tiny_prompts: Path, out: Path
+):
+    known = {"response_tokens": 7, "tokens_per_second": 100.0, "utilization": 0.5}
+    arguments = ["estimate", tiny_llama, tiny_prompts, "--out", out, *as_flags(EXTRACT | known)]
+    arguments += ["--engine-arg", f"tensor_parallel_size={of_worker}", *(["--gpus", gpus] if gpus else [])]
+    found = vpd(*arguments)
+    assert (found["num_workers"], found["rate_source"]) == (num_workers, "--tokens-per-second")
+    assert found["hours"] == pytest.approx(found["num_tokens"] / 100 / 3600 / num_workers)
+    wall = found["training"].get("hours")
+    assert wall == (pytest.approx(found["training"]["gpu_hours"] / gpus) if gpus else None)
+    shown = run_vpd(*arguments).out
+    assert (f"on {gpus} GPUs" in shown) == (gpus is not None)
+
+
+DURATIONS = [(0.001, "4 s"), (0.5, "30 min"), (3.2, "3 h 12 min"), (47.999, "48 h 0 min"), (1234.6, "51 days 11 h")]
+
+
+@pytest.mark.parametrize(("hours", "shown"), DURATIONS)
+def test_hours_are_readable(hours: float, shown: str):
+    assert describe_hours(hours) == shown
 
 
 # Bytes
@@ -198,6 +259,7 @@ def test_a_pilot_measures(tiny_llama: Path, tiny_prompts: Path, tiny_cache: Path
     answers = [rows[row].num_tokens + 1 - rows[row].prompt_len for row in (1, 7, 12)]
     assert found["response_tokens"] == pytest.approx(np.mean(answers))
     assert found["tokens_per_second"] > 0
+    assert found["rate_source"] == "a pilot of 3 sequences on this machine"
     assert found["hours"] == pytest.approx(found["num_tokens"] / found["tokens_per_second"] / 3600, rel=0.01)
     assert found["bytes"]["raw"] == pytest.approx(Cache.open(tiny_cache).num_bytes, rel=0.05)
 
@@ -310,7 +372,7 @@ def test_people_see_the_same(
     assert ["more than is free" in lines[f"as {codec}"] for codec in CODECS] == too_large
     assert {True, False} == set(too_large)
     assert "400.0 KiB" in lines["free"]
-    assert "--tokens-per-second" in lines["hours"]
+    assert "--tokens-per-second" in lines["time"]
     assert "answers of 5 tokens" in run_vpd(*arguments, response_tokens=5).out
     prompts = write_jsonl(tmp_path / "answered.jsonl", ANSWERED)
     given = run_vpd("estimate", tiny_llama, prompts, *as_flags({**EXTRACT, "mode": "given", "tokens_per_second": 10}))

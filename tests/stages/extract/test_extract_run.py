@@ -4,6 +4,7 @@
 import copy
 import shutil
 import tracemalloc
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -254,7 +255,7 @@ class Unusable(NamedTuple):
 
 
 UNUSABLE = [
-    Unusable("no-form", {"question": "why?"}, "unreadable record", {}),
+    Unusable("no-form", {"number": 7}, "unreadable record", {}),
     Unusable("too-long", {"prompt": "fox " * 200}, "too long", {}),
     Unusable("too-long-text", {"text": "fox " * 200}, "too long", {}),
     Unusable("no-user", {"messages": [{"role": "system", "content": "be brief"}]}, "no user message", {}),
@@ -350,18 +351,18 @@ def test_an_unknown_token_in_a_later_turn_costs_no_other(with_a_new_token: Path,
 
 
 def test_what_waits_takes_few_bytes_a_token(tiny_llama: Path, tmp_path: Path):
-    """Every worker keeps the tokens of the whole prompt set in memory."""
+    """A worker keeps the tokens of a small prompt set in memory."""
     answers = [{"prompt": f"why {i}?", "response": "jumps over the dog " * 60} for i in range(50)]
     prompts = write_jsonl(tmp_path / "prompts.jsonl", answers)
     config = make_config(mode="given", max_len=4096)
     target = load_target(str(tiny_llama))
-    chat, records = make_chat(target, config), list(plan_prompts([prompts], config).records)
-    report = ExtractReport()
-    for _ in start_conversations(records[:1], chat, target, config, report):
+    chat, records = make_chat(target, config), list(plan_prompts([prompts], config).read())
+    left_out: Counter[str] = Counter()
+    for _ in start_conversations(records[:1], chat, target, config, left_out):
         pass  # fills the caches of the tokenizer and the template
     tracemalloc.start()
     before, _ = tracemalloc.get_traced_memory()
-    planned = list(start_conversations(records, chat, target, config, report))
+    planned = list(start_conversations(records, chat, target, config, left_out))
     after, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     num_tokens = sum(conversation.expected_len(None) for conversation in planned)

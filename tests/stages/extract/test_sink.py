@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.tiny import make_manifest, make_sequence, skipped_by_unit
-from test_units import make_units
+from test_units import make_units, prepared
 from vpd.data.cache.cache import Cache
 from vpd.data.cache.maintenance.quarantine import read_quarantined
 from vpd.data.cache.writer import StateWriter
@@ -86,7 +86,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
             report, writer = ExtractReport(), StateWriter(cache, part_bytes, {})
             sink = Sink(writer, board, report, max_quarantined, lambda num_tokens: None)
             for unit in iter(board.claim, None):
-                sink.expect(unit)
+                sink.expect(prepared(unit))
             return Scene(cache, sink, writer, report)
 
         yield make

@@ -16,7 +16,9 @@ from vpd.data.cache.storage.local import LocalStorage
 from vpd.data.cache.target_files import target_folder
 from vpd.data.errors import CacheCorruptError, TargetError
 from vpd.stages.drafter.target_pieces import TargetPieces, load_tokenizer
+from vpd.stages.extract.config import ExtractConfig
 from vpd.stages.extract.target import check_layers, context_layers, copy_pieces, load_target, read_pieces
+from vpd.stages.extract.transformers_engine import load_model
 
 
 @pytest.fixture(params=["llama", "qwen3"])
@@ -125,6 +127,87 @@ def test_a_folder_without_a_file_names_what_is_missing(gone: str, words: list[st
         assert word in str(caught.value)
 
 
+def test_config_and_tokenizer_are_enough_without_weights(folder: Path):
+    (folder / "model.safetensors").unlink()
+    target = load_target(str(folder), weights=False)
+    assert (target.num_layers, len(target.eos_token_ids)) == (NUM_LAYERS, 1)
+    with pytest.raises(TargetError, match="expected weights"):
+        _ = target.weights
+
+
+# Code of the target
+
+
+CODE = {
+    "configuration_own.py": "from transformers import LlamaConfig\n\nclass OwnConfig(LlamaConfig):\n"
+    '    model_type = "own"\n',
+    "modeling_own.py": "from transformers import LlamaForCausalLM\n\nfrom .configuration_own import OwnConfig\n\n"
+    "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n",
+}
+
+
+@pytest.fixture
+def own_code(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A target whose class is in its folder."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("builtins.input", lambda text: pytest.fail(f"a question on the terminal: {text}"))
+    folder = shutil.copytree(tiny_llama, tmp_path / "own")
+    for name, content in CODE.items():
+        (folder / name).write_text(content)
+    classes = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | {"model_type": "own", "auto_map": classes}
+    path.write_text(json.dumps(config | {"architectures": ["OwnForCausalLM"]}))
+    return folder
+
+
+def test_code_of_the_target_runs_only_with_leave(own_code: Path):
+    with pytest.raises(TargetError, match=r"own code \(auto_map in .*own/config\.json\).*extract\.trust_remote_code"):
+        load_target(str(own_code))
+
+
+def test_code_of_the_target_reaches_config_and_engine_but_not_the_cache(
+    own_code: Path, tiny_llama: Path, tmp_path: Path
+):
+    target, storage = load_target(str(own_code), trust_remote_code=True), LocalStorage(tmp_path / "cache")
+    assert type(load_model(target, "float32")).__name__ == "OwnForCausalLM"
+    check_pieces(read_pieces(target), read_pieces(load_target(str(tiny_llama))))
+    storage.root.mkdir()
+    copy_pieces(target, storage)
+    stored = target_folder(storage)
+    assert not list(stored.glob("*.py"))
+    assert "auto_map" not in (stored / "config.json").read_text()
+    assert load_tokenizer(stored)("the fox")["input_ids"] == target.tokenizer("the fox")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "trusted"),
+    [
+        ({}, False),
+        ({"trust_remote_code": True}, True),
+        ({"engine_args": {"trust_remote_code": True}}, True),
+        ({"engine_args": {"trust_remote_code": "yes"}}, False),
+    ],
+)
+def test_the_setting_or_the_engine_argument_gives_leave(settings: dict[str, Any], trusted: bool):
+    assert ExtractConfig(**settings).trusts_target_code == trusted
+
+
+# Mistral's folders
+
+
+def test_the_tokenizer_of_the_folder_goes_before_mistrals(tiny_llama: Path, tmp_path: Path):
+    folder = shutil.copytree(tiny_llama, tmp_path / "mistral")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "mistral", "sliding_window": None}))
+    expected = load_target(str(folder)).tokenizer("<|im_start|>fox")["input_ids"]
+    (folder / "tekken.json").write_text("{}")
+    assert load_target(str(folder)).tokenizer("<|im_start|>fox")["input_ids"] == expected
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(TargetError, match=r"expected a tokenizer\.json in .*mistral, found tekken\.json alone"):
+        load_target(str(folder))
+
+
 # Pieces
 
 
@@ -156,8 +239,8 @@ def test_weights_of_another_naming_are_refused(tiny_llama: Path, tmp_path: Path)
     save_file(
         {name.replace("embed_tokens", "wte"): value for name, value in weights.items()}, folder / "model.safetensors"
     )
-    with pytest.raises(TargetError, match=r"one tensor named \.\.\.embed_tokens\.weight .*found 0"):
-        read_pieces(load_target(str(folder)))
+    with pytest.raises(TargetError, match=r"expected the tensor model\.embed_tokens\.weight .*found none"):
+        load_target(str(folder))
 
 
 def test_the_cache_holds_pieces_and_tokenizer(folder: Path, tmp_path: Path):

@@ -17,15 +17,14 @@ from vpd.data.cache.records import dump_record
 from vpd.data.cache.storage.base import Storage
 from vpd.data.cache.storage.places import open_storage
 from vpd.data.cache.work import DONE, WORK, finished_units, read_units
-from vpd.stages.extract.conversations import Conversation
 from vpd.stages.extract.units import (
     LEASE,
     WORKER,
+    PreparedUnit,
     WorkBoard,
     WorkUnit,
     lives_here,
     pid_space,
-    split_units,
     start_time,
 )
 
@@ -36,12 +35,14 @@ OTHER = "0123456789ab"
 
 
 def make_units(ids: list[str], size: int, left: list[str]) -> list[WorkUnit]:
-    named = [cast(Conversation, SimpleNamespace(record=SimpleNamespace(seq_id=seq_id))) for seq_id in left]
-    return split_units(ids, named, size)
-
-
-def names_of(unit: WorkUnit) -> list[str]:
-    return [conversation.record.seq_id for conversation in unit.conversations]
+    """Units of `size` records each, of which those in `left` are left."""
+    units: list[WorkUnit] = []
+    for start in range(0, len(ids), size):
+        chosen = ids[start : start + size]
+        named = [SimpleNamespace(record=SimpleNamespace(seq_id=seq_id)) for seq_id in chosen if seq_id in left]
+        unit_id = f"unit-{start}"
+        units.append(WorkUnit(unit_id, range(start, start + size), PreparedUnit(unit_id, cast(Any, named), chosen)))
+    return units
 
 
 IDS = [f"id-{i:02d}" for i in range(10)]
@@ -62,6 +63,11 @@ def claim_all(board: WorkBoard) -> list[str]:
     return [unit.unit_id for unit in iter(board.claim, None)]
 
 
+def prepared(unit: WorkUnit) -> PreparedUnit:
+    assert unit.prepared is not None
+    return unit.prepared
+
+
 def files(storage: Storage, suffix: str) -> list[str]:
     return [name for name in storage.list_folder(WORK) if name.endswith(suffix)]
 
@@ -75,27 +81,6 @@ def write_worker(storage: Storage, *, place: str = "", pid: int | None = None, s
 
 def write_lease(storage: Storage, unit_id: str) -> None:
     storage.create(f"{WORK}/{unit_id}.0{LEASE}", dump_record({"worker": OTHER}))
-
-
-# The units
-
-
-def test_units_cover_what_is_left_once_and_in_order():
-    left = [seq_id for seq_id in IDS if seq_id not in ("id-00", "id-04")]
-    units = make_units(IDS, 3, left)
-    assert [names_of(unit) for unit in units] == [
-        ["id-01", "id-02"],
-        ["id-03", "id-05"],
-        ["id-06", "id-07", "id-08"],
-        ["id-09"],
-    ]
-    # A unit's name does not depend on what is left of it, but on all of its records.
-    assert [unit.unit_id for unit in units] == UNIT_IDS
-    assert len({*UNIT_IDS, *(unit.unit_id for unit in make_units(IDS, 4, left))}) == len(UNIT_IDS) + 3
-
-
-def test_a_unit_of_which_nothing_is_left_is_none():
-    assert [names_of(unit) for unit in make_units(IDS, 5, IDS[5:])] == [IDS[5:]]
 
 
 # Claims
@@ -132,7 +117,7 @@ def test_a_finished_unit_is_never_claimed_again(storage: Storage):
     with closing(make_board(storage)) as first:
         done = first.claim()
         assert done is not None
-        first.finish(done.unit_id, {"id-01": "empty response"})
+        first.finish(prepared(done), {"id-01": "empty response"})
     assert skipped_by_unit(storage) == {done.unit_id: {"id-01": "empty response"}}
     assert files(storage, LEASE) == []
     with closing(make_board(storage)) as second:
@@ -149,21 +134,21 @@ def test_a_unit_that_is_finished_again_keeps_what_was_hopeless_before(storage: S
     storage.write(f"{WORK}/{UNIT_IDS[2]}{DONE}", dump_record({"skipped": {"id-06": "empty response"}}))
     with closing(make_board(storage, known=read_units(storage, [UNIT_IDS[2]]))) as board:
         assert claim_all(board) == UNIT_IDS
-        board.finish(UNIT_IDS[2], {"id-08": "too long after some turns"})
+        board.finish(prepared(UNITS[2]), {"id-08": "too long after some turns"})
     assert skipped_by_unit(storage) == {UNIT_IDS[2]: {"id-06": "empty response", "id-08": "too long after some turns"}}
 
 
 def test_workers_share_the_units_that_lost_sequences_after_they_were_finished(storage: Storage):
     with closing(make_board(storage)) as before:
-        for unit_id in claim_all(before):
-            before.finish(unit_id, {})
+        for unit in iter(before.claim, None):
+            before.finish(prepared(unit), {})
     known = read_units(storage, finished_units(storage))
     boards = [make_board(storage, known) for _ in range(3)]
     made: list[str] = []
     while any(board.num_units_left for board in boards):
         for board, unit in [(board, board.claim()) for board in boards]:
             if unit is not None:
-                board.finish(unit.unit_id, {})
+                board.finish(prepared(unit), {})
                 made.append(unit.unit_id)
     for board in boards:
         board.close()

@@ -1,6 +1,8 @@
 """Which checkpoints are kept, and which checkpoint is a run's drafter."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -74,7 +76,7 @@ def test_half_a_checkpoint_is_none(tmp_path: Path, first_run: Path, monkeypatch:
     """A process may be killed while it removes a checkpoint; the next process removes the rest."""
     add_checkpoints(tmp_path, first_run, range(1, 4))
 
-    def half(path: Path) -> None:
+    def half(path: Path, ignore_errors: bool) -> None:
         (path / "config.json").unlink()
         raise KeyboardInterrupt
 
@@ -86,6 +88,25 @@ def test_half_a_checkpoint_is_none(tmp_path: Path, first_run: Path, monkeypatch:
     checkpoint_path(tmp_path, 4).with_name(".step-0000004.123.tmp").mkdir()
     remove_unfinished(tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-0000002", "step-0000003"]
+
+
+def test_a_checkpoint_that_another_process_reads_may_stay_for_a_while(
+    tmp_path: Path, first_run: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """NFS keeps a removed file that is open under another name, and refuses to remove its folder."""
+    add_checkpoints(tmp_path, first_run, range(1, 3))
+
+    def refuse(path: object, **options: object) -> None:
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", refuse)
+        keep_latest(tmp_path, 1)
+        remove_unfinished(tmp_path)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-0000002"]
+    assert len([*(tmp_path / "checkpoints").iterdir()]) == 2
+    remove_unfinished(tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-0000002"]
 
 
 def test_without_the_best_the_latest_counts(tmp_path: Path, first_run: Path):

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from transformers import get_scheduler
 from vpd.stages.train.config import TrainConfig
-from vpd.stages.train.optimization import WeightAverage, make_optimizers, make_schedules
+from vpd.stages.train.optimization import SCHEDULES, WeightAverage, make_optimizers, make_schedules
 
 LR, DECAY, BETAS = 0.01, 0.3, (0.8, 0.9)
 ADAM_EPS = 1e-8
@@ -185,6 +186,24 @@ def test_learning_rates_rise_and_fall_as_the_formula_says(schedule: str, warmup:
         rates = [group["lr"] for each in optimizers for group in each.param_groups]
         assert rates == pytest.approx([expected] * 2, rel=1e-12, abs=1e-18)
         for each in (*optimizers, *schedules):
+            each.step()
+
+
+@pytest.mark.parametrize("num_steps", [1, 7, 40])
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize(
+    ("schedule", "theirs"), [*zip(SCHEDULES, ("cosine", "linear", "constant_with_warmup"), strict=True)]
+)
+def test_learning_rates_are_those_of_transformers_to_the_last_bit(
+    schedule: str, theirs: str, warmup: float, num_steps: int
+):
+    config = make_config(schedule=schedule, warmup=warmup, optimizer="adamw")
+    (one,), (other,) = make_optimizers(Weights(), config), make_optimizers(Weights(), config)
+    (ours,) = make_schedules([one], config, num_steps)
+    expected = get_scheduler(theirs, other, round(warmup * num_steps), num_steps)
+    for _ in range(num_steps + 2):
+        assert ours.get_last_lr() == expected.get_last_lr()
+        for each in (one, other, ours, expected):
             each.step()
 
 

@@ -117,14 +117,16 @@ def test_the_probabilities_are_those_computed_by_hand(case: Case):
     assert found == pytest.approx(case.expected, rel=3e-6, abs=0)
 
 
-@pytest.mark.parametrize(("beta", "block_size"), [(0.9, 16), (0.5, 8), (1.0, 6), (0.7, 2)])
+@pytest.mark.parametrize(
+    ("beta", "block_size"), [(0.9, 16), (0.5, 8), (1.0, 6), (0.7, 2), (1.1, 16), (2.0, 8), (1.5, 255), (1e30, 4)]
+)
 @pytest.mark.parametrize("name", ["geometric", "visible-geometric"])
 def test_priors_need_no_first_drafts(name: str, beta: float, block_size: int):
     shortest = 1 if name == "visible-geometric" and block_size > 2 else 0
     weights = [beta**j if j >= shortest else 0.0 for j in range(block_size - 1)]
     facts = facts_of(Block(block_size - 1), block_size=block_size, drafted=False)
     found = prefix_distribution(sampler(name, beta=beta), facts)[0].tolist()
-    assert found == pytest.approx([weight / sum(weights) for weight in weights], rel=1e-5, abs=0)
+    assert found == pytest.approx([weight / sum(weights) for weight in weights], rel=1e-5, abs=1e-37)
 
 
 def test_the_empty_prefix_has_its_share_of_the_papers_prior():

@@ -1,15 +1,19 @@
 """A folder of this machine: reads into many buffers at once, and locks that show which writers are alive."""
 
+import errno
+import fcntl
 import os
 import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vpd.data.cache.storage import locks
 from vpd.data.cache.storage.local import LocalFile, LocalStorage
-from vpd.data.cache.storage.locks import LOCK, SECONDS_TO_LOCK, SECONDS_UNTIL_ABANDONED, FolderLock, is_alive
+from vpd.data.cache.storage.locks import LOCK, SECONDS_TO_LOCK, SECONDS_UNTIL_ABANDONED, FolderLock, is_alive, this_host
 
 CONTENT = bytes(range(256)) * 40
 
@@ -139,3 +143,81 @@ def test_a_writer_on_another_host_is_alive_until_nothing_changes_for_a_day(
     assert not is_alive(tmp_path)
     os.utime(tmp_path / (LOCK if changed == "lock" else "hidden/0"), (then, then))
     assert is_alive(tmp_path) == alive
+
+
+# File systems of other kinds
+
+
+@pytest.fixture
+def nfs_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux' NFS client: an exclusive lock needs a file open for writing, a shared lock a file open for reading."""
+    flock = fcntl.flock
+
+    def refuse(file: Any, operation: int) -> None:
+        mode = fcntl.fcntl(file.fileno(), fcntl.F_GETFL) & os.O_ACCMODE
+        for kind, wrong in ((fcntl.LOCK_EX, os.O_RDONLY), (fcntl.LOCK_SH, os.O_WRONLY)):
+            if operation & kind and mode == wrong:
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+@pytest.mark.usefixtures("nfs_locks")
+def test_locks_work_on_nfs(tmp_path: Path):
+    lock = FolderLock(tmp_path)
+    assert is_alive(tmp_path)
+    lock.release()
+    (tmp_path / LOCK).chmod(0o444)
+    assert not is_alive(tmp_path)
+    (tmp_path / LOCK).chmod(0o644)
+    (tmp_path / LOCK).write_text("elsewhere")
+    assert is_alive(tmp_path)
+
+
+def test_a_file_system_without_locks_can_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(file: Any, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    lock = FolderLock(tmp_path)
+    assert is_alive(tmp_path)
+    lock.release()
+    make_older(tmp_path, SECONDS_UNTIL_ABANDONED - 60)
+    assert is_alive(tmp_path)
+    make_older(tmp_path, SECONDS_UNTIL_ABANDONED + 60)
+    assert not is_alive(tmp_path)
+
+
+def test_a_host_of_the_same_name_is_another_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The other host's lock can't be seen from here."""
+    monkeypatch.setattr(locks, "this_host", lambda: f"{this_host()}-other")
+    lock = FolderLock(tmp_path)
+    lock.release()
+    assert not is_alive(tmp_path)
+    monkeypatch.undo()
+    assert is_alive(tmp_path)
+
+
+@pytest.mark.parametrize("ahead_s", [-3 * SECONDS_UNTIL_ABANDONED, 0, 3 * SECONDS_UNTIL_ABANDONED])
+@pytest.mark.parametrize("age_s", [0, SECONDS_UNTIL_ABANDONED - 60, SECONDS_UNTIL_ABANDONED + 60])
+def test_the_file_servers_clock_may_be_wrong(age_s: int, ahead_s: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / LOCK).write_text("elsewhere")
+    make_older(tmp_path, age_s)
+    stat = os.stat
+
+    def stat_by_server(*arguments: Any, **options: Any) -> Any:
+        found = stat(*arguments, **options)
+        fields = {name: getattr(found, name) for name in dir(found) if name.startswith("st_")}
+        return SimpleNamespace(**fields | {"st_mtime": found.st_mtime + ahead_s})
+
+    monkeypatch.setattr(os, "stat", stat_by_server)
+    alive = is_alive(tmp_path)
+    monkeypatch.undo()
+    assert alive == (age_s < SECONDS_UNTIL_ABANDONED)
+
+
+def make_older(folder: Path, age_s: float) -> None:
+    then = time.time() - age_s
+    for path in (*folder.iterdir(), folder):
+        os.utime(path, (then, then))

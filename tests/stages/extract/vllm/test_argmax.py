@@ -1,11 +1,12 @@
 """The target's choices from its last layer's states, for every kind of final norm and LM head."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from support.kinds import KINDS, save_kind
-from support.tiny import HIDDEN, VOCAB
+from support.tiny import VOCAB
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from vpd.data.errors import TargetError
@@ -43,7 +44,9 @@ def test_choices_are_those_of_the_whole_model(name: str, tmp_path: Path):
     assert len(set(found_T.tolist())) > 20
 
 
-def test_a_norm_that_the_class_does_not_know_is_named(tiny_llama: Path):
-    weights = {"weight": torch.ones(HIDDEN), "bias": torch.zeros(HIDDEN)}
-    with pytest.raises(TargetError, match=r"llama names `norm`.*bias.*--engine transformers"):
-        make_final_norm(load_target(str(tiny_llama)), weights)
+def test_a_class_without_one_final_norm_is_named(tiny_llama: Path):
+    target = load_target(str(tiny_llama))
+    normless = replace(target)
+    normless.__dict__["architecture"] = replace(target.architecture, norm=None)
+    with pytest.raises(TargetError, match=r"expected one final norm .* llama, found none.*--engine transformers"):
+        make_final_norm(normless, {})

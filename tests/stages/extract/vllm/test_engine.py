@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from support.extracting import answer, make_config
+from support.in_process import in_process
 from support.kinds import save_kind
 from support.tiny import write_jsonl
 from vpd.data.cache.arrays import NO_CHOICE
@@ -34,15 +35,33 @@ PROMPT_LENS = (1, 3, 16, 17, 64, 70)
 BF16_UNIT = 2.0**-7
 
 
-@pytest.fixture(scope="module", params=["tiny_llama", "tiny_qwen3"])
-def engines(request: pytest.FixtureRequest, vllm_imported: None) -> Iterator[tuple[Engine, Engine]]:
-    """One engine start for each architecture."""
-    target = load_target(str(request.getfixturevalue(request.param)))
+def start(folder: Path) -> tuple[VllmEngine, TransformersEngine]:
+    target = load_target(str(folder))
     every_layer = range(target.num_layers)
     reference = TransformersEngine(target, every_layer, GREEDY, dtype="float32")
-    engine = VllmEngine(target, every_layer, GREEDY, dtype="float32", max_len=128, engine_args=ENGINE_ARGS)
+    return VllmEngine(target, every_layer, GREEDY, dtype="float32", max_len=128, engine_args=ENGINE_ARGS), reference
+
+
+@pytest.fixture(scope="module")
+def apart(tiny_llama: Path, vllm_imported: None) -> Iterator[tuple[VllmEngine, TransformersEngine]]:
+    """vLLM in processes of its own, beside transformers."""
+    engine, reference = start(tiny_llama)
     yield engine, reference
     engine.close()
+
+
+@pytest.fixture(scope="module")
+def inside(tiny_qwen3: Path, vllm_imported: None) -> Iterator[tuple[VllmEngine, TransformersEngine]]:
+    """vLLM in this process, with a target of another architecture."""
+    with in_process():
+        engine, reference = start(tiny_qwen3)
+    yield engine, reference
+    engine.close()
+
+
+@pytest.fixture(params=["apart", "inside"])
+def engines(request: pytest.FixtureRequest) -> tuple[Engine, Engine]:
+    return request.getfixturevalue(request.param)
 
 
 @pytest.mark.engine
@@ -95,9 +114,8 @@ def pids_of(engine: VllmEngine) -> list[int]:
 
 
 @pytest.mark.engine
-def test_a_signal_to_all_processes_leaves_the_engine_at_work(engines: tuple[Engine, Engine]):
-    engine, reference = engines
-    assert isinstance(engine, VllmEngine)
+def test_a_signal_to_all_processes_leaves_the_engine_at_work(apart: tuple[VllmEngine, TransformersEngine]):
+    engine, reference = apart
     request = EngineRequest(key="signalled", prompt_ids=[5, 6, 7], max_new_tokens=60, capture=True)
     engine.submit(request)
     assert engine.poll() == []
@@ -111,10 +129,9 @@ def test_a_signal_to_all_processes_leaves_the_engine_at_work(engines: tuple[Engi
 
 
 @pytest.mark.engine
-def test_what_the_engine_gives_up_is_aborted(engines: tuple[Engine, Engine]):
+def test_what_the_engine_gives_up_is_aborted(apart: tuple[VllmEngine, TransformersEngine]):
     """As when a signal ends the engine: one request is half-way, the others wait."""
-    engine, _ = engines
-    assert isinstance(engine, VllmEngine)
+    engine, _ = apart
     for i in range(ENGINE_ARGS["max_num_seqs"] + 2):
         engine.submit(EngineRequest(key=f"given up {i}", prompt_ids=[5, 6, 7, i], max_new_tokens=100, capture=True))
     assert engine.poll() == []
@@ -133,10 +150,9 @@ def test_what_the_engine_gives_up_is_aborted(engines: tuple[Engine, Engine]):
 
 
 @pytest.mark.engine
-def test_a_killed_engine_is_an_error_that_says_what_to_do(engines: tuple[Engine, Engine]):
+def test_a_killed_engine_is_an_error_that_says_what_to_do(apart: tuple[VllmEngine, TransformersEngine]):
     """This test ends these engines, so it is their last one."""
-    engine, _ = engines
-    assert isinstance(engine, VllmEngine)
+    engine, _ = apart
     errors: SimpleQueue[BaseException] = SimpleQueue()
 
     def poll_on() -> None:
@@ -160,7 +176,7 @@ def test_a_killed_engine_is_an_error_that_says_what_to_do(engines: tuple[Engine,
 @pytest.mark.engine
 def test_why_an_engine_does_not_start_is_reported_and_standard_output_stays_clean(tmp_path: Path):
     """vLLM's class for this kind does not give its layers' states."""
-    target = save_kind("Gemma 3", tmp_path / "target")
+    target = save_kind("Mixtral", tmp_path / "target")
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "name a fox"}])
     command = [sys.executable, "-m", "vpd.pipeline.cli", "extract", target, prompts, "--out", tmp_path / "cache"]
     flags = ["--json", "--max-len", "64", "--layer-ids", "0,2,5"]
