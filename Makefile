@@ -9,7 +9,7 @@ TORCH := 2.13.0
 PROMPTS ?= gsm8k.jsonl mbpp.jsonl
 UNSEEN ?= humaneval.jsonl
 
-.PHONY: demo test lint docs bench targets study clean
+.PHONY: demo test lint docs bench fuzz targets study clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vpd demo --out runs/demo
@@ -27,6 +27,9 @@ docs: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python tests/benchmarks/run.py --out runs/bench.json
+
+fuzz: $(VENV)/.installed
+	$(BIN)/python tests/fuzz/run.py $(FUZZ_ARGS)
 
 targets: $(VENV)/.installed
 	$(BIN)/python tests/targets.py $(TARGETS_ARGS)

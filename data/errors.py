@@ -29,6 +29,10 @@ class PromptError(VpdError, ValueError):
     """A prompt file or one of its records can't be used."""
 
 
+class NothingToTrain(PromptError):
+    """A record has no answer, or no question to answer."""
+
+
 class TargetError(VpdError, ValueError):
     """The target's folder lacks something, or does not fit the settings."""
 

@@ -175,7 +175,7 @@ def _read_source(source: str | Path, problems: list[str]) -> dict[Any, Any]:
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         problems.append(f"{source}{line}: expected YAML: {error.problem}")
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         problems.append(f"{source}: expected a YAML file: {' '.join(str(error).split())}")
     else:
         if isinstance(tree, dict):

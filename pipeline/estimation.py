@@ -58,6 +58,7 @@ def estimate_facts(target_name: str, prompt_files: tuple[str, ...], out: str, co
         "num_sequences": lengths.num_sequences,
         "num_present": plan.report.num_present + round(plan.sample.num_present * plan.scale),
         "left_out": left_out(plan),
+        "first_left_out": [*(plan.report.left_out.firsts | plan.sample.left_out.firsts).values()],
         "num_tokenized": len(plan.conversations),
         "num_tokens": round(lengths.total),
         "response_tokens": response if settings.mode == "generate" else None,
@@ -76,8 +77,8 @@ def known_fingerprint(storage: Storage) -> str:
 
 def left_out(plan: ExtractPlan) -> dict[str, int]:
     """Records that will not give a sequence, by reason, as many as the sample lets expect."""
-    found = plan.report.skipped.copy()
-    for reason, count in (plan.sample.left_out + Counter(plan.sample.hopeless.values())).items():
+    found = plan.report.left_out.counts.copy()
+    for reason, count in (plan.sample.left_out.counts + Counter(plan.sample.hopeless.values())).items():
         found[reason] += round(count * plan.scale)
     return {reason: count for reason, count in found.items() if count}
 

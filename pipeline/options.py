@@ -80,7 +80,7 @@ def from_text(text: str) -> Any:
     """A text from the command line, read as YAML; the text itself if it is not YAML."""
     try:
         return yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError):
+    except (ValueError, RecursionError, yaml.YAMLError):
         return text
 
 

@@ -19,6 +19,11 @@ def emit(result: dict[str, Any], as_json: bool, text: str) -> None:
     click.echo(json.dumps(result) if as_json else text)
 
 
+def describe_firsts(firsts: list[str]) -> str:
+    """Messages about records that were skipped, one a line."""
+    return "".join(f"\n  first of its kind: {message}" for message in firsts)
+
+
 def make_console(stderr: bool = False) -> Console:
     """Standard output or standard error, taking no path and no text for markup."""
     from rich.console import Console

@@ -98,9 +98,9 @@ def run_worker(job: ExtractJob) -> ExtractReport:
     load_plugins()
     prepared = prepare(job)
     planned = prepared.plan.report
-    skipped, rules = planned.skipped.copy(), planned.rules.copy()
+    skipped, rules = planned.left_out.counts.copy(), planned.rules.copy()
     report = work_on(prepared)
-    report.skipped -= skipped
+    report.left_out.counts -= skipped
     report.rules -= rules
     return report
 
@@ -120,7 +120,7 @@ def add_report(report: ExtractReport, found: ExtractReport) -> None:
     report.num_checked += found.num_checked
     report.num_argmax_differing += found.num_argmax_differing
     report.num_left = found.num_left
-    report.skipped.update(found.skipped)
+    report.left_out.update(found.left_out)
     report.rules.update(found.rules)
     if found.audit is not None and found.audit["worst_relative_error"] >= worst_error(report):
         report.audit = found.audit

@@ -24,6 +24,8 @@ def table_of_estimate(found: dict[str, Any], config: VpdConfig) -> Table:
     table.add_row("sequences", f"{found['num_sequences']:,} to come, {found['num_present']:,} there")
     if found["left_out"]:
         table.add_row("left out", ", ".join(f"{reason}: {count:,}" for reason, count in found["left_out"].items()))
+    for message in found["first_left_out"]:
+        table.add_row("  first of its kind", message)
     if found["num_sampled"] < found["num_records"]:
         table.add_row("by a sample", f"{found['num_sampled']:,} of {found['num_records']:,} records, evenly chosen")
     lengths = describe_lengths(found, config)

@@ -18,7 +18,7 @@ from ...stages.train.checkpoints import find_drafter
 from ..config import VpdConfig, config_yaml
 from ..extraction import ExtractJob, Prepared, can_draft_beside, drafting_beside, prepare, work_on
 from ..first_record import show_first_record
-from ..output import emit, format_bytes
+from ..output import describe_firsts, emit, format_bytes
 from ..progress import ProgressReport
 from ..ray_workers import RayResources, extract_on_ray
 from ..reading import open_for_reading
@@ -96,7 +96,7 @@ def describe_extraction(result: dict[str, Any]) -> str:
         f"{format_bytes(result['num_bytes'])} ({result['num_written']} written now, {result['num_present']} there "
         f"before; skipped: {result['skipped'] or 'none'}). Of {num_checked} greedy choices compared, the stored states "
         f"confirm {num_checked - result['num_argmax_differing']}.{describe_rules(result['rules'])}"
-        f"{describe_audit(result['audit'])}"
+        f"{describe_audit(result['audit'])}{describe_firsts(result['first_skipped'])}"
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -17,7 +16,7 @@ from ...data.cache.storage.places import open_storage
 from ...data.cache.work import finished_units, read_units
 from ...data.chat import ChatFormat
 from ...data.dropped import DroppedByTemplate
-from ...data.errors import PromptError
+from ...data.errors import NothingToTrain, PromptError
 from ...data.prompts.forms import Content
 from ...data.prompts.records import BadRow, PromptRecord, PromptSource
 from ...data.thinking import ThinkingPolicy
@@ -32,6 +31,7 @@ from .conversations import (
 )
 from .engines import plan_sampling
 from .inputs import plan_thinking
+from .left_out import LeftOut
 from .sink import ExtractReport
 from .target import Target
 from .units import PreparedUnit, WorkUnit
@@ -41,7 +41,7 @@ REASONS = {
     UnknownToken: "token beyond the vocabulary",
     DroppedByTemplate: "left out by the template",
 }
-"""Error of a record -> reason for skipping it. Any other error means that the record has nothing to train on."""
+"""Error of a record -> reason for skipping it; for other errors see `reason_of`."""
 CHECKED_ROWS = 4096
 """A prompt set of up to so many rows is checked whole before the engine starts."""
 TOKENIZED_AT_ONCE = 64
@@ -99,7 +99,7 @@ class Preparation:
                 continue
             found.rules.update(record.facts.rules)
             if record.seq_id in seen or record.seq_id in self._earlier:
-                found.left_out["duplicate"] += 1
+                found.left_out.add("duplicate")
             else:
                 seen.add(record.seq_id)
                 if record.seq_id in self._present:
@@ -116,7 +116,7 @@ class Preparation:
     def _leave_out(self, bad: BadRow, found: PreparedUnit) -> None:
         if not self._config.skip_bad:
             raise PromptError(bad.message)
-        found.left_out["unreadable record"] += 1
+        found.left_out.add("unreadable record", f"{bad.source}:{bad.row}", bad.reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,8 +194,8 @@ def plan_extraction(
             units.append(WorkUnit(key, rows))
             continue
         report.num_present += len(required)
-        report.skipped.update(note["skipped"].values())
-        report.skipped.update(note["left_out"])
+        report.left_out.counts.update(note["skipped"].values())
+        report.left_out.counts.update(note["left_out"])
         report.rules.update(note.get("rules", {}))
         preparation.add_earlier([*required, *note["skipped"]])
     is_small = len(prompts) <= (CHECKED_ROWS if num_sampled is None else num_sampled)
@@ -206,8 +206,11 @@ def plan_extraction(
     unread = [unit for unit in units if unit.prepared is None]
     sample = preparation.look_at(sample_rows(unread, num_sampled or SAMPLE_ROWS)) if unread else join(units)
     units = [unit for unit in units if unit.num_left]
-    if not units and not report.num_present and report.skipped.keys() <= {"unreadable record"}:
-        raise PromptError(f"no prompts in {prompts.described} ({report.skipped.total()} bad records skipped)")
+    if not units and not report.num_present and report.left_out.counts.keys() <= {"unreadable record"}:
+        raise PromptError(
+            f"no prompts in {prompts.described} ({report.left_out.counts.total()} bad records skipped)"
+            + "".join(f"; the first: {message}" for message in [*report.left_out.firsts.values()][:1])
+        )
     return ExtractPlan(units, preparation, report, prompts.fingerprint, finished, sample)
 
 
@@ -240,18 +243,17 @@ def start_conversations(
     chat: ChatFormat,
     target: Target,
     config: ExtractConfig,
-    left_out: Counter[str],
+    left_out: LeftOut,
 ) -> Iterator[Conversation]:
     """The conversations of the records.
 
     Args:
-        left_out: gets the count of the records that can't be used, by reason.
+        left_out: gets the records that can't be used.
 
     Raises:
         PromptError: a record can't be used (unless `config.skip_bad`).
     """
     thinking = plan_thinking(target, config)
-    other_reason = "no assistant token" if config.mode == "given" else "no user message"
     for start in range(0, len(records), TOKENIZED_AT_ONCE):
         chunk = records[start : start + TOKENIZED_AT_ONCE]
         chat.announce([first_content(record, config, thinking) for record in chunk], config.mode == "generate")
@@ -261,10 +263,18 @@ def start_conversations(
                 conversation.first_request()
                 yield conversation
             except PromptError as error:
+                where = f"{record.source}, row {record.row}"
                 if not config.skip_bad:
-                    raise PromptError(f"{record.source}, row {record.row}: {error}") from error
-                left_out[REASONS.get(type(error), other_reason)] += 1
+                    raise PromptError(f"{where}: {error}") from error
+                left_out.add(reason_of(error, config.mode), where, str(error))
     chat.announce([], False)
+
+
+def reason_of(error: PromptError, mode: str) -> str:
+    """Why a record is skipped, for counts."""
+    if isinstance(error, NothingToTrain):
+        return "no assistant token" if mode == "given" else "no user message"
+    return REASONS.get(type(error), "unusable with this chat template")
 
 
 def first_content(record: PromptRecord, config: ExtractConfig, thinking: ThinkingPolicy) -> Content:

@@ -17,6 +17,7 @@ from ...data.cache.writer import StateWriter
 from ...data.errors import ExtractionError
 from ...data.prompts.records import PromptRecord
 from .conversations import FinishedSequence
+from .left_out import LeftOut
 from .units import PreparedUnit, WorkBoard
 
 MIN_QUARANTINED = 3
@@ -38,19 +39,24 @@ class ExtractReport:
     """Sequences that the run did not make, because it was stopped."""
     stopped_by: int | None = None
     """The signal that came while the run extracted, whether or not sequences are left."""
-    skipped: Counter[str] = field(default_factory=Counter)
-    """Records without a sequence, by reason."""
+    left_out: LeftOut = field(default_factory=LeftOut)
+    """Records without a sequence."""
     rules: Counter[str] = field(default_factory=Counter)
     """Name of a rule of reading -> records that it was applied to."""
     written_ids: list[str] = field(default_factory=list)
     audit: dict[str, Any] | None = None
     """What the audit found; with several workers, the audit with the worst error."""
 
+    @property
+    def skipped(self) -> Counter[str]:
+        """Records without a sequence, by reason."""
+        return self.left_out.counts
+
     def count(self, unit: PreparedUnit) -> None:
         """Counts the rows of a unit that are present or left out."""
         self.num_present += unit.num_present
-        self.skipped.update(unit.hopeless.values())
-        self.skipped.update(unit.left_out)
+        self.left_out.counts.update(unit.hopeless.values())
+        self.left_out.update(unit.left_out)
         self.rules.update(unit.rules)
 
     def to_json(self) -> dict[str, Any]:
@@ -58,6 +64,7 @@ class ExtractReport:
         return {
             **{name: getattr(self, name) for name in names},
             "skipped": dict(self.skipped),
+            "first_skipped": [*self.left_out.firsts.values()],
             "rules": dict(self.rules),
         }
 
@@ -189,7 +196,7 @@ class Sink:
             ExtractionError: too many of the run's sequences are in quarantine.
         """
         record, report = outcome.record, self._report
-        report.skipped[reason] += 1
+        report.left_out.add(reason, f"{record.source}, row {record.row}", reason)
         if not is_fault:
             self._skipped[outcome.unit_id][record.seq_id] = reason
             return

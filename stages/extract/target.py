@@ -196,7 +196,9 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizer
             "gives no places of tokens in the text. Give a folder in the form of transformers, with tokenizer.json."
         )
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **args)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **args)
+        tokenizer("fox")  # a setting of a wrong type fails with the first text
+        return tokenizer
     except Exception as error:  # tokenizers raises bare exceptions
         if content.get("auto_map") and not trust_remote_code:
             raise remote_code_error(folder, settings.name) from None

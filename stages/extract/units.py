@@ -26,6 +26,7 @@ from ...data.cache.records import dump_record, parse_record
 from ...data.cache.storage.base import Storage
 from ...data.cache.work import DONE, WORK, read_units
 from .conversations import Conversation
+from .left_out import LeftOut
 
 LEASE, WORKER = ".lease.json", ".worker.json"
 HANG_SECONDS = 1800.0
@@ -42,8 +43,8 @@ class PreparedUnit:
     """Ids of all sequences of the unit, done or not."""
     hopeless: dict[str, str] = field(default_factory=dict)
     """Id -> reason of the records that, as an earlier run found, never give a sequence."""
-    left_out: Counter[str] = field(default_factory=Counter)
-    """Rows without a sequence of their own, by reason; without the hopeless ones."""
+    left_out: LeftOut = field(default_factory=LeftOut)
+    """Rows without a sequence of their own; without the hopeless ones."""
     rules: Counter[str] = field(default_factory=Counter)
     """Name of a rule of reading -> rows that it was applied to."""
 
@@ -54,7 +55,7 @@ class PreparedUnit:
 
     @property
     def num_rows(self) -> int:
-        return len(self.sequences) + len(self.hopeless) + self.left_out.total()
+        return len(self.sequences) + len(self.hopeless) + self.left_out.counts.total()
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,7 @@ class WorkBoard:
             "host": socket.gethostname(),
             "skipped": {**before, **unit.hopeless, **skipped},
             "sequences": unit.sequences,
-            "left_out": dict(unit.left_out),
+            "left_out": dict(unit.left_out.counts),
             "rules": dict(unit.rules),
         }
         self._storage.write(f"{WORK}/{unit_id}{DONE}", dump_record(record))

@@ -71,6 +71,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_bytes())
+        json.dumps(content, ensure_ascii=False).encode()  # half of a surrogate pair can't be stored with a cache
     except (ValueError, RecursionError) as error:
         raise TargetError(f"expected JSON in {path}, which is damaged or cut short: {error}. {DOWNLOAD}") from None
     if not isinstance(content, dict):

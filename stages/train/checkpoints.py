@@ -100,7 +100,8 @@ def find_drafter(name: str | Path) -> Path:
     if not checkpoints:
         if (folder / CONFIG).is_file():
             raise DrafterError(
-                f"expected the weights of a drafter in {folder / WEIGHTS}. {advice_for(folder / WEIGHTS)}"
+                f"expected the weights of a drafter in {folder / WEIGHTS}, found no such file. "
+                f"{advice_for(folder / WEIGHTS)}"
             )
         raise DrafterError(
             f"expected a drafter in {folder}: a checkpoint ({CONFIG}, {WEIGHTS}) or a run with checkpoints; found "

@@ -177,8 +177,10 @@ def template(case: Case) -> str:
     path = case.folder / "template.jinja"
     path.write_text(text)
     prompts = write_jsonl(case.folder / "prompts.jsonl", RECORDS)
-    mode = case.random.choice(("given", "generate"))
-    return extract_and_verify(case, case.start.target, prompts, mode=mode, chat_template=path, skip_bad=True)
+    flags: dict[str, Any] = {"mode": case.random.choice(("given", "generate")), "chat_template": path}
+    if case.random.random() < 0.5:
+        flags["skip_bad"] = True
+    return extract_and_verify(case, case.start.target, prompts, **flags)
 
 
 def target(case: Case) -> str:
@@ -265,9 +267,7 @@ def _content(folder: Path) -> dict[str, list[bytes]]:
         for row in cache.rows:
             sequence = cache.read(row)
             arrays = (sequence.token_ids_S, sequence.loss_mask_S, sequence.target_argmax_T, sequence.hidden_TKH)
-            found[row.seq_id] = tuple(
-                str(hash(each.contiguous().view(torch.uint8).numpy().tobytes())) for each in arrays
-            )
+            found[row.seq_id] = [each.contiguous().view(torch.uint8).numpy().tobytes() for each in arrays]
     except VpdError as error:
         raise Fault(f"verify calls a cache sound that can't be read: {error}") from error
     return found

@@ -18,4 +18,4 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
 def test_damage_ends_in_an_error_or_in_a_right_result(name: str, start: Start, tmp_path: Path):
     outcomes = {seed: run_case(name, seed, start, tmp_path / "case")[0] for seed in range(CASES[name])}
     assert {seed: outcome for seed, outcome in outcomes.items() if outcome not in ("right", "refused")} == {}
-    assert set(outcomes.values()) == {"right", "refused"}  # damage that nothing meets would show nothing
+    assert "refused" in outcomes.values()  # damage that nothing meets would show nothing

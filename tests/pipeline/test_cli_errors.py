@@ -60,8 +60,8 @@ WRONG = [
     ),
     Wrong(
         "record-of-no-known-form",
-        lambda place: place.extract(place.write(PROMPTS[0], PROMPTS[1], {"question": "why?"})),
-        ["some.jsonl:3:", "['question']", "expected", "messages", "text"],
+        lambda place: place.extract(place.write(PROMPTS[0], PROMPTS[1], {"riddle": "why?"})),
+        ["some.jsonl:3:", "['riddle']", "expected", "messages", "text"],
     ),
     Wrong(
         "no-assistant-token-left",
@@ -155,7 +155,7 @@ WRONG = [
     Wrong(
         "drafter-without-weights",
         lambda place: ["eval", place.cache, "--first-drafter", place.without(place.drafter(), "*.safetensors")],
-        ["expected a drafter in", "model.safetensors", "found neither"],
+        ["expected the weights of a drafter in", "model.safetensors", "found no such file"],
     ),
     Wrong(
         "another-stride",

@@ -2,9 +2,9 @@
 
 # T tokens with a state, S tokens of the sequence, K layers, H hidden width, V vocabulary
 import copy
+import re
 import shutil
 import tracemalloc
-from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,9 @@ from vpd.data.cache.arrays import NO_CHOICE
 from vpd.data.cache.cache import Cache
 from vpd.data.cache.reader import CachedSequence
 from vpd.data.errors import PromptError
+from vpd.data.prompts.records import PromptRecord
 from vpd.stages.extract.inputs import make_chat, plan_prompts
+from vpd.stages.extract.left_out import LeftOut
 from vpd.stages.extract.plan import start_conversations
 from vpd.stages.extract.run import ExtractReport
 from vpd.stages.extract.target import load_target
@@ -300,6 +302,8 @@ def test_a_record_that_cannot_be_used_is_named_or_skipped_and_counted(
         run(target, prompts, tmp_path / "cache", **settings)
     report = run(target, prompts, tmp_path / "skipping", skip_bad=True, **settings)
     assert (report.num_written, report.skipped) == (1, {case.reason: 1})
+    (first,) = report.left_out.firsts.values()
+    assert re.search(rf"prompts\.jsonl(, row |:){place + 1}: ", first)
     assert list(by_row(tmp_path / "skipping")) == [2 - place]
 
 
@@ -318,7 +322,8 @@ def test_a_record_that_the_template_refuses_is_named_or_skipped(place: int, tiny
     prompts = write_jsonl(tmp_path / "prompts.jsonl", records)
     settings: dict[str, Any] = {"max_new_tokens": 2, "chat_template": str(template)}
     report = run(tiny_llama, prompts, tmp_path / "cache", skip_bad=True, **settings)
-    assert (report.num_written, report.skipped.total()) == (1, 1)
+    assert (report.num_written, report.skipped) == (1, {"unusable with this chat template": 1})
+    assert "no system message" in next(iter(report.left_out.firsts.values()))
     with pytest.raises(PromptError, match=rf"prompts\.jsonl(, row |:){place + 1}: "):
         run(tiny_llama, prompts, tmp_path / "other", **settings)
 
@@ -356,8 +361,9 @@ def test_what_waits_takes_few_bytes_a_token(tiny_llama: Path, tmp_path: Path):
     prompts = write_jsonl(tmp_path / "prompts.jsonl", answers)
     config = make_config(mode="given", max_len=4096)
     target = load_target(str(tiny_llama))
-    chat, records = make_chat(target, config), list(plan_prompts([prompts], config).read())
-    left_out: Counter[str] = Counter()
+    chat = make_chat(target, config)
+    records = [each for each in plan_prompts([prompts], config).read() if isinstance(each, PromptRecord)]
+    left_out = LeftOut()
     for _ in start_conversations(records[:1], chat, target, config, left_out):
         pass  # fills the caches of the tokenizer and the template
     tracemalloc.start()

@@ -33,6 +33,8 @@ BROKEN = [
     Broken("tokenizer-newer", "tokenizer.json", b'{"version": "1.0", "model": {"type": "BPEv2"}}', ["newer version"]),
     Broken("tokenizer-config-cut", "tokenizer_config.json", 0.5, ["expected JSON", "cut short"]),
     Broken("tokenizer-config-empty", "tokenizer_config.json", b"", ["empty file"]),
+    Broken("tokenizer-config-of-text", "tokenizer_config.json", b'{"model_max_length": "512"}', ["can't be loaded"]),
+    Broken("tokenizer-config-surrogate", "tokenizer_config.json", b'{"backend": "\\ud800"}', ["surrogates"]),
     Broken("config-cut", "config.json", 0.5, ["expected JSON", "cut short"]),
     Broken("config-empty", "config.json", b"", ["empty file"]),
     Broken("config-no-object", "config.json", b"[1]", ["expected a JSON object", "list"]),
