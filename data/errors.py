@@ -3,6 +3,7 @@
 VpdError
 +-- ConfigError                a setting (also a ValueError)
 +-- PromptError                a prompt file (ValueError)
+|   +-- NothingToTrain         a record without answer or question
 +-- TargetError                the target (ValueError)
 +-- DrafterError               a drafter (ValueError)
 +-- CacheNotFoundError         no cache (FileNotFoundError)

@@ -82,7 +82,7 @@ class RunFolder:
         path = self.folder / PROVENANCE
         try:
             return dict(json.loads(path.read_text()))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(
                 f"{self.folder} can't be continued: expected a run's provenance in {path} ({error!r}). "
                 "Restore it, or use another --out."

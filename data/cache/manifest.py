@@ -143,7 +143,7 @@ def _schema_version(content: bytes) -> int | None:
     """The schema version in a record that may be damaged otherwise; None if it can't be read."""
     try:
         record = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     version = record.get("schema_version") if isinstance(record, dict) else None
     return version if isinstance(version, int) else None

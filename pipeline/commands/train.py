@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from ...stages.train.checkpoints import list_checkpoints
-from ...stages.train.plan import check_agrees, make_trainer, plan_shape
+from ...stages.train.plan import begun_checkpoint, check_agrees, make_trainer, plan_shape
 from ..config import VpdConfig, read_drafter_json
 from ..launch import is_launched, launch
 from ..output import emit
@@ -42,7 +42,7 @@ def run_train(
     cache = open_for_reading(place, config.read)
     check_trackers(config.train)
     if drafter_config is not None:
-        shape = plan_shape(cache, config.drafter)
+        shape = plan_shape(cache, config.drafter, begun_checkpoint(out, config.train))
         check_agrees(shape, read_drafter_json(drafter_config), str(drafter_config))
     folder = RunFolder(out, config, cache)
     trainer = make_trainer(cache, out, config.drafter, config.train, config.read, config.eval)

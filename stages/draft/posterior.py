@@ -19,6 +19,14 @@ def reach_probabilities(confidence_NJ: Tensor) -> Tensor:
     return torch.cat([torch.ones_like(confidence_NJ[:, :1]), confidence_NJ.cumprod(dim=1)[:, :-1]], dim=1)
 
 
+def likeliest(scores_NP: Tensor, num: int) -> Tensor:
+    """Indices [N, num] of the largest scores of each row, best first; the lower index first among equal scores.
+
+    Equal scores are common, since recorded probabilities are float16.
+    """
+    return scores_NP.sort(dim=1, descending=True, stable=True).indices[:, :num]
+
+
 def boundary_posterior(confidence_NJ: Tensor) -> Tensor:
     """r(i) = (c_1 ... c_i) (1 - c_(i+1)) for i = 0..G-2, [N, J]: the probability that the draft fails after i tokens.
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...data.errors import DrafterError
-from .public_config import check_keys, is_positive, public_form
+from .public_config import LARGEST, check_keys, is_positive, public_form
 
 SUPPORTED_ROPE = "default"
 ROPE_KEYS = {
@@ -38,6 +38,11 @@ class DrafterShape:
     """None: the drafter's config does not say."""
 
     def __post_init__(self) -> None:
+        sizes = (self.num_layers, self.num_attention_heads, self.head_dim, self.intermediate_size)
+        if max(sizes) >= LARGEST:
+            raise DrafterError(
+                f"expected numbers of layers and heads, head_dim and intermediate_size below {LARGEST}, got {sizes}."
+            )
         if not 2 <= self.block_size <= 255:
             raise DrafterError(f"block_size must be in 2..255, got {self.block_size}. Choose another block size.")
         if not 0 <= self.mask_token_id < self.vocab_size:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ...data.lazy import LazyModule
 from ...data.registry import Registry
-from ..draft.posterior import boundary_posterior, reach_probabilities
+from ..draft.posterior import boundary_posterior, likeliest, reach_probabilities
 from ..drafter.blocks import NO_TOKEN
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def policy(name: str) -> Callable[[Policy], Policy]:
 @policy("paper")
 def paper(facts: CycleFacts) -> Branches:
     """The k likeliest prefix lengths by r(i) (D2SD, arXiv 2606.04446)."""
-    prefix_len_NB = _best(boundary_posterior(facts.confidence_NJ), facts.num_branches)
+    prefix_len_NB = likeliest(boundary_posterior(facts.confidence_NJ), facts.num_branches)
     none_NB = torch.full_like(prefix_len_NB, NO_TOKEN)
     return Branches(prefix_len_NB, none_NB, none_NB)
 
@@ -101,7 +101,7 @@ def runner_up(facts: CycleFacts) -> Branches:
     The score of alternative j is (c_1 ... c_i) p_(i+1)(j). Several alternatives of one position may be chosen.
     """
     scores_NP = (reach_probabilities(facts.confidence_NJ)[..., None] * facts.probs_NJA[..., 1:]).flatten(1)
-    pairs_NB = _best(scores_NP, facts.num_branches)
+    pairs_NB = likeliest(scores_NP, facts.num_branches)
     return Branches(
         prefix_len_NB=pairs_NB // (facts.probs_NJA.shape[2] - 1),
         alternative_NB=facts.tokens_NJA[..., 1:].flatten(1).gather(1, pairs_NB),
@@ -128,7 +128,7 @@ def reranked(facts: CycleFacts) -> Branches:
     reached_NB = reach_probabilities(facts.confidence_NJ).gather(1, asked.prefix_len_NB)
     scores_NBA = reached_NB[..., None] * (agreed_NBA + second_probs_NBA) / 2
     scores_NBA = scores_NBA.masked_fill(tokens_NBA == first_tokens_NBA[..., :1], -1.0)
-    pairs_NB = _best(scores_NBA.flatten(1), facts.num_branches)
+    pairs_NB = likeliest(scores_NBA.flatten(1), facts.num_branches)
     return Branches(
         prefix_len_NB=asked.prefix_len_NB.gather(1, pairs_NB // tokens_NBA.shape[2]),
         alternative_NB=tokens_NBA.flatten(1).gather(1, pairs_NB),
@@ -136,18 +136,29 @@ def reranked(facts: CycleFacts) -> Branches:
     )
 
 
+def with_whole_draft(branches: Branches, num_positions: int, second_block_size: int) -> Branches:
+    """The branches, and one more if the second drafter's block is larger: it keeps the whole first draft.
+
+    The second drafter then continues the first draft to the end of its own block, as the public code has it.
+
+    Args:
+        num_positions: J.
+    """
+    if not branches.prefix_len_NB.shape[1] or second_block_size <= num_positions + 1:
+        return branches
+    return Branches(
+        torch.nn.functional.pad(branches.prefix_len_NB, (0, 1), value=num_positions),
+        torch.nn.functional.pad(branches.alternative_NB, (0, 1), value=NO_TOKEN),
+        torch.nn.functional.pad(branches.excluded_NB, (0, 1), value=NO_TOKEN),
+    )
+
+
 def show_branches(draft_NJ: Tensor, branches: Branches) -> Tensor:
     """The first draft with each branch's alternative in place, [N, B, J]."""
     shown_NBJ = draft_NJ[:, None, :].repeat(1, branches.prefix_len_NB.shape[1], 1)
-    replaced_NB1 = branches.prefix_len_NB[..., None]
+    # A branch that keeps the whole draft has no alternative.
+    replaced_NB1 = branches.prefix_len_NB[..., None].clamp(max=draft_NJ.shape[1] - 1)
     alternative_NB1 = branches.alternative_NB[..., None]
     kept_NB1 = shown_NBJ.gather(2, replaced_NB1)
     return shown_NBJ.scatter(2, replaced_NB1, torch.where(alternative_NB1 == NO_TOKEN, kept_NB1, alternative_NB1))
 
-
-def _best(scores_NP: Tensor, num_branches: int) -> Tensor:
-    """Indices of the largest scores of each row, best first; the lower index first among equal scores.
-
-    Equal scores are common, since recorded probabilities are float16.
-    """
-    return scores_NP.sort(dim=1, descending=True, stable=True).indices[:, :num_branches]

@@ -23,7 +23,7 @@ from ..drafter.blocks import NO_TOKEN
 from ..drafter.checkpoint import check_drafter, load_drafter
 from ..drafter.model import Drafter
 from ..drafter.target_pieces import TargetPieces
-from .branches import POLICIES, Branches, CycleFacts, show_branches
+from .branches import POLICIES, Branches, CycleFacts, show_branches, with_whole_draft
 from .config import EvalConfig
 
 
@@ -107,6 +107,7 @@ class LiveDecoder:
         branches = POLICIES[self.policy](CycleFacts(tokens_NJA, probs_NJA, self.k, next_tokens))
         if not branches.prefix_len_NB.shape[1]:
             return draft_NJ
+        branches = with_whole_draft(branches, draft_NJ.shape[1], self.second.shape.block_size)
         completed_BJ = complete_branches(self.second, self.pieces, second_context, None, opened(branches))
         padding = completed_BJ.shape[1] - draft_NJ.shape[1]
         return torch.cat([torch.nn.functional.pad(draft_NJ, (0, padding), value=NO_TOKEN), completed_BJ])

@@ -34,7 +34,7 @@ from ..draft.passes import OpenBranches, complete_branches, cut_into_passes, dra
 from ..drafter.checkpoint import check_drafter, load_drafter
 from ..drafter.model import Context, Drafter
 from ..drafter.target_pieces import TargetPieces
-from .branches import POLICIES, Branches, CycleFacts, paper, runner_up, show_branches
+from .branches import POLICIES, Branches, CycleFacts, paper, runner_up, show_branches, with_whole_draft
 from .config import EvalConfig
 from .report import FirstDraftOutcomes, ReplayReport, Way
 from .responses import recorded_after, replayable_responses
@@ -254,7 +254,13 @@ class Replay:
     def complete(
         self, batch: Batch, draft_NJ: Tensor, branches: Branches, drafter: Drafter, context: Context
     ) -> Tensor:
-        """Accept lengths [N, B] of the completed branches; 0 if a branch can't commit more than the first draft."""
+        """Accept lengths [N, B] of the completed branches; 0 if a branch can't commit more than the first draft.
+
+        The whole first draft that a second drafter with a larger block continues counts with every branch, since it is
+        verified beside any number of them.
+        """
+        num_branches = branches.prefix_len_NB.shape[1]
+        branches = with_whole_draft(branches, draft_NJ.shape[1], drafter.shape.block_size)
         shown_NBJ = show_branches(draft_NJ, branches)
         visible_len_NB = branches.visible_len_NB
         right_len_NB = leading_right(shown_NBJ, batch.recorded_NJ[:, None])
@@ -268,7 +274,7 @@ class Replay:
             chosen = open_branches(batch, shown_NBJ, branches, n, b)
             candidates_RJ = complete_branches(drafter, self.pieces, context, num_blocks, chosen)
             lens_NB[n, b] = leading_right(candidates_RJ, batch.recorded_NJ[n])
-        return lens_NB
+        return lens_NB[:, :num_branches].maximum(lens_NB[:, num_branches:].amax(dim=1, keepdim=True)) if lens_NB.shape[1] > num_branches else lens_NB
 
     def next_tokens(
         self, batch: Batch, draft_NJ: Tensor, drafter: Drafter, context: Context, branches: Branches

@@ -41,7 +41,7 @@ def load_adapter(name: str) -> Adapter:
         config = json.loads((folder / ADAPTER_CONFIG).read_text())
         kind, ranks = str(config["peft_type"]), [config.get("r", 0), *(config.get("rank_pattern") or {}).values()]
         rank = max(map(int, ranks))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TargetError(f"{folder / ADAPTER_CONFIG}: expected the JSON of a LoRA adapter: {error!r}.") from None
     if kind != "LORA":
         raise TargetError(f"{folder}: expected a LoRA adapter, found {kind}. Merge it, and extract the merged target.")

@@ -78,7 +78,7 @@ class Target:
         try:
             for ids in ends:
                 found |= {int(i) for i in ids} if isinstance(ids, list) else set() if ids is None else {int(ids)}
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise TargetError(
                 f"expected token ids at eos_token_id in {path} and in config.json beside it, found {ends}. Correct "
                 "these files."

@@ -27,7 +27,7 @@ class DrafterSection(Section):
     block_size: BlockSize = 16
     """Block positions, the anchor included (gamma); in 2..255."""
     mask_token_id: NonNegative | None = None
-    """Id of the mask token; >= 0, none = chosen from the first drafter or the tokenizer."""
+    """Id of the mask token; >= 0, none = that of `train.init`, else chosen from the tokenizer."""
     num_attention_heads: Count | None = None
     """Number of query heads; >= 1, none = the target's."""
     num_key_value_heads: Count | None = None

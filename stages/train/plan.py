@@ -11,14 +11,14 @@ from ...data.cache.index import SequenceIndex
 from ...data.cache.manifest import CacheManifest
 from ...data.errors import CacheNotFoundError, ConfigError, DrafterError
 from ..config import ReadConfig
-from ..drafter.checkpoint import check_fits, drafter_fingerprint
+from ..drafter.checkpoint import check_fits, drafter_fingerprint, load_shape
 from ..drafter.model import INIT_STD
 from ..drafter.shape import DrafterShape
 from ..drafter.target_pieces import TargetPieces, choose_mask_token, full_attention_theta, load_target_config
 from ..evaluate.config import EvalConfig
 from ..evaluate.plan import ReplayPlan, plan_replay, require_complete
 from ..holdout import split_rows
-from .checkpoints import find_drafter
+from .checkpoints import find_drafter, list_checkpoints
 from .config import DrafterSection, TrainConfig
 from .samples import draft_readers, require_anchor
 from .trainer import Evaluator, Trainer
@@ -26,13 +26,19 @@ from .trainer import Evaluator, Trainer
 DEFAULT_MAX_POSITIONS = 32768
 
 
-def plan_shape(cache: Cache, section: DrafterSection) -> DrafterShape:
+def plan_shape(cache: Cache, section: DrafterSection, begun: Path | None = None) -> DrafterShape:
     """The drafter's shape: the target's, where the settings do not say otherwise.
+
+    Args:
+        begun: the checkpoint from which training goes on. Without a setting, the mask token is that of the checkpoint.
 
     Raises:
         DrafterError: the shape is impossible.
     """
-    mask_token_id = choose_mask_token(section.mask_token_id, cache.target_folder, cache.manifest.vocab_size)
+    wanted = section.mask_token_id
+    if wanted is None and begun is not None:
+        wanted = load_shape(begun).mask_token_id
+    mask_token_id = choose_mask_token(wanted, cache.target_folder, cache.manifest.vocab_size)
     return shape_for(cache.manifest, load_target_config(cache.target_folder), section, mask_token_id)
 
 
@@ -139,7 +145,7 @@ def make_trainer(
         pieces: the target's pieces if another trainer has loaded them.
     """
     read = read or ReadConfig()
-    shape = plan_shape(cache, section)
+    shape = plan_shape(cache, section, begun_checkpoint(run, config))
     check_fits(shape, cache.manifest, run)
     training, held_out = split_rows(cache, config.holdout)
     drafts = plan_first_drafts(cache, shape, config)
@@ -150,6 +156,17 @@ def make_trainer(
     trainer = Trainer(cache, training, drafts, shape, config, run, read, evaluator, pieces)
     trainer.resume()
     return trainer
+
+
+def begun_checkpoint(run: Path, config: TrainConfig) -> Path | None:
+    """The run's latest checkpoint, else the drafter of `train.init`, else None.
+
+    Raises:
+        DrafterError: there is no drafter at `train.init`.
+    """
+    if checkpoints := list_checkpoints(run):
+        return checkpoints[-1]
+    return None if config.init is None else find_drafter(config.init)
 
 
 def plan_evaluator(

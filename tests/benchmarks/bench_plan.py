@@ -7,7 +7,6 @@ import random
 import subprocess
 import sys
 import time
-from collections import Counter
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -18,6 +17,7 @@ from vpd.data.chat import ChatFormat
 from vpd.data.encoding import TextEncoder
 from vpd.data.prompts.records import PromptRecord, PromptSource
 from vpd.stages.extract.config import ExtractConfig
+from vpd.stages.extract.left_out import LeftOut
 from vpd.stages.extract.plan import TOKENIZED_AT_ONCE, start_conversations
 from vpd.stages.extract.target import load_target
 
@@ -77,7 +77,7 @@ def bench_tokenization(file: Path, folder: Path) -> list[Figure]:
 
     def prepare() -> None:
         for unit in units:
-            for _ in start_conversations(unit, chat, target, config, Counter()):
+            for _ in start_conversations(unit, chat, target, config, LeftOut()):
                 pass
 
     def tokenize() -> None:

@@ -97,6 +97,9 @@ class LiveDecoder:
             if new and new[0] == excluded:
                 new[0] = int(filled[0][0][1])
             candidates.append([*kept, *new])
+        if self.k and second.shape.block_size > len(draft) + 1:
+            filled = self.fill(second, [anchor, *draft], features, position)[len(draft) :]
+            candidates.append([*draft, *(int(tokens[0]) for tokens, _ in filled)])
         return candidates
 
     def branches(self, policy: str, top: list[tuple[Tensor, Tensor]]) -> list[tuple[list[int], int | None]]:
@@ -142,6 +145,8 @@ class LiveDecoder:
         """The six likeliest tokens and their probabilities at positions 1..G-1; the context ends before the anchor."""
         assert len(features) == position
         shape = drafter.shape
+        if len(visible) >= shape.block_size:
+            return [(torch.empty(0), torch.empty(0))] * (len(visible) - 1)
         block = visible + [shape.mask_token_id] * (shape.block_size - len(visible))
         embedded = self.pieces.embed_VH[torch.tensor([block])]
         hidden = drafter(embedded, torch.tensor([position]), drafter.context(features))[0]

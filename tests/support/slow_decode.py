@@ -117,6 +117,13 @@ def slow_candidates(
     return candidates
 
 
+def slow_continued(draft: list[int], second: SlowDrafter | None, anchor: int, token: int) -> list[list[int]]:
+    """The whole first draft, continued by a second drafter whose block is larger; nothing if it is not."""
+    if second is None or second.block_size <= len(draft) + 1:
+        return []
+    return [second.complete(anchor, (token, *draft))]
+
+
 def slow_accept_length(candidates: list[list[int]], continuation: list[int]) -> int:
     """Length of the longest common beginning of a candidate and the target's continuation."""
     best = 0

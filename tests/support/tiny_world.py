@@ -28,7 +28,14 @@ from vpd.stages.evaluate.config import EvalConfig
 from vpd.stages.evaluate.replay import Replay
 from vpd.stages.evaluate.report import FirstDraftOutcomes, ReplayReport, Way
 
-from support.slow_decode import POLICIES, Ranked, SlowDrafter, slow_accept_length, slow_candidates
+from support.slow_decode import (
+    POLICIES,
+    Ranked,
+    SlowDrafter,
+    slow_accept_length,
+    slow_candidates,
+    slow_continued,
+)
 from support.tiny import SHAPE as ANY_SHAPE
 from support.tiny import append, make_manifest
 
@@ -165,8 +172,10 @@ class World:
         for name, policy in ways:
             second = self.slow(anchor.seq_id, seconds[name]) if policy else None
             candidates = slow_candidates(ranked, second, policy or "runner-up", anchor.position, anchor.token)
+            continued = slow_continued(draft, second, anchor.position, anchor.token)
             for k in range(max_k + 1):
-                found[Way(name, policy, k)] = slow_accept_length(candidates[: k + 1], anchor.continuation)
+                launched = candidates[: k + 1] + (continued if k else [])
+                found[Way(name, policy, k)] = slow_accept_length(launched, anchor.continuation)
         return found
 
 
@@ -197,6 +206,7 @@ def write_response(tokens: list[int], length: int, drafters: list[SlowDrafter], 
         second = [None, *drafters][pick(len(drafters) + 1)]
         policy = POLICIES[pick(len(POLICIES))] if second is not None else "runner-up"
         candidates = slow_candidates(ranked, second, policy, anchor, token)[:5]
+        candidates += slow_continued([best[0][1] for best in ranked], second, anchor, token)
         candidate = candidates[pick(len(candidates))]
         tokens += candidate[: max(pick(len(candidate) + 1), pick(len(candidate) + 1))]
         tokens.append(pick(V))

@@ -78,7 +78,7 @@ def test_the_checksum_of_another_record_does_not_do(record: Record, other: Recor
         parse((json.dumps(content, indent=1) + "\n").encode())
 
 
-@pytest.mark.parametrize("content", ["", "[]", "1", "null", '"x"', "{}", '{"part": "a"}'])
+@pytest.mark.parametrize("content", ["", "[]", "1", "null", '"x"', "{}", '{"part": "a"}', "[" * 9999])
 def test_other_json_is_no_record(content: str):
     with pytest.raises(CacheCorruptError):
         parse(content.encode())

@@ -373,3 +373,9 @@ def test_impossible_shapes_are_refused(change: dict[str, Any], reason: str):
 @pytest.mark.parametrize("block_size", [2, 255])
 def test_extreme_block_sizes_are_possible(block_size: int):
     assert replace(SHAPE, block_size=block_size).block_size == block_size
+
+
+@pytest.mark.parametrize("name", ["num_layers", "head_dim", "intermediate_size"])
+def test_sizes_that_no_machine_holds_are_refused(name: str):
+    with pytest.raises(DrafterError, match="below 2147483648"):
+        replace(SHAPE, **{name: 10**30})

@@ -43,6 +43,7 @@ BROKEN = [
     Broken("generation-cut", "generation_config.json", b'{"eos_', ["expected JSON", "cut short"]),
     Broken("generation-empty", "generation_config.json", b"", ["empty file"]),
     Broken("generation-of-words", "generation_config.json", b'{"eos_token_id": "</s>"}', ["token ids", "</s>"]),
+    Broken("generation-infinite", "generation_config.json", b'{"eos_token_id": Infinity}', ["token ids", "inf"]),
     Broken("index-empty", "model.safetensors.index.json", b"", ["empty file"]),
     Broken("index-cut", "model.safetensors.index.json", b'{"weight_map": {', ["expected JSON", "cut short"]),
     Broken("index-of-nothing", "model.safetensors.index.json", b'{"weight_map": {}}', ["weight_map"]),

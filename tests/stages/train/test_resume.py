@@ -9,12 +9,13 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from support.compare import cut_short
 from support.tiny import DRAFTER, TRAIN, Damage, append, run_vpd, snapshot, vpd
 from vpd.data.cache.cache import Cache
 from vpd.data.cache.writer import StateWriter
 from vpd.data.errors import DrafterError
 from vpd.pipeline.config import load_config
-from vpd.stages.drafter.checkpoint import load_drafter
+from vpd.stages.drafter.checkpoint import load_drafter, load_shape
 from vpd.stages.train.checkpoints import find_drafter, list_checkpoints, load_state
 from vpd.stages.train.loop import run_together
 from vpd.stages.train.plan import make_trainer
@@ -389,3 +390,16 @@ def test_a_training_state_of_another_version_is_refused(half: Path):
     torch.save(state | {"version": 99}, path / "training_state.pt")
     with pytest.raises(DrafterError, match="version 99, this vpd reads 2"):
         load_state(path)
+
+
+def test_the_mask_token_of_a_begun_drafter_is_taken_over(tiny_cache: Path, tmp_path: Path):
+    """Blocks masked with another token would be new to the drafter; a run goes on when what it began from is gone."""
+    flags = {**DRAFTER, **TRAIN, **DFLASH, "save_every": 1}
+    vpd("train", tiny_cache, "--out", tmp_path / "first", **flags, mask_token_id=311, max_steps=1)
+    flags |= {"init": tmp_path / "first", "max_steps": 2}
+    vpd("train", tiny_cache, "--out", tmp_path / "second", **flags)
+    cut = cut_short(tmp_path / "second", tmp_path / "cut", 1)
+    shutil.rmtree(tmp_path / "first")
+    vpd("train", tiny_cache, "--out", cut, **flags)
+    found = [load_shape(checkpoint).mask_token_id for checkpoint in list_checkpoints(cut)]
+    assert found == [311, 311]
