@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from .answers import AnswerForm
 from .dropped import DropCheck
 from .encoding import TextEncoder
-from .errors import NothingToTrain, PromptError
+from .errors import NothingToTrainError, PromptError
 from .prompts.forms import Content
 from .prompts.messages import Message
 from .template import ChatTemplate, Span
@@ -140,7 +140,7 @@ class ChatFormat:
         """
         token_ids, _ = self._tokenize(text, with_special=True)
         if not token_ids:
-            raise NothingToTrain("the text has no token; remove the record or give it some text")
+            raise NothingToTrainError("the text has no token; remove the record or give it some text")
         return TokenizedConversation(token_ids, [0] + [1] * (len(token_ids) - 1))
 
     def conversation(
@@ -160,7 +160,7 @@ class ChatFormat:
         """
         if not any(message.role == "assistant" for message in messages):
             roles = [message.role for message in messages]
-            raise NothingToTrain(f"nothing to supervise: expected an assistant message, found the roles {roles}")
+            raise NothingToTrainError(f"nothing to supervise: expected an assistant message, found the roles {roles}")
         if not self._tokenizer.is_fast:
             raise PromptError(
                 "the loss mask needs character offsets, which only a fast tokenizer gives; load the tokenizer as fast"
@@ -172,7 +172,7 @@ class ChatFormat:
             spans = [span for span, turn in zip(spans, turns, strict=True) if id(turn) not in left_out]
         loss_mask = mask_spans(offsets, spans)
         if not any(loss_mask):
-            raise NothingToTrain("the assistant's turns have no token of their own; check the chat template")
+            raise NothingToTrainError("the assistant's turns have no token of their own; check the chat template")
         return TokenizedConversation(token_ids, loss_mask)
 
     def _find_turns(self, messages: Sequence[Message]) -> tuple[list[int], list[Span], list[Span]]:

@@ -3,7 +3,7 @@
 VpdError
 +-- ConfigError                a setting (also a ValueError)
 +-- PromptError                a prompt file (ValueError)
-|   +-- NothingToTrain         a record without answer or question
+|   +-- NothingToTrainError    a record without answer or question
 +-- TargetError                the target (ValueError)
 +-- DrafterError               a drafter (ValueError)
 +-- CacheNotFoundError         no cache (FileNotFoundError)
@@ -30,7 +30,7 @@ class PromptError(VpdError, ValueError):
     """A prompt file or one of its records can't be used."""
 
 
-class NothingToTrain(PromptError):
+class NothingToTrainError(PromptError):
     """A record has no answer, or no question to answer."""
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import click
 import torch
 
-from ..data.cache.cache import Cache
+from ..data.cache.cache import Cache, remove_unused
 from ..data.cache.manifest import MANIFEST_NAME, CacheManifest
 from ..data.cache.storage.places import open_storage
 from ..stages.draft.first_draft import FirstDrafting
@@ -127,16 +127,23 @@ def work_on(
         on_start: called once the engine runs and gives the right states.
     """
     settings = prepared.job.settings
-    cache = open_cache(prepared.job.out, prepared.manifest, prepared.target)
+    storage = open_storage(prepared.job.out)
+    is_new = not storage.exists(MANIFEST_NAME)
 
     def start_engine() -> Engine:
         engine = make_engine(prepared.target, prepared.layer_ids, settings)
         try:
-            probe(engine, prepared.target, prepared.layer_ids, cache.storage)
+            probe(engine, prepared.target, prepared.layer_ids, storage)
         except BaseException:
             engine.close()
             raise
         on_start()
         return engine
 
-    return extract(start_engine, cache, prepared.plan, settings, on_sequence, must_stop)
+    try:
+        cache = open_cache(prepared.job.out, prepared.manifest, prepared.target)
+        return extract(start_engine, cache, prepared.plan, settings, on_sequence, must_stop)
+    except BaseException:
+        if is_new:  # else a corrected target would be another one than that of the cache
+            remove_unused(storage)
+        raise

@@ -14,11 +14,13 @@ from typing import Any
 
 from ..data.cache.cache import Cache
 from ..data.cache.storage.files import require_folder, write_text_durably
-from ..data.errors import ConfigError
+from ..data.errors import ConfigError, DrafterError
 from ..stages.holdout import RUN_CONFIG
+from ..stages.train.checkpoints import find_drafter
+from ..stages.trained_on import KEY, PROVENANCE, UNKNOWN, training_record
 from .config import VpdConfig, config_yaml, load_config
 
-PROVENANCE, METRICS = "provenance.json", "metrics.jsonl"
+METRICS = "metrics.jsonl"
 SECTIONS = ("drafter", "train")
 FREE_SETTINGS = frozenset(
     f"train.{name}"
@@ -53,15 +55,17 @@ class RunFolder:
         self.folder = folder
         self._config, self._cache = config, cache
         self.run_id = secrets.token_hex(4)
+        self._trained_on: list[dict[str, Any]] | None = None
         if (folder / RUN_CONFIG).is_file():
             recorded = self._recorded()
             self._check_same_run(config, cache, recorded)
             self.run_id = recorded.get("run_id", self.run_id)
+            self._trained_on = recorded.get(KEY)
 
     def start(self, step: int) -> None:
         """Writes provenance and settings, and drops the metrics after `step`, which will be computed again."""
         # The config comes last, since a folder that has one is continued.
-        origin = {"run_id": self.run_id, **provenance(self._cache)}
+        origin = {"run_id": self.run_id, **provenance(self._cache), KEY: self._trained_on or self._record()}
         write_text_durably(self.folder / PROVENANCE, json.dumps(origin, indent=2) + "\n")
         write_text_durably(self.folder / RUN_CONFIG, config_yaml(self._config, SECTIONS))
         path = self.folder / METRICS
@@ -77,6 +81,15 @@ class RunFolder:
         """Adds a line to the run's metrics."""
         with open(self.folder / METRICS, "a") as file:
             file.write(json.dumps({name: finite_or_none(value) for name, value in metrics.items()}) + "\n")
+
+    def _record(self) -> list[dict[str, Any]]:
+        """What the run is trained on, the drafter that it starts from included."""
+        train = self._config.train
+        try:
+            init = None if train.init is None else find_drafter(train.init)
+        except DrafterError:  # The run is continued, and that drafter has gone.
+            return [*training_record(self._cache, train.holdout, None), {UNKNOWN: str(train.init)}]
+        return training_record(self._cache, train.holdout, init)
 
     def _recorded(self) -> dict[str, Any]:
         path = self.folder / PROVENANCE

@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from support.kinds import KINDS, save_kind
+from support.quantized import FORMS, quantize
 from support.tiny import as_flags, write_jsonl
 from transformers import AutoModelForCausalLM
 from vpd.stages.drafter.target_pieces import TargetPieces
@@ -30,6 +31,8 @@ PROMPTS = [{"prompt": f"what is the sum of {i} and {7 * i % 5}?"} for i in range
 FLAGS = {"dtype": "float32", "layer_ids": "0,2,5", "max_new_tokens": 24, "max_len": 128, "part_mib": 1, "audit": "100%"}
 VLLM_ARGS = "extract.engine_args={enforce_eager: true, kv_cache_memory_bytes: 268435456, max_num_seqs: 16}"
 SECONDS = 300
+QUANTIZED = {f"Qwen3, {form}": ("Qwen3", form) for form in FORMS}
+"""Name in the table -> kind, and how its layers are quantized."""
 
 
 @click.command()
@@ -46,7 +49,7 @@ def main(names: tuple[str, ...], engine: str) -> None:
     )
     table = Table("target", *columns)
     with TemporaryDirectory() as temporary:
-        for name in names or KINDS:
+        for name in names or [*KINDS, *QUANTIZED]:
             table.add_row(name, *try_kind(name, engine, Path(temporary) / name.replace(" ", "-")))
     Console(width=200).print(table)
 
@@ -54,7 +57,10 @@ def main(names: tuple[str, ...], engine: str) -> None:
 def try_kind(name: str, engine: str, folder: Path) -> list[str]:
     """The cells of a kind's row, without its name."""
     folder.mkdir()
-    target = save_kind(name, folder / "target")
+    kind, form = QUANTIZED.get(name, (name, None))
+    target = save_kind(kind, folder / "target")
+    if form is not None:
+        quantize(target, form)
     prompts = write_jsonl(folder / "prompts.jsonl", PROMPTS)
     command = [sys.executable, "-m", "vpd.pipeline.cli", "extract", str(target), str(prompts), "--json"]
     flags = as_flags({**FLAGS, "engine": engine, "out": folder / "cache"})

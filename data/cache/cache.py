@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ import pyarrow as pa
 from ..errors import CacheCorruptError, CacheNotFoundError
 from ..hashing import hash_text
 from .index import INDEX, SNAPSHOT, SequenceIndex, SequenceRow, read_part_index, read_snapshot, write_snapshot
-from .manifest import CacheManifest
+from .manifest import MANIFEST_NAME, CacheManifest
 from .open_parts import OpenStates
 from .part import PARTS, committed_parts, read_commit, remove_uncommitted
 from .reader import CachedSequence, CachedTokens, Slot, read_sequence, read_tokens
 from .storage.base import REQUESTS_AT_ONCE, Storage
 from .storage.places import open_storage
-from .target_files import target_folder
+from .target_files import RECORD_NAME, TARGET, target_folder
+from .work import HASHES, PROBE, WORK
 
 CHUNK_TOKENS = 64
 
@@ -171,3 +173,19 @@ class Cache:
 
     def _read_part_index(self, name: str) -> pa.Table:
         return read_part_index(self.storage, name, read_commit(self.storage, "", name))
+
+
+def remove_unused(storage: Storage) -> None:
+    """Removes a cache that holds no more than its creation left: the manifest, the target's files, notes of these.
+
+    Another worker that has opened the cache meanwhile has a file of its own there, which keeps the cache.
+    """
+    own = (MANIFEST_NAME, RECORD_NAME, HASHES, PROBE)
+    names = [name for name in storage.walk("") if name not in own]
+    if any(name.partition("/")[0] != TARGET for name in names):
+        return
+    for name in (*own, TARGET, WORK):
+        storage.remove(name)
+    if (folder := storage.local_folder) is not None:
+        with suppress(OSError):  # something is in the folder after all
+            folder.rmdir()

@@ -3,6 +3,7 @@
 # T tokens, G block size, A alternatives kept per block position
 from __future__ import annotations
 
+import re
 import time
 import uuid
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ else:
     torch = LazyModule("torch")
 
 DRAFTS, FACTS = "drafts", "drafter.json"
+FINGERPRINT = re.compile("[0-9a-f]+")
 MAX_OPEN_DRAFTS = 64
 LISTING_SHARE = 0.05
 """Share of the time that may go into listing the parts that others have drafted."""
@@ -162,7 +164,7 @@ def part_of(name: str) -> str:
 
 def list_drafts(storage: Storage) -> list[str]:
     """Fingerprints of the first drafters whose drafts the cache holds."""
-    return storage.list_folder(DRAFTS)
+    return [name for name in storage.list_folder(DRAFTS) if FINGERPRINT.fullmatch(name)]
 
 
 def read_facts(storage: Storage, fingerprint: str) -> dict[str, Any]:

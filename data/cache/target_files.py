@@ -79,11 +79,12 @@ def target_folder(storage: Storage, without: str | None = None) -> Path:
     if is_remote := local is None:
         # The name is a hash of the content: caches of one target share a folder, caches of two targets never do.
         local = user_cache() / "vpd" / hash_text(dump_record(files).decode())
-    for name, described in files.items():
+    # A file of facts that the record does not list is of another target.
+    for name, described in {f"{TARGET}/{PIECE_FACTS}": None, **files}.items():
         path = local / name
         if name == f"{TARGET}/{without}" or describe_file(path) == described:
             continue
-        if is_remote:
+        if is_remote and described is not None:
             try:
                 download(storage, name, path, described["bytes"])
             except FileNotFoundError:

@@ -7,6 +7,10 @@ import gc
 import sys
 from pathlib import Path
 
+import click
+
+from ...data.cache.cache import Cache
+from ...stages.holdout import is_held_out
 from ...stages.train.checkpoints import list_checkpoints
 from ...stages.train.plan import begun_checkpoint, check_agrees, make_trainer, plan_shape
 from ..config import VpdConfig, read_drafter_json
@@ -46,8 +50,20 @@ def run_train(
         check_agrees(shape, read_drafter_json(drafter_config), str(drafter_config))
     folder = RunFolder(out, config, cache)
     trainer = make_trainer(cache, out, config.drafter, config.train, config.read, config.eval)
+    if trainer.accelerator.is_main_process:
+        warn_if_nothing_is_held_out(cache, config.train.holdout)
     run_trainers([trainer], [folder], config, as_json)
     if trainer.accelerator.is_main_process:
         checkpoint = str(list_checkpoints(out)[-1])
         emit({"run": str(out), "step": trainer.step, "checkpoint": checkpoint}, as_json, f"trained: {checkpoint}")
     return None
+
+
+def warn_if_nothing_is_held_out(cache: Cache, share: float) -> None:
+    """Says on standard error that a share above 0 holds out no sequence of a small cache."""
+    if share and not any(is_held_out(seq_id, share) for seq_id in cache.rows.strings("seq_id")):
+        click.echo(
+            f"vpd: --holdout {share} holds out none of {len(cache)} sequences, so vpd eval will have no sequence that "
+            "this run was not trained on. Give a larger --holdout.",
+            err=True,
+        )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...data.cache.arrays import ACCEPT_LEN, NOT_DRAFTED, NUM_ALTERNATIVES, draft_specs, empty_drafts
 from ...data.cache.cache import CHUNK_TOKENS, Cache
-from ...data.cache.drafts import FirstDrafts
+from ...data.cache.drafts import FirstDrafts, list_drafts
 from ...data.cache.reader import CachedSequence, Request, read_ahead
 from ...data.errors import DrafterError
 from ..config import ReadConfig
@@ -31,8 +31,13 @@ ANCHORS_PER_PASS = 256
 """Blocks drafted in one forward pass; sequences are packed until they have as many anchors."""
 
 
-def open_first_drafts(cache: Cache, folder: Path, config: DraftConfig) -> FirstDrafts:
+def open_first_drafts(
+    cache: Cache, folder: Path, config: DraftConfig, before_new: Callable[[], object] = lambda: None
+) -> FirstDrafts:
     """The place of a first drafter's drafts in a cache, made if it is new.
+
+    Args:
+        before_new: called before a new place is made; nothing is made if it raises an error.
 
     Raises:
         DrafterError: the drafter does not fit the cache, or its drafts are there with another stride.
@@ -46,7 +51,10 @@ def open_first_drafts(cache: Cache, folder: Path, config: DraftConfig) -> FirstD
         "num_alternatives": NUM_ALTERNATIVES,
         "stride": config.stride,
     }
-    drafts = FirstDrafts.create_or_open(cache, drafter_fingerprint(folder, cache.target_folder), facts)
+    fingerprint = drafter_fingerprint(folder, cache.target_folder)
+    if fingerprint not in list_drafts(cache.storage):
+        before_new()
+    drafts = FirstDrafts.create_or_open(cache, fingerprint, facts)
     if drafts.facts["stride"] != config.stride:
         raise DrafterError(
             f"{drafts.place} holds this drafter's drafts at stride {drafts.facts['stride']}, this run asks for "
@@ -79,9 +87,8 @@ class FirstDrafting:
             on_sequence: called after each sequence with its number of anchors.
             must_stop: once this is true, the current part is given up and the call ends.
         """
-        check_drafter(self._folder, cache.manifest)
-        self._models(cache)  # before the drafts have a place: nothing stays of a drafter that does not load
-        drafts = open_first_drafts(cache, self._folder, self._config)
+        # The drafter is loaded before its drafts get a place, so that nothing stays of a drafter that does not load.
+        drafts = open_first_drafts(cache, self._folder, self._config, lambda: self._models(cache))
         missing = drafts.missing_parts()
         for part in random.sample(missing, len(missing)):
             if not drafts.is_drafted(part) and not self._draft_part(cache, drafts, part, on_sequence, must_stop):

@@ -111,7 +111,7 @@ def load_drafter(
             target's weights there; None: such copies are refused.
 
     Raises:
-        DrafterError: files are missing, or the weights do not have the shape that `config.json` says.
+        DrafterError: files are missing, or the weights are no numbers or not of the shape that `config.json` says.
     """
     drafter = _empty_drafter(load_shape(folder))
     path = Path(folder) / WEIGHTS
@@ -119,6 +119,11 @@ def load_drafter(
         check_copies(path, copies, target_folder)
     with safe_open(path, "pt", device=str(device)) as file:
         weights = {name: file.get_tensor(name).to(dtype) for name in drafter.state_dict()}
+    if wrong := next((name for name, value in weights.items() if not value.isfinite().all()), None):
+        raise DrafterError(
+            f"{path}: expected numbers in {wrong}, found NaN or infinite values (as {dtype}), so the training of the "
+            "drafter failed or the file is damaged. Give another checkpoint."
+        )
     drafter.load_state_dict(weights, assign=True)
     return drafter.requires_grad_(False).eval()
 
@@ -181,6 +186,7 @@ def check_fits(shape: DrafterShape, manifest: CacheManifest, where: str | Path) 
         "hidden size": (manifest.hidden_size, shape.hidden_size),
         "context layers": (manifest.layer_ids, shape.target_layer_ids),
         "vocabulary": (manifest.vocab_size, shape.vocab_size),
+        "layers of the target": (manifest.num_target_layers, shape.num_target_layers or manifest.num_target_layers),
     }
     different = [
         f"{name}: the cache has {ours}, the drafter {theirs}"

@@ -123,7 +123,7 @@ def public_form(config: Any, where: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise DrafterError(f"{where}: expected a JSON object, found {config!r:.40}. Give a DFlash drafter's config.")
     for name in ("dflash_config", "rope_parameters", "rope_scaling", NESTED):
-        if not isinstance(config.get(name, {}), dict | None):
+        if not isinstance(config.get(name, {}), dict if name == NESTED else dict | None):
             raise DrafterError(f"{where}: expected a JSON object in {name}, found {config[name]!r:.40}.")
     config = _from_speculators(config, where) if NESTED in config else config
     rope = config.get("rope_parameters") or {}
@@ -152,9 +152,15 @@ def _from_speculators(config: dict[str, Any], where: str) -> dict[str, Any]:
         defaults.pop("rope_parameters", None)
     own = {key: value for key, value in config.items() if key not in {NESTED, "model_type", *OF_SPECULATORS}}
     dflash = {"mask_token_id": own.pop("mask_token_id", None), "target_layer_ids": [i - 1 for i in layer_ids]}
+    given = own.get("dflash_config") or {}
+    if wrong := [key for key in dflash if given.get(key, dflash[key]) != dflash[key]]:
+        raise DrafterError(
+            f"{where}: expected one value for {wrong[0]}, found {dflash[wrong[0]]!r:.80} in speculators' form and "
+            f"{given[wrong[0]]!r:.80} in dflash_config. Remove the wrong one."
+        )
     if own.get("projector_type") is None:
         own["projector_type"] = "dflash"
-    return {**defaults, **layers, **own, "num_target_layers": None, "dflash_config": dflash}
+    return {**defaults, **layers, **own, "num_target_layers": None, "dflash_config": given | dflash}
 
 
 def check_keys(config: dict[str, Any], where: str) -> None:
@@ -227,6 +233,9 @@ def _check_relations(config: dict[str, Any]) -> Iterator[str]:
     if epsilon is not None and not is_positive(epsilon):
         yield f"rms_norm_eps: expected a number above 0, found {epsilon!r:.40}"
     dflash = config.get("dflash_config") or {}
+    sizes = {level["block_size"] for level in (config, dflash) if _is_whole(level.get("block_size"), 1)}
+    if len(sizes) > 1:
+        yield f"block_size: found {config['block_size']}, and {dflash['block_size']} in dflash_config"
     layer_ids, mask = dflash.get("target_layer_ids"), dflash.get("mask_token_id")
     if layer_ids is not None and not (layer_ids and all(_is_whole(i, 0) for i in _as_list(layer_ids))):
         yield f"dflash_config.target_layer_ids: expected whole numbers, found {layer_ids!r:.80}"

@@ -103,22 +103,28 @@ class DrafterShape:
         """
         config = check_config(config, where)
         dflash = config.get("dflash_config") or {}
+
+        def required(key: str, level: dict[str, Any] = config) -> Any:
+            if level.get(key) is None:
+                raise KeyError(key)
+            return level[key]
+
         try:
-            num_heads = config["num_attention_heads"]
+            num_heads = required("num_attention_heads")
             return cls(
-                num_layers=config["num_hidden_layers"],
-                hidden_size=config["hidden_size"],
+                num_layers=required("num_hidden_layers"),
+                hidden_size=required("hidden_size"),
                 num_attention_heads=num_heads,
-                num_key_value_heads=config["num_key_value_heads"],
-                head_dim=config.get("head_dim") or config["hidden_size"] // num_heads,
-                intermediate_size=config["intermediate_size"],
-                rms_norm_eps=config["rms_norm_eps"],
-                rope_theta=float(rope_parameters(config)["rope_theta"]),
-                max_position_embeddings=config["max_position_embeddings"],
-                vocab_size=config["vocab_size"],
-                block_size=config["block_size"] if "block_size" in config else dflash["block_size"],
-                mask_token_id=dflash["mask_token_id"],
-                target_layer_ids=tuple(dflash["target_layer_ids"]),
+                num_key_value_heads=required("num_key_value_heads"),
+                head_dim=config.get("head_dim") or required("hidden_size") // num_heads,
+                intermediate_size=required("intermediate_size"),
+                rms_norm_eps=required("rms_norm_eps"),
+                rope_theta=float(required("rope_theta", rope_parameters(config))),
+                max_position_embeddings=required("max_position_embeddings"),
+                vocab_size=required("vocab_size"),
+                block_size=config.get("block_size") or required("block_size", dflash),
+                mask_token_id=required("mask_token_id", dflash),
+                target_layer_ids=tuple(required("target_layer_ids", dflash)),
                 num_target_layers=config["num_target_layers"],
             )
         except DrafterError as error:
@@ -167,6 +173,8 @@ def check_rope(config: dict[str, Any], where: str) -> None:
         "partial rotary embeddings": config.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)) != 1.0,
         f"rope_theta {theta!r:.40}": theta is not None and not is_positive(theta),
         f"RoPE with {', '.join(unknown)}": bool(unknown) and rope["rope_type"] == SUPPORTED_ROPE,
+        f"rope_theta {theta!r:.40} and {config.get('rope_theta')!r:.40} at once": config.get("rope_theta")
+        not in (None, theta),
     }
     found = [reason for reason, present in reasons.items() if present]
     if found:

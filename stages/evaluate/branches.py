@@ -161,4 +161,3 @@ def show_branches(draft_NJ: Tensor, branches: Branches) -> Tensor:
     alternative_NB1 = branches.alternative_NB[..., None]
     kept_NB1 = shown_NBJ.gather(2, replaced_NB1)
     return shown_NBJ.scatter(2, replaced_NB1, torch.where(alternative_NB1 == NO_TOKEN, kept_NB1, alternative_NB1))
-

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from ...data.cache.arrays import NUM_ALTERNATIVES
 from ...data.cache.cache import Cache
@@ -125,15 +125,16 @@ class LiveDecoder:
 
 def decode_prompts(
     cache: Cache,
-    target_folder: Path,
+    target: Any,
     drafters: tuple[Path, Path],
     rows: Sequence[SequenceRow],
     config: EvalConfig,
     on_prompt: Callable[[], None] = lambda: None,
 ) -> LiveReport:
-    """Decodes the prompts of these sequences with the target in float32.
+    """Decodes the prompts of these sequences with the target.
 
     Args:
+        target: the target's model in float32; it is moved to the device.
         drafters: the first and the second drafter.
         rows: sequences with a single response, see `single_responses`.
 
@@ -147,7 +148,6 @@ def decode_prompts(
     first, second = (
         load_drafter(folder, target_folder=cache.target_folder, device=device, dtype=dtype) for folder in drafters
     )
-    target: Any = AutoModelForCausalLM.from_pretrained(target_folder, dtype=torch.float32)
     pieces = TargetPieces.load(cache.target_folder, device=device, dtype=dtype)
     decoder = LiveDecoder(
         target.to(device).eval(), pieces, first, second, cache.manifest.layer_ids, config.policies[0], config.k
@@ -174,6 +174,6 @@ def single_responses(cache: Cache, rows: Sequence[SequenceRow], limit: int) -> l
     if not found:
         raise CacheNotFoundError(
             f"expected a held-out sequence of {cache.place} with one prompt and one response to decode, found none "
-            f"among {len(rows)}. Hold out more."
+            f"among {len(rows)}. Hold out more (--holdout)."
         )
     return found[:limit]

@@ -34,9 +34,12 @@ from ..draft.passes import OpenBranches, complete_branches, cut_into_passes, dra
 from ..drafter.checkpoint import check_drafter, load_drafter
 from ..drafter.model import Context, Drafter
 from ..drafter.target_pieces import TargetPieces
+from ..trained_on import read_record, was_trained_on
 from .branches import POLICIES, Branches, CycleFacts, paper, runner_up, show_branches, with_whole_draft
 from .config import EvalConfig
+from .pair import check_pair
 from .report import FirstDraftOutcomes, ReplayReport, Way
+from .resampled import resampled_drafts
 from .responses import recorded_after, replayable_responses
 
 TOKENS_PER_BATCH = 4096
@@ -98,9 +101,16 @@ def require_all_anchors(drafts: FirstDrafts) -> None:
 
 
 def nothing_to_replay(cache: Cache, num_rows: int, skipped: Counter[str]) -> CacheNotFoundError:
+    if not num_rows:
+        return CacheNotFoundError(
+            f"expected held-out greedy responses in {cache.place}, found none: of its {len(cache.rows)} sequences, "
+            "none is held out. Hold out more: train the drafters with a larger --holdout, or give vpd eval a larger "
+            "--holdout, which counts the sequences that a drafter was trained on."
+        )
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.items())
     return CacheNotFoundError(
         f"expected held-out greedy responses in {cache.place}, found none among {num_rows} held-out sequences "
-        f"({dict(skipped)}). Hold out more, or extract with --mode generate and temperature 0."
+        f"({reasons}). Hold out more (--holdout), or extract with --mode generate and temperature 0."
     )
 
 
@@ -117,8 +127,10 @@ class Replay:
     ):
         """
         Raises:
-            DrafterError: a drafter does not fit the cache, or recorded drafts leave out anchors.
+            DrafterError: a drafter does not fit the cache, recorded drafts leave out anchors, or the drafters are
+                swapped.
         """
+        warnings = check_pair(first, second) if isinstance(first, Path) else []
         self.cache, self.config, self.read = cache, config, read or ReadConfig()
         self.device = choose_device(config.device)
         self.dtype = choose_dtype("auto", self.device)
@@ -136,7 +148,11 @@ class Replay:
         self.num_branches = max(config.k, config.max_k)
         seconds = {"first_as_second": self.first, "d2sd": self.second}
         self.seconds = {name: drafter for name, drafter in seconds.items() if drafter is not None}
-        self.report = ReplayReport(list(self.ways()), config.policies[0], config.k, block_size)
+        # Recorded first drafts do not say what their drafter was trained on.
+        self.records = {"first": read_record(first) if isinstance(first, Path) else None}
+        if second is not None:
+            self.records["second"] = read_record(second)
+        self.report = ReplayReport(list(self.ways()), config.policies[0], config.k, block_size, warnings=warnings)
 
     def _load(self, folder: Path) -> Drafter:
         check_drafter(folder, self.cache.manifest)
@@ -146,6 +162,7 @@ class Replay:
         """Every way of decoding that is replayed, in the order of `accept_lengths`."""
         numbers = range(self.num_branches + 1)
         yield Way("first", None, 0)
+        yield from (Way("first_resampled", None, k) for k in numbers)
         yield from (Way("first_tree", None, k) for k in numbers)
         for name in self.seconds:
             yield from (Way(name, policy, k) for policy in self.config.policies for k in numbers)
@@ -187,6 +204,9 @@ class Replay:
         if not usable:
             self.report.skipped[reason] += 1
             return None
+        self.report.seq_ids.append(sequence.row.seq_id)
+        for drafter, records in self.records.items():
+            self.report.trained_on.setdefault(drafter, []).append(was_trained_on(sequence.row, records))
         anchors_N = torch.cat([torch.arange(start, end - 1) for start, end in usable])
         recorded_NJ = torch.cat([recorded_after(sequence.token_ids_S, span, self.num_positions) for span in usable])
         return Batch(
@@ -221,7 +241,9 @@ class Replay:
         facts = CycleFacts(tokens_NJA, probs_NJA, self.num_branches)
         pairs = runner_up(facts)
         swapped_NB = leading_right(show_branches(draft_NJ, pairs), batch.recorded_NJ[:, None])
-        columns = [first_len_N[:, None], self.best_of(first_len_N, swapped_NB)]
+        drawn_NBJ = resampled_drafts(tokens_NJA, probs_NJA, batch.anchors_N, self.num_branches)
+        drawn_NB = leading_right(drawn_NBJ, batch.recorded_NJ[:, None])
+        columns = [first_len_N[:, None], self.best_of(first_len_N, drawn_NB), self.best_of(first_len_N, swapped_NB)]
         for name, drafter in self.seconds.items():
             next_tokens = partial(self.next_tokens, batch, draft_NJ, drafter, contexts[name])
             for policy in self.config.policies:
@@ -274,7 +296,8 @@ class Replay:
             chosen = open_branches(batch, shown_NBJ, branches, n, b)
             candidates_RJ = complete_branches(drafter, self.pieces, context, num_blocks, chosen)
             lens_NB[n, b] = leading_right(candidates_RJ, batch.recorded_NJ[n])
-        return lens_NB[:, :num_branches].maximum(lens_NB[:, num_branches:].amax(dim=1, keepdim=True)) if lens_NB.shape[1] > num_branches else lens_NB
+        continued_N1 = lens_NB[:, num_branches:].sum(dim=1, keepdim=True)  # Zeros if there is no such column.
+        return lens_NB[:, :num_branches].maximum(continued_N1)
 
     def next_tokens(
         self, batch: Batch, draft_NJ: Tensor, drafter: Drafter, context: Context, branches: Branches

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..trained_on import NO, UNKNOWN, YES
 from .responses import count_cycles
 
 NUM_RESAMPLES, CONFIDENCE = 1000, 0.95
@@ -24,7 +25,8 @@ class Way(NamedTuple):
     name: str
     """Which drafts a cycle verifies.
 
-    `first`: the first draft. `first_tree`: the first draft and its alternatives. `first_as_second`: branches that the
+    `first`: the first draft. `first_resampled`: the first draft and others that are drawn from its probabilities.
+    `first_tree`: the first draft and its alternatives. `first_as_second`: branches that the
     first drafter completes. `d2sd`: branches that the second drafter completes.
     """
     policy: str | None
@@ -63,6 +65,13 @@ class ReplayReport:
     """Tokens that cycles commit: all tokens of the responses except each first one, which the prefill gives."""
     cycles_EC: list[np.ndarray] = field(default_factory=list)
     """Cycles that each way needs for these tokens."""
+    seq_ids: list[str] = field(default_factory=list)
+    trained_on: dict[str, list[str]] = field(default_factory=dict)
+    """For `first` and `second`: whether that drafter was trained on each sequence, `yes`, `no` or `unknown`."""
+    warnings: list[str] = field(default_factory=list)
+    """What speaks against the choice of the drafters."""
+    answer_alphas: list[np.ndarray] = field(default_factory=list)
+    """Alpha [C] of each response alone."""
     outcomes: list[FirstDraftOutcomes] = field(default_factory=list)
     final_lens: list[np.ndarray] = field(default_factory=list)
     """Accept lengths of the last reported way at the anchors of `outcomes`."""
@@ -79,7 +88,9 @@ class ReplayReport:
         for lens in response_lens:
             cycles_C = np.zeros(len(self.ways), int)
             for num_anchors in lens:
-                cycles_C += count_cycles(accept_lens_NC[start : start + num_anchors])
+                of_response_C = count_cycles(accept_lens_NC[start : start + num_anchors])
+                cycles_C += of_response_C
+                self.answer_alphas.append(num_anchors / of_response_C)
                 start += num_anchors
             self.num_responses += len(lens)
             self.num_tokens_E.append(sum(lens))
@@ -105,8 +116,17 @@ class ReplayReport:
 
     @property
     def alpha(self) -> dict[str, float]:
-        """Mean acceptance length by way: tokens committed per cycle, the bonus token included."""
+        """Mean acceptance length by way: tokens committed per cycle, the bonus token included.
+
+        It is pooled over the cycles of all responses (Eq. 1 of arXiv 2606.04446), so long responses count more.
+        """
         return {name: self.num_tokens / cycles for name, cycles in self.num_cycles.items()}
+
+    @property
+    def alpha_mean_of_answers(self) -> dict[str, float]:
+        """The mean over responses of each response's own alpha, by way; every response counts alike."""
+        mean_C = np.mean(self.answer_alphas, axis=0)
+        return {way.name: float(mean_C[self.ways.index(way)]) for way in self.reported}
 
     @property
     def best_alpha(self) -> float:
@@ -120,6 +140,7 @@ class ReplayReport:
             "interval": {
                 way.name: [low_C[self.ways.index(way)], high_C[self.ways.index(way)]] for way in self.reported
             },
+            "alpha_mean_of_answers": self.alpha_mean_of_answers,
             "policy": self.policy,
             "k": self.k,
             "block_size": self.block_size,
@@ -128,6 +149,11 @@ class ReplayReport:
             "num_sequences": len(self.num_tokens_E),
             "num_responses": self.num_responses,
             "skipped": dict(self.skipped),
+            "trained_on": {
+                drafter: {answer: found.count(answer) for answer in (YES, NO, UNKNOWN)}
+                for drafter, found in self.trained_on.items()
+            },
+            "warnings": self.warnings,
             "by_way": [
                 {"way": way.name, "policy": way.policy, "k": way.k, "alpha": alpha, "interval": [low, high]}
                 for way, alpha, low, high in zip(self.ways, self.alphas().tolist(), low_C, high_C, strict=True)
@@ -135,7 +161,12 @@ class ReplayReport:
             "recovery": self.recovery(),
             "calibration": self.calibration(),
             "hits": self.hits(),
-            "sequences": {"num_tokens": self.num_tokens_E, "num_cycles": self.cycles_of_reported()},
+            "sequences": {
+                "seq_ids": self.seq_ids,
+                "trained_on": self.trained_on,
+                "num_tokens": self.num_tokens_E,
+                "num_cycles": self.cycles_of_reported(),
+            },
         }
 
     def alphas(self) -> np.ndarray:

@@ -62,6 +62,8 @@ class Architecture:
     norm: str | None
     """None: no single module stands between the last layer and the head."""
     logits_map: LogitsMap
+    shapes: Mapping[str, tuple[int, ...]]
+    """Name of a parameter -> its shape by the config; in `model`, embedding and head are smaller."""
 
     def module(self, name: str) -> Any:
         return self.model.get_submodule(name)
@@ -112,6 +114,7 @@ def build(config: PretrainedConfig, trust_remote_code: bool) -> Architecture:
         _, layers = text_tower(model, int(config.get_text_config().num_hidden_layers))
         names = {id(module): name for name, module in model.named_modules()}
         is_tied = head.weight is embed.weight
+        shapes = {name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)}
         norm, logits_map = _observe(model, embed, head, layers, names)
         return Architecture(
             model=model,
@@ -120,6 +123,7 @@ def build(config: PretrainedConfig, trust_remote_code: bool) -> Architecture:
             is_tied=is_tied,
             norm=norm,
             logits_map=logits_map,
+            shapes=shapes,
         )
     except TargetError:
         raise

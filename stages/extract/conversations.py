@@ -13,7 +13,7 @@ from torch import Tensor
 from ...data.cache.arrays import NO_CHOICE, TOKEN_ARRAYS
 from ...data.cache.sequence import NewSequence
 from ...data.chat import ChatFormat
-from ...data.errors import NothingToTrain, PromptError
+from ...data.errors import NothingToTrainError, PromptError
 from ...data.prompts.messages import Message
 from ...data.prompts.records import PromptRecord
 from ...data.thinking import KEEP_THINKING, ThinkingPolicy
@@ -121,7 +121,7 @@ class GivenConversation:
         self._loss_mask = bytes(thinking.mask(token_ids, tokenized.loss_mask[:max_len]))
         self._is_cut = len(tokenized.token_ids) > max_len
         if not any(self._loss_mask):
-            raise NothingToTrain(
+            raise NothingToTrainError(
                 f"no assistant token is left in the first {max_len} tokens of "
                 f"{len(tokenized.token_ids)}. Raise extract.max_len, or skip such records with --skip-bad."
             )
@@ -181,7 +181,7 @@ class GeneratedConversation:
         self._messages: list[Message] = list(self._turns.pop(0)) if self._turns else []
         self._prompt_loss_mask = b""
         if record.text is None and not self._messages:
-            raise NothingToTrain("expected a user message to answer, found none.")
+            raise NothingToTrainError("expected a user message to answer, found none.")
         self._first_ids = array("i", self._prompt_ids(self._messages))
 
     def first_request(self) -> EngineRequest:

@@ -16,7 +16,7 @@ from ...data.cache.storage.places import open_storage
 from ...data.cache.work import finished_units, read_units
 from ...data.chat import ChatFormat
 from ...data.dropped import DroppedByTemplate
-from ...data.errors import NothingToTrain, PromptError
+from ...data.errors import NothingToTrainError, PromptError
 from ...data.prompts.forms import Content
 from ...data.prompts.records import BadRow, PromptRecord, PromptSource
 from ...data.thinking import ThinkingPolicy
@@ -272,7 +272,7 @@ def start_conversations(
 
 def reason_of(error: PromptError, mode: str) -> str:
     """Why a record is skipped, for counts."""
-    if isinstance(error, NothingToTrain):
+    if isinstance(error, NothingToTrainError):
         return "no assistant token" if mode == "given" else "no user message"
     return REASONS.get(type(error), "unusable with this chat template")
 

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from ...data.cache.part import reporting_full_disk
 from ...data.cache.storage.base import Storage
 from ...data.cache.target_files import PIECE_FACTS, PIECES, store_target_files, target_folder
-from ...data.errors import CacheCorruptError, TargetError
+from ...data.errors import CacheCorruptError, StorageError, TargetError
 from ...data.hashing import hash_text
 from ..hub import find_model
 from .adapter import Adapter, load_adapter
@@ -74,15 +76,14 @@ class Target:
         path = self.folder / GENERATION_CONFIG
         generation = read_json_object(path) if path.is_file() else {}
         found = set(self.further_end_ids)
-        ends: list[Any] = [self.tokenizer.eos_token_id, self.config.eos_token_id, generation.get("eos_token_id")]
-        try:
-            for ids in ends:
-                found |= {int(i) for i in ids} if isinstance(ids, list) else set() if ids is None else {int(ids)}
-        except (TypeError, ValueError, OverflowError):
-            raise TargetError(
-                f"expected token ids at eos_token_id in {path} and in config.json beside it, found {ends}. Correct "
-                "these files."
-            ) from None
+        for ids in (self.tokenizer.eos_token_id, self.config.eos_token_id, generation.get("eos_token_id")):
+            listed: list[Any] = ids if isinstance(ids, list) else [] if ids is None else [ids]
+            if not all(type(each) is int for each in listed):
+                raise TargetError(
+                    f"expected token ids (whole numbers) at eos_token_id in {path} and in config.json beside it, found "
+                    f"{ids!r:.80}. Correct these files."
+                )
+            found |= set(listed)
         return found
 
     @cached_property
@@ -250,18 +251,26 @@ def copy_pieces(target: Target, storage: Storage) -> None:
 
     Raises:
         TargetError: the target's weights lack a piece.
+        StorageError: the disk takes no more.
     """
     try:
         target_folder(storage)
         return
     except CacheCorruptError:
         pass
-    with tempfile.TemporaryDirectory(dir=storage.local_folder) as temporary:
+    pieces = read_pieces(target)
+    with tempfile.TemporaryDirectory(dir=storage.local_folder) as temporary, reporting_full_disk(storage.place):
         folder = Path(temporary)
         save_plainly(target, folder)
         if (target.folder / GENERATION_CONFIG).is_file():
             shutil.copy(target.folder / GENERATION_CONFIG, folder)
-        save_file(read_pieces(target), folder / PIECES)
+        try:
+            save_file(pieces, folder / PIECES)
+        except SafetensorError as error:
+            raise StorageError(
+                f"the target's pieces could not be stored with {storage.place}: {error}. Is the disk full? Make room, "
+                "and run the same command again."
+            ) from error
         if facts := target.pieces.facts():
             (folder / PIECE_FACTS).write_text(json.dumps(facts, indent=2, sort_keys=True))
         with suppress(FileExistsError):  # another run has stored the same pieces in the meantime

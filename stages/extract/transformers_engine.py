@@ -91,7 +91,12 @@ class TransformersEngine:
             out = self._model(
                 token_ids_BW, attention_mask=real_BW, position_ids=positions_BW, past_key_values=past, use_cache=True
             )
-            past = out.past_key_values
+            past = getattr(out, "past_key_values", None)
+            if past is None:
+                raise TargetError(
+                    f"expected a target with a key-value cache, found {type(self._model).__name__}, which gives none. "
+                    "Choose another target."
+                )
             states.append(torch.stack([self._captured[i] for i in self._layer_ids], dim=2).bfloat16())
             argmax.append(out.logits.argmax(dim=-1))
             token_ids_BW = sample(out.logits[:, -1], self._sampling, generator)[:, None]
@@ -158,7 +163,7 @@ def load_model(target: Target, dtype: Any, **model_args: Any) -> Any:
     args = {"trust_remote_code": target.trust_remote_code, **model_args}
     try:
         model, found = auto_class(target.model_config).from_pretrained(
-            target.folder, dtype=dtype, output_loading_info=True, **args
+            target.folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **args
         )
     except Exception as error:  # the class may be any code, and a quantized target needs further packages
         raise TargetError(f"transformers can't load the target {target.folder}: {one_line(error)}.") from error

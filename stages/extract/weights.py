@@ -34,11 +34,14 @@ class Weights:
         """Tensor name -> file."""
         self.dtypes: dict[str, str] = {}
         """Tensor name -> safetensors' name of its type, such as `BF16` or `F8_E4M3`."""
+        self.shapes: dict[str, tuple[int, ...]] = {}
         indexed = _read_index(folder)
         for path in _choose_files(folder, indexed):
             with _open(path) as file:
                 for name in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
-                    self.files[name], self.dtypes[name] = path, file.get_slice(name).get_dtype()
+                    found = file.get_slice(name)
+                    self.files[name], self.dtypes[name] = path, found.get_dtype()
+                    self.shapes[name] = tuple(found.get_shape())
         _require_indexed(folder, indexed, self.files)
 
     def read(self, name: str) -> torch.Tensor:
@@ -50,11 +53,14 @@ class Weights:
 def refuse_pointers(paths: Iterable[Path]) -> None:
     """
     Raises:
-        TargetError: a file is empty, or is the pointer that Git LFS leaves in place of a file.
+        TargetError: a file can't be read, is empty, or is the pointer that Git LFS leaves in place of a file.
     """
     for path in paths:
-        with open(path, "rb") as file:
-            begin = file.read(len(POINTER))
+        try:
+            with open(path, "rb") as file:
+                begin = file.read(len(POINTER))
+        except OSError as error:  # such as a link whose file is gone, in the hub's local cache
+            raise TargetError(f"expected the content of {path}: {error.strerror}. {DOWNLOAD}") from None
         if begin == POINTER:
             raise TargetError(
                 f"expected the content of {path}, found a Git LFS pointer. Fetch the files with git lfs pull, or "
@@ -70,7 +76,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         TargetError: the file does not hold a JSON object.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_text(encoding="utf-8"))
         json.dumps(content, ensure_ascii=False).encode()  # half of a surrogate pair can't be stored with a cache
     except (ValueError, RecursionError) as error:
         raise TargetError(f"expected JSON in {path}, which is damaged or cut short: {error}. {DOWNLOAD}") from None

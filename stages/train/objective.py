@@ -96,6 +96,8 @@ class HeadRows(NamedTuple):
     """Added to the logits: the log of the number of tokens that a row stands for. None: each row is one token."""
     row_of_token: Tensor | None
     """int64: row of each token id, -1 if there is none. None: the row is the token id."""
+    soft_cap: float | None = None
+    """`TargetPieces.logits_soft_cap`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,7 @@ class VocabularySampler:
     occurring: Tensor
     """int64, ascending: every token that can be a label."""
     num_sampled: int
+    soft_cap: float | None = None
 
     def draw(self, generator: torch.Generator) -> HeadRows:
         """The rows of one step."""
@@ -125,7 +128,9 @@ class VocabularySampler:
         row_of_token = torch.full((vocab_size,), -1)
         row_of_token[token_ids] = torch.arange(len(token_ids))
         device = self.head_VH.device
-        return HeadRows(self.head_VH[token_ids.to(device)], log_scale_V.to(device), row_of_token.to(device))
+        return HeadRows(
+            self.head_VH[token_ids.to(device)], log_scale_V.to(device), row_of_token.to(device), self.soft_cap
+        )
 
 
 class HeadLosses(NamedTuple):
@@ -141,7 +146,7 @@ def head_losses(states_PH: Tensor, labels_P: Tensor, rows: HeadRows) -> HeadLoss
     """Cross-entropy of the frozen head, chunk by chunk, so that few logits exist at once."""
     if rows.row_of_token is not None:
         labels_P = rows.row_of_token[labels_P]
-    return HeadLosses(*_ChunkedHead.apply(states_PH, labels_P, rows.head_VH, rows.log_scale_V))
+    return HeadLosses(*_ChunkedHead.apply(states_PH, labels_P, rows.head_VH, rows.log_scale_V, rows.soft_cap))
 
 
 class _ChunkedHead(torch.autograd.Function):
@@ -149,7 +154,12 @@ class _ChunkedHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, states_PH: Tensor, labels_P: Tensor, head_VH: Tensor, log_scale_V: Tensor | None
+        ctx: Any,
+        states_PH: Tensor,
+        labels_P: Tensor,
+        head_VH: Tensor,
+        log_scale_V: Tensor | None,
+        soft_cap: float | None,
     ) -> tuple[Tensor, Tensor]:
         loss_P = torch.empty(len(labels_P), device=states_PH.device, dtype=torch.float32)
         right_P = torch.empty_like(labels_P, dtype=torch.bool)
@@ -158,7 +168,7 @@ class _ChunkedHead(torch.autograd.Function):
         for start in range(0, len(labels_P), num_positions):
             chunk = slice(start, start + num_positions)
             loss_P[chunk], right_P[chunk], gradient_PH[chunk] = _chunk_of_head(
-                states_PH[chunk], labels_P[chunk], head_VH, log_scale_V
+                states_PH[chunk], labels_P[chunk], head_VH, log_scale_V, soft_cap
             )
         ctx.save_for_backward(gradient_PH)
         ctx.mark_non_differentiable(right_P)
@@ -167,17 +177,22 @@ class _ChunkedHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (gradient_PH,) = ctx.saved_tensors
-        return gradient_PH * grad_outputs[0][:, None].to(gradient_PH.dtype), None, None, None
+        return gradient_PH * grad_outputs[0][:, None].to(gradient_PH.dtype), None, None, None, None
 
 
 def _chunk_of_head(
-    states_CH: Tensor, labels_C: Tensor, head_VH: Tensor, log_scale_V: Tensor | None
+    states_CH: Tensor, labels_C: Tensor, head_VH: Tensor, log_scale_V: Tensor | None, soft_cap: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss [C], whether the label is the likeliest token [C], and the loss's gradient to the states [C, H].
 
     The logits are freed on return, so that the next chunk's logits take their memory.
     """
     logits_CV = linear(states_CH.to(head_VH.dtype), head_VH).float()
+    slope_CV = None
+    if soft_cap is not None:
+        logits_CV.div_(soft_cap).tanh_()
+        slope_CV = 1 - logits_CV.square()
+        logits_CV.mul_(soft_cap)
     labels = labels_C[:, None]
     likeliest = logits_CV.argmax(dim=1, keepdim=True)
     if log_scale_V is not None:
@@ -187,5 +202,7 @@ def _chunk_of_head(
     # The probability of the likeliest token is the one that never underflows.
     log_sum = likeliest_logit - probs_CV.gather(1, likeliest).log()
     gradient_CV = probs_CV.scatter_add_(1, labels, -torch.ones_like(label_logit))
+    if slope_CV is not None:
+        gradient_CV *= slope_CV
     gradient_CH = linear(gradient_CV.to(head_VH.dtype), head_VH.T)
     return (log_sum - label_logit)[:, 0], (likeliest == labels)[:, 0], gradient_CH

@@ -2,8 +2,9 @@
 
 A sampler gives each block weights over the prefix lengths l = 0..G-2, which need not sum to one. Two rules hold for
 all samplers. First, a block must keep at least one label to predict, so a length that reaches the block's number of
-labels gets probability 0. Second, a block whose weights are all 0 then takes Eq. 6; that happens where the first
-draft is not known to fail, because all labels were accepted or because the anchor was not drafted.
+labels gets probability 0. Second, a block whose weights are all 0 then takes Eq. 6. That happens where the first
+draft is not known to fail, because all labels were accepted or because the anchor was not drafted; `topk` and
+`past-boundary` name one more case each.
 
 A new sampler is a function here (or anywhere that is imported before the settings are read) under `@prefix_sampler`.
 """
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ...data.lazy import LazyModule
 from ...data.registry import Registry
-from ..draft.posterior import boundary_posterior
+from ..draft.posterior import boundary_posterior, likeliest
 from .samplers import BOUNDARIES, CONFIDENCES, NOTHING, Reads, Sampler, registering
 
 if TYPE_CHECKING:
@@ -96,7 +97,10 @@ def boundary(config: PrefixConfig, facts: BlockFacts) -> Tensor:
 
 @prefix_sampler("past-boundary", reads=BOUNDARIES)
 def past_boundary(config: PrefixConfig, facts: BlockFacts) -> Tensor:
-    """l = L + 1: the prefix ends with the right token at the place where the first draft fails."""
+    """l = L + 1: the prefix ends with the right token at the place where the first draft fails.
+
+    A block whose draft fails at its last label takes Eq. 6, since that prefix would leave no label.
+    """
     return _where_the_draft_fails(facts, 1)
 
 
@@ -111,10 +115,11 @@ def posterior(config: PrefixConfig, facts: BlockFacts) -> Tensor:
 def topk(config: PrefixConfig, facts: BlockFacts) -> Tensor:
     """Uniform over the k lengths of largest r(i), which decoding launches as branches.
 
-    Lengths past L are left out, since their prefix holds a wrong token already.
+    Lengths past L are left out, since their prefix holds a wrong token already. A block whose launched lengths are all
+    past L takes Eq. 6, although its rejection is known: decoding launches no right branch there.
     """
     drafted, confidence_NJ = _confidences(facts)
-    chosen_NK = boundary_posterior(confidence_NJ).topk(min(config.k, facts.block_size - 1), dim=1).indices
+    chosen_NK = likeliest(boundary_posterior(confidence_NJ), config.k)
     launched_NJ = torch.zeros_like(confidence_NJ).scatter(1, chosen_NK, 1.0)
     right_NJ = (_lengths(facts) <= drafted.accept_len_N[:, None]) & drafted.has_draft_N[:, None]
     return launched_NJ * right_NJ

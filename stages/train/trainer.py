@@ -134,7 +134,10 @@ class Trainer:
         self.vocabulary = None
         if config.num_sampled_tokens:
             self.vocabulary = VocabularySampler(
-                self.pieces.head_VH, label_tokens(cache, rows), config.num_sampled_tokens
+                self.pieces.head_VH,
+                label_tokens(cache, rows),
+                config.num_sampled_tokens,
+                self.pieces.logits_soft_cap,
             )
         self.step = self.num_skipped = self._skipped_in_a_row = 0
         self.failure: NonFiniteError | None = None
@@ -303,7 +306,7 @@ class Trainer:
 
     def _head_rows(self) -> HeadRows:
         if self.vocabulary is None:
-            return HeadRows(self.pieces.head_VH, None, None)
+            return HeadRows(self.pieces.head_VH, None, None, self.pieces.logits_soft_cap)
         return self.vocabulary.draw(counter_generator(self.config.seed, "vocabulary", self.step))
 
     def _not_finite(self, result: StepResult) -> NonFiniteError:

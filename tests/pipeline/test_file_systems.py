@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from support.place import Place
 from support.tiny import DRAFTER, EXTRACT, TRAIN, run_vpd, snapshot, vpd
@@ -19,6 +20,7 @@ from vpd.data.cache.storage.local import LocalStorage
 from vpd.data.cache.storage.places import open_storage
 from vpd.data.cache.target_files import user_cache
 from vpd.data.errors import ConfigError
+from vpd.stages.extract import target
 from vpd.stages.train.checkpoints import find_drafter
 
 RUN = {**DRAFTER, **TRAIN, "max_steps": 1}
@@ -170,6 +172,45 @@ def test_a_drafter_that_does_not_load_leaves_nothing_in_the_cache(tiny_cache: Pa
     found = run_vpd("draft", cache, "--first-drafter", drafter)
     assert (found.code, "lm_head.weight: expected a copy" in found.message) == (1, True)
     assert snapshot(cache) == before
+
+
+def test_files_of_other_programs_are_left_alone(drafted_cache: Path, tmp_path: Path):
+    cache = shutil.copytree(drafted_cache, tmp_path / "cache")
+    for name in ("notes.txt", "parts/Thumbs.db", "index/Thumbs.db", "work/x.txt", "drafts/README", "target/.nfs01"):
+        (cache / name).parent.mkdir(exist_ok=True)
+        (cache / name).write_text("x")
+    before = snapshot(cache)
+    assert vpd("verify", cache)["problems"] == []
+    assert len(vpd("inspect", cache)["first_drafters"]) == 1
+    assert snapshot(cache) == before
+
+
+def test_facts_of_another_target_are_not_read(tiny_cache: Path, tmp_path: Path):
+    cache = shutil.copytree(tiny_cache, tmp_path / "cache")
+    (cache / "target/pieces.json").write_text('{"embedding_multiplier": 2.0}')
+    for found in (run_vpd("train", cache, out=tmp_path / "run", **RUN), run_vpd("inspect", cache)):
+        assert (found.code, "pieces.json is not what was written" in found.message) == (1, True)
+
+
+def test_a_file_in_place_of_a_folder_is_a_problem(tiny_cache: Path, tmp_path: Path):
+    cache = shutil.copytree(tiny_cache, tmp_path / "cache")
+    shutil.rmtree(cache / "parts")
+    (cache / "parts").write_text("x")
+    found = run_vpd("verify", cache, "--json")
+    assert (found.code, bool(found.result["problems"])) == (1, True)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), SafetensorError("No space left")])
+def test_a_disk_without_room_for_the_pieces_is_named(
+    error: Exception, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(target, "save_file", refuse)
+    found = run_vpd("extract", place.llama, place.prompts, out=tmp_path / "new", **EXTRACT)
+    assert (found.code, "No space left" in found.message, "room" in found.message) == (1, True, True)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_full_disk_leaves_no_file_under_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -2,11 +2,12 @@
 
 import shutil
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
-from support.tiny import DRAFTER, TRAIN, run_vpd, vpd
+from huggingface_hub import constants, snapshot_download
+from support.tiny import DRAFTER, EXTRACT, PROMPTS, TRAIN, run_vpd, vpd
 from vpd.data.errors import DrafterError, TargetError, VpdError
 from vpd.stages.extract.target import load_target
 from vpd.stages.train.checkpoints import find_drafter
@@ -35,6 +36,25 @@ def test_a_target_of_the_hub_is_found(hub: Path, tiny_llama: Path):
     add_model(hub, "owner/tiny-llama", tiny_llama)
     target = load_target("owner/tiny-llama")
     assert (target.name, target.fingerprint()) == ("owner/tiny-llama", found.fingerprint())
+
+
+def test_an_estimate_asks_the_hub_for_the_small_files_alone(
+    hub: Path, tiny_llama: Path, tiny_prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for path in add_model(hub, "owner/tiny-llama", tiny_llama).glob("*.safetensors"):
+        path.unlink()
+    asked: list[str] = []
+
+    def noted_download(name: str, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        return snapshot_download(name, allow_patterns=allow_patterns)
+
+    monkeypatch.setattr("vpd.stages.hub.snapshot_download", noted_download)
+    flags = {"out": tmp_path / "cache", **EXTRACT}
+    found = vpd("estimate", "owner/tiny-llama", tiny_prompts, **flags)
+    assert found == vpd("estimate", tiny_llama, tiny_prompts, **flags)
+    assert found["num_sequences"] == len(PROMPTS)
+    assert not any(fnmatch("model.safetensors", pattern) for pattern in asked)
 
 
 def test_a_drafter_of_the_hub_is_used_as_a_local_one(hub: Path, first_run: Path, drafted_cache: Path, tmp_path: Path):

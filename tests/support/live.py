@@ -131,11 +131,11 @@ class LiveDecoder:
         scored = []
         for i in sorted(range(len(draft)), key=lambda i: -posterior[i])[:4]:
             known = dict(zip(top[i][0].tolist()[:5], top[i][1].tolist(), strict=False))
-            tokens, probs = self.fill(second, [anchor, *draft[:i]], features, position)[i]
-            for token, prob in zip(tokens.tolist(), probs.tolist(), strict=True):
-                if token != draft[i]:
-                    score = math.prod(confidence[:i]) * (known.get(token, 0.0) + prob) / 2
-                    scored.append((score, [*draft[:i], token]))
+            for tokens, probs in self.fill(second, [anchor, *draft[:i]], features, position)[i : i + 1]:
+                for token, prob in zip(tokens.tolist(), probs.tolist(), strict=True):
+                    if token != draft[i]:
+                        score = math.prod(confidence[:i]) * (known.get(token, 0.0) + prob) / 2
+                        scored.append((score, [*draft[:i], token]))
         best = sorted(scored, key=lambda pair: pair[0], reverse=True)[: self.k]
         return [(kept, None) for _, kept in best]
 
@@ -146,7 +146,7 @@ class LiveDecoder:
         assert len(features) == position
         shape = drafter.shape
         if len(visible) >= shape.block_size:
-            return [(torch.empty(0), torch.empty(0))] * (len(visible) - 1)
+            return []
         block = visible + [shape.mask_token_id] * (shape.block_size - len(visible))
         embedded = self.pieces.embed_VH[torch.tensor([block])]
         hidden = drafter(embedded, torch.tensor([position]), drafter.context(features))[0]

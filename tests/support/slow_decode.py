@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from vpd.stages.drafter.model import Drafter
@@ -115,6 +116,22 @@ def slow_candidates(
         else:
             candidates.append(second.complete(anchor, (token, *kept), excluded))
     return candidates
+
+
+def slow_resampled(ranked: Ranked, anchor: int, num_drafts: int) -> list[list[int]]:
+    """Drafts drawn token by token among the alternatives, by the random numbers of the anchor's position."""
+    uniform = np.random.default_rng(anchor).random((num_drafts, len(ranked))).tolist()
+    drafts = []
+    for row in uniform:
+        draft = []
+        for best, number in zip(ranked, row, strict=True):
+            stored = best[:NUM_ALTERNATIVES]
+            left = number * sum(prob for prob, _ in stored)
+            while left >= stored[0][0]:
+                left -= stored.pop(0)[0]
+            draft.append(stored[0][1])
+        drafts.append(draft)
+    return drafts
 
 
 def slow_continued(draft: list[int], second: SlowDrafter | None, anchor: int, token: int) -> list[list[int]]:

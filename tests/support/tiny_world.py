@@ -35,6 +35,7 @@ from support.slow_decode import (
     slow_accept_length,
     slow_candidates,
     slow_continued,
+    slow_resampled,
 )
 from support.tiny import SHAPE as ANY_SHAPE
 from support.tiny import append, make_manifest
@@ -168,6 +169,9 @@ class World:
         """Accept lengths of every way of decoding."""
         draft = [best[0][1] for best in ranked]
         found = {Way("first", None, 0): slow_accept_length([draft], anchor.continuation)}
+        drawn = [draft, *slow_resampled(ranked, anchor.position, max_k)]
+        for k in range(max_k + 1):
+            found[Way("first_resampled", None, k)] = slow_accept_length(drawn[: k + 1], anchor.continuation)
         ways = [("first_tree", None), *((name, policy) for name in seconds for policy in POLICIES)]
         for name, policy in ways:
             second = self.slow(anchor.seq_id, seconds[name]) if policy else None
@@ -206,7 +210,6 @@ def write_response(tokens: list[int], length: int, drafters: list[SlowDrafter], 
         second = [None, *drafters][pick(len(drafters) + 1)]
         policy = POLICIES[pick(len(POLICIES))] if second is not None else "runner-up"
         candidates = slow_candidates(ranked, second, policy, anchor, token)[:5]
-        candidates += slow_continued([best[0][1] for best in ranked], second, anchor, token)
         candidate = candidates[pick(len(candidates))]
         tokens += candidate[: max(pick(len(candidate) + 1), pick(len(candidate) + 1))]
         tokens.append(pick(V))

@@ -7,7 +7,7 @@ import shutil
 import uuid
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .base import AppendedFile
@@ -17,13 +17,23 @@ from .locks import LOCK, FolderLock, is_alive
 ASIDE = ".writing-"
 
 
+@contextmanager
+def missing_below_a_file() -> Iterator[None]:
+    """Where a file lies in place of a folder, what should be in the folder is missing."""
+    try:
+        yield
+    except NotADirectoryError as error:
+        raise FileNotFoundError(error.errno, error.strerror, error.filename) from None
+
+
 class LocalFile:
     """A file open for reading; closed when nothing refers to it any more."""
 
     is_local = True
 
     def __init__(self, path: Path):
-        self._descriptor = os.open(path, os.O_RDONLY)
+        with missing_below_a_file():
+            self._descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
 
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> int:
@@ -83,7 +93,8 @@ class LocalStorage:
         require_folder(self.root)
 
     def read(self, name: str) -> bytes:
-        return (self.root / name).read_bytes()
+        with missing_below_a_file():
+            return (self.root / name).read_bytes()
 
     def read_all(self, names: Sequence[str]) -> list[bytes]:
         return [self.read(name) for name in names]
@@ -92,7 +103,8 @@ class LocalStorage:
         return LocalFile(self.root / name)
 
     def size(self, name: str) -> int:
-        return (self.root / name).stat().st_size
+        with missing_below_a_file():
+            return (self.root / name).stat().st_size
 
     def exists(self, name: str) -> bool:
         return (self.root / name).exists()

@@ -32,6 +32,9 @@ CHECKED_REQUESTS, CHECK_EVERY = 16, 8
 
 A checked answer costs one reading of the LM head's weights, which is slow on a CPU.
 """
+CPU_KV_CACHE_BYTES = 4 << 30
+"""On a CPU, vLLM would reserve 92 % of the memory, and does not start where less is free."""
+MEMORY_ARGS = {"gpu_memory_utilization", "kv_cache_memory_bytes"}
 FINISHED = ("stop", "length")
 """vLLM's finish reasons, except those of a request that it gave up."""
 STATES_TIMEOUT = 120.0
@@ -127,6 +130,8 @@ class VllmEngine:
             self._lora_request = LoRARequest("adapter", 1, str(target.adapter.folder))
         if current_platform.is_cpu():
             args.setdefault("scheduler_cls", SCHEDULER)
+            if not (MEMORY_ARGS & args.keys() or "VLLM_CPU_KVCACHE_SPACE" in os.environ):
+                args["kv_cache_memory_bytes"] = CPU_KV_CACHE_BYTES
         try:
             with shielded():
                 self._engine = LLMEngine.from_engine_args(EngineArgs(**args))

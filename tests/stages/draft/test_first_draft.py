@@ -147,3 +147,14 @@ def test_drafting_beside_or_after_extraction_gives_the_same_drafts(
         theirs, ours = FirstDrafts.open(after).read(rows[row.seq_id]), FirstDrafts.open(during).read(row)
         assert torch.equal(ours.tokens_TGA, theirs.tokens_TGA)
         assert torch.equal(ours.accept_len_T, theirs.accept_len_T)
+
+
+def test_no_drafter_is_loaded_where_nothing_is_left(
+    drafted_cache: Path, first_run: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*arguments: object, **settings: object) -> None:
+        raise AssertionError("the drafter was loaded")
+
+    monkeypatch.setattr(first_draft, "load_drafter", refuse)
+    drafting = FirstDrafting(find_drafter(first_run), DraftConfig(device="cpu"))
+    assert not drafting.run(Cache.open(drafted_cache)).missing_parts()

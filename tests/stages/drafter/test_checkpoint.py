@@ -6,6 +6,7 @@ import json
 import re
 import resource
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,15 @@ def test_weights_of_another_kind_of_number_are_refused(saved: Path, dtype: torch
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0000\nsize 1234\n"
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_no_numbers_are_refused(value: float, saved: Path):
+    weights = load_file(saved / "model.safetensors")
+    weights["fc.weight"][3, 4] = value
+    save_file(weights, saved / "model.safetensors")
+    with pytest.raises(DrafterError, match=r"fc\.weight, found NaN or infinite"):
+        load_drafter(saved)
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 @pytest.mark.parametrize("content", ["", LFS_POINTER, "{", "[" * 100_000], ids=["empty", "pointer", "cut", "deep"])
 def test_a_broken_file_is_named(name: str, content: str, saved: Path):
@@ -382,7 +392,9 @@ def test_the_fingerprint_covers_large_files_to_their_end(saved: Path):
         pytest.param(lambda config: config["dflash_config"].update(mask_token_id=18), id="mask-token"),
         pytest.param(lambda config: config["dflash_config"].update(target_layer_ids=[1, 3, 6]), id="context-layers"),
         pytest.param(lambda config: config.update(block_size=4), id="block-size"),
-        pytest.param(lambda config: config["rope_parameters"].update(rope_theta=600.0), id="rope-theta"),
+        pytest.param(
+            lambda config: config.update(rope_theta=600.0, rope_parameters={"rope_theta": 600.0}), id="rope-theta"
+        ),
         pytest.param(lambda config: config.update(rms_norm_eps=1e-6), id="norm-eps"),
         pytest.param(lambda config: config.update(num_attention_heads=2, num_key_value_heads=1), id="heads"),
     ],
@@ -421,18 +433,20 @@ def make_manifest(**changes: Any) -> CacheManifest:
 
 def test_a_drafter_fits_the_cache_it_was_made_for():
     check_fits(SHAPE, make_manifest(), "drafter")
+    check_fits(replace(SHAPE, num_target_layers=None), make_manifest(), "drafter")
 
 
 DIFFERENCES = {
     "hidden_size": (16, "hidden size: the cache has 16, the drafter 8"),
     "layer_ids": ((1, 3, 6), "context layers: the cache has (1, 3, 6), the drafter (1, 3, 5)"),
     "vocab_size": (21, "vocabulary: the cache has 21, the drafter 20"),
+    "num_target_layers": (9, "layers of the target: the cache has 9, the drafter 8"),
 }
 
 
 @pytest.mark.parametrize(
     "fields",
-    [["hidden_size"], ["layer_ids"], ["vocab_size"], ["hidden_size", "vocab_size"], list(DIFFERENCES)],
+    [*([name] for name in DIFFERENCES), ["hidden_size", "vocab_size"], list(DIFFERENCES)],
     ids=lambda fields: "+".join(fields),
 )
 def test_everything_that_does_not_fit_is_named_and_nothing_else(fields: list[str]):

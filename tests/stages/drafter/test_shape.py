@@ -144,6 +144,14 @@ TOP_KEYS = [
 ]
 
 
+@pytest.mark.parametrize("key", ["block_size", "hidden_size", "mask_token_id", "target_layer_ids"])
+def test_a_key_of_null_is_a_missing_key(tmp_path: Path, key: str):
+    dflash = PUBLISHED["dflash_config"]
+    config = PUBLISHED | ({"dflash_config": {**dflash, key: None}} if key in dflash else {key: None})
+    with pytest.raises(DrafterError, match=f"expected the key '{key}'"):
+        load_shape(write_config(tmp_path, config))
+
+
 @pytest.mark.parametrize("key", TOP_KEYS)
 def test_a_missing_key_is_named(tmp_path: Path, key: str):
     config = {name: value for name, value in PUBLISHED.items() if name != key}
@@ -278,6 +286,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "negative": ({"vocab_size": -1}, "vocab_size"),
     "epsilon": ({"rms_norm_eps": "1e-6"}, "rms_norm_eps"),
     "layer-of-text": (with_dflash(target_layer_ids=["1"]), "target_layer_ids"),
+    "two-block-sizes": (with_dflash(block_size=8), "block_size: found 16, and 8 in dflash_config"),
+    "two-rope-thetas": (
+        {"rope_theta": 1e6, "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}},
+        "rope_theta 10000.0 and 1000000.0 at once",
+    ),
     "rope-of-text": ({"rope_parameters": "default"}, "rope_parameters"),
 }
 
@@ -347,6 +360,8 @@ def test_a_plain_drafter_in_the_form_of_speculators_is_read():
         ({"draft_vocab_size": 32000}, "draft_vocab_size"),
         ({"sample_from_anchor": True}, "sample_from_anchor"),
         ({"aux_hidden_state_layer_ids": None}, "aux_hidden_state_layer_ids"),
+        ({"dflash_config": {"mask_token_id": 5}}, "found 151669 in speculators' form and 5"),
+        ({"transformer_layer_config": None}, "transformer_layer_config"),
         ({"transformer_layer_config": layers | {"model_type": "llama"}}, "llama"),
         ({"transformer_layer_config": layers | {"layer_types": ["sliding_attention"] * 5}}, "sliding-window"),
     ):

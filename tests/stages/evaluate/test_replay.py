@@ -11,7 +11,19 @@ import pytest
 import torch
 from support.slow_decode import NUM_ALTERNATIVES, POLICIES, slow_branches, slow_count
 from support.tiny import make_cached, make_row
-from support.tiny_world import MAX_K, SECONDS, SHAPE, TALKS, V, World, responses_of, write_drafter
+from support.tiny_world import (
+    MAX_K,
+    SECONDS,
+    SHAPE,
+    SHAPES,
+    TALKS,
+    Anchor,
+    Recorder,
+    V,
+    World,
+    responses_of,
+    write_drafter,
+)
 from vpd.data.cache.cache import Cache
 from vpd.data.errors import CacheNotFoundError, DrafterError
 from vpd.stages.draft.config import DraftConfig
@@ -91,7 +103,7 @@ def test_the_ways_differ_on_the_tiny_cache(world: World):
     # Else the comparisons with the slow decode would show little.
     lens = {name: world.run(world.talks, second, max_k=MAX_K).by_way() for name, second in SECONDS.items()}
     same = lens["same-block"]
-    ways = [Way("first", None, 0), Way("first_tree", None, 4)]
+    ways = [Way("first", None, 0), Way("first_resampled", None, 4), Way("first_tree", None, 4)]
     ways += [Way(name, policy, 4) for name in ("first_as_second", "d2sd") for policy in POLICIES]
     # A second drafter with other random weights rarely proposes the first draft's token.
     ways.remove(Way("d2sd", "exclude", 4))
@@ -105,6 +117,36 @@ def test_the_ways_differ_on_the_tiny_cache(world: World):
     # second drafter's block.
     assert max(lens["larger-block"][Way("d2sd", "paper", 4)]) > J
     assert max(lens["smaller-block"][Way("d2sd", "runner-up", MAX_K)]) == J
+
+
+@pytest.mark.parametrize("second", SEVERAL_SECONDS)
+def test_a_second_drafter_with_a_larger_block_continues_the_whole_first_draft(world: World, second: str):
+    """Cycle after cycle in which the target takes the first draft and what a larger second block adds."""
+    states = world.sequence("one-answer")
+    tokens, mask = [1, 2, 3], [False] * 2 + [True]
+    longest = max(SHAPES[name].block_size for name in SECONDS.values()) - 1
+    while len(tokens) + longest < len(states.hidden_TKH):
+        anchor = len(tokens) - 1
+        ranked = world.slow("one-answer", "first").ranked(anchor, (tokens[-1],))
+        draft = tuple(best[0][1] for best in ranked)
+        tokens += world.slow("one-answer", "larger").complete(anchor, (tokens[-1], *draft))
+    mask += [True] * (len(tokens) - len(mask))
+    hidden_TKH = states.hidden_TKH[: len(tokens)]
+    replay = world.replay(second, k=3, max_k=MAX_K)
+    ways = list(replay.ways())
+    replay.report = Recorder(ways, "paper", 3, SHAPE.block_size)
+    row = make_row("whole-drafts", len(tokens))
+    batch = replay.responses_of(make_cached(row, hidden_TKH, tokens, mask, [*tokens[1:], 0]))
+    assert batch is not None
+    replay.replay(batch)
+    found = replay.report.by_way()
+    anchors = [Anchor("one-answer", a, tokens[a], tokens[a + 1 :]) for a in range(2, len(tokens) - 1)]
+    seconds = {"first_as_second": FIRST, "d2sd": second}
+    expected = [world.slow_lens(seconds, anchor, world.ranked(anchor)) for anchor in anchors]
+    assert {way: [lens[way] for lens in expected] for way in ways} == found
+    gained = 3 if second == "larger" else 0
+    for policy in POLICIES:
+        assert [found[Way("d2sd", policy, k)][0] - found[Way("first", None, 0)][0] for k in (0, 1)] == [0, gained]
 
 
 @pytest.mark.parametrize("second", SEVERAL_SECONDS)

@@ -92,6 +92,22 @@ def test_cycles_and_alpha(report: ReplayReport, batches: list[tuple[np.ndarray, 
     assert report.cycles_of_reported() == {name: [row[way] for row in cycles] for name, way in chosen.items()}
 
 
+def test_the_mean_of_answers_counts_every_answer_alike(
+    report: ReplayReport, batches: list[tuple[np.ndarray, FirstDraftOutcomes]]
+):
+    anchors = iter(anchors_of(batches))
+    for_way: dict[Way, list[float]] = {way: [] for way in WAYS}
+    for num_anchors in (n for lens in LENS for n in lens):
+        answer = [next(anchors)["accept_lens"] for _ in range(num_anchors)]
+        for way in WAYS:
+            cycles = slow_count([each[way] for each in answer].__getitem__, num_anchors + 1)
+            for_way[way].append(num_anchors / cycles)
+    means = {way.name: sum(for_way[way]) / len(for_way[way]) for way in report.reported}
+    assert report.alpha_mean_of_answers == pytest.approx(means)
+    # Else the two could be mixed up.
+    assert all(abs(means[name] - alpha) > 0.01 for name, alpha in report.alpha.items())
+
+
 def slow_quantile(values: list[float], share: float) -> float:
     """With linear interpolation between neighbors."""
     ordered = sorted(values)
@@ -218,6 +234,9 @@ def test_drafts_that_never_fail_have_no_boundary_to_hit():
 
 def test_the_report_as_json_holds_plain_values(report: ReplayReport):
     report.skipped.update(["no response", "no response"])
+    report.seq_ids += ["a", "b"]
+    report.trained_on |= {"first": ["no", "yes"], "second": ["unknown", "no"]}
+    report.warnings.append("swapped")
     found = report.to_json()
     assert json.loads(json.dumps(found)) == found
     low_C, high_C = report.intervals()
@@ -226,6 +245,7 @@ def test_the_report_as_json_holds_plain_values(report: ReplayReport):
     assert found == {
         "alpha": report.alpha,
         "interval": {name: intervals[way] for name, way in reported.items()},
+        "alpha_mean_of_answers": report.alpha_mean_of_answers,
         "policy": "runner-up",
         "k": 2,
         "block_size": J + 1,
@@ -234,6 +254,8 @@ def test_the_report_as_json_holds_plain_values(report: ReplayReport):
         "num_sequences": len(LENS),
         "num_responses": report.num_responses,
         "skipped": {"no response": 2},
+        "trained_on": {"first": {"yes": 1, "no": 1, "unknown": 0}, "second": {"yes": 0, "no": 1, "unknown": 1}},
+        "warnings": ["swapped"],
         "by_way": [
             {"way": way.name, "policy": way.policy, "k": way.k, "alpha": alpha, "interval": intervals[way]}
             for way, alpha in zip(WAYS, report.alphas().tolist(), strict=True)
@@ -241,6 +263,11 @@ def test_the_report_as_json_holds_plain_values(report: ReplayReport):
         "recovery": report.recovery(),
         "calibration": report.calibration(),
         "hits": report.hits(),
-        "sequences": {"num_tokens": report.num_tokens_E, "num_cycles": report.cycles_of_reported()},
+        "sequences": {
+            "seq_ids": ["a", "b"],
+            "trained_on": report.trained_on,
+            "num_tokens": report.num_tokens_E,
+            "num_cycles": report.cycles_of_reported(),
+        },
     }
     assert report.skipped == Counter({"no response": 2})

@@ -3,20 +3,19 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.kinds import KINDS, save_kind
-from support.tiny import save_target
+from support.tiny import VOCAB, save_target
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 from vpd.data.cache.storage.local import LocalStorage
 from vpd.data.cache.target_files import target_folder
 from vpd.data.errors import TargetError
 from vpd.stages.drafter.target_pieces import TargetPieces
 from vpd.stages.extract.architecture import LogitsMap, embedding_multiplier
-from vpd.stages.extract.pieces import dequantize
 from vpd.stages.extract.target import copy_pieces, load_target, read_pieces
 from vpd.stages.extract.transformers_engine import load_model
 from vpd.stages.extract.vllm.argmax import ArgmaxHead
@@ -231,9 +230,71 @@ def test_other_quantized_heads_are_refused_by_name(
     assert words in str(caught.value)
 
 
-def test_scales_of_another_shape_are_refused():
-    with pytest.raises(TargetError, match=r"found scales of shape \(3,\)"):
-        dequantize(torch.ones(4, 4, dtype=torch.float8_e4m3fn), torch.ones(3))
+class Head(NamedTuple):
+    """A quantized head that can't be read, and words of the error."""
+
+    id: str
+    scales: dict[str, torch.Tensor]
+    config: dict[str, Any]
+    words: str
+
+
+HEADS = [
+    Head("scales-of-groups", {"weight_scale": torch.ones(VOCAB, 4)}, {}, rf"found scales of shape \({VOCAB}, 4\)"),
+    Head("two-scales", {"weight_scale": torch.ones(1), "weight_scale_2": torch.ones(1)}, {}, "weight_scale_2 beside"),
+    Head("no-pair", {"weight_scale": torch.ones(1)}, {"weight_block_size": [128]}, r"two whole numbers.*\[128\]"),
+    Head("zero", {"weight_scale": torch.ones(1)}, {"weight_block_size": [0, 128]}, r"two whole numbers.*\[0, 128\]"),
+    Head("text", {"weight_scale": torch.ones(1)}, {"weight_block_size": "128"}, "two whole numbers.*'128'"),
+]
+
+
+@pytest.mark.parametrize("head", HEADS, ids=lambda head: head.id)
+def test_a_head_with_other_scales_is_refused(head: Head, tiny_qwen3: Path, tmp_path: Path):
+    folder = shutil.copytree(tiny_qwen3, tmp_path / "qwen3")
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["lm_head.weight"].to(torch.float8_e4m3fn)
+    weights |= {f"lm_head.{name}": value for name, value in head.scales.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    change_config(folder, quantization_config={"quant_method": "fp8"} | head.config)
+    with pytest.raises(TargetError, match=head.words):
+        load_target(str(folder))
+
+
+def test_a_quantized_norm_is_refused(tiny_qwen3: Path, tmp_path: Path):
+    folder = shutil.copytree(tiny_qwen3, tmp_path / "qwen3")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"].to(torch.float8_e4m3fn)
+    weights["model.norm.weight_scale"] = torch.ones(1)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    change_config(folder, quantization_config={"quant_method": "fp8"})
+    with pytest.raises(TargetError, match=r"model\.norm\.weight .*found scales of shape \(1,\)"):
+        load_target(str(folder))
+
+
+@pytest.mark.parametrize("tensor", ["model.embed_tokens.weight", "lm_head.weight"])
+@pytest.mark.parametrize("vocab_size", [VOCAB + 80, VOCAB - 80])
+def test_pieces_of_another_size_than_the_config_says_are_named(
+    vocab_size: int, tensor: str, tiny_qwen3: Path, tmp_path: Path
+):
+    folder = shutil.copytree(tiny_qwen3, tmp_path / "qwen3")
+    weights = load_file(folder / "model.safetensors")
+    rows, width = weights[tensor].shape
+    weights[tensor] = torch.ones(vocab_size, width)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(TargetError) as caught:
+        load_target(str(folder))
+    for words in (f"({rows}, {width}) at {tensor}", str(folder / "config.json"), f"({vocab_size}, {width})"):
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_pieces_that_are_no_numbers_are_refused(value: float, tiny_qwen3: Path, tmp_path: Path):
+    folder = shutil.copytree(tiny_qwen3, tmp_path / "qwen3")
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"][3, 5] = value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(TargetError, match=r"lm_head\.weight in .*NaN or infinite"):
+        read_pieces(load_target(str(folder)))
 
 
 # Stage two

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from support.extracting import answer
-from vpd.data.errors import ConfigError
+from support.tiny import VOCAB, make_tokenizer
+from transformers import MambaConfig, MambaForCausalLM
+from vpd.data.errors import ConfigError, TargetError
 from vpd.stages.extract.engine import Completion, EngineRequest, Sampling
 from vpd.stages.extract.target import load_target
 from vpd.stages.extract.transformers_engine import TransformersEngine, sample
@@ -58,3 +60,13 @@ def test_each_row_is_sampled_from_its_own_distribution():
         assert set(drawn[:, column].tolist()) == {one, other}
         # Of two logits 0.1 apart, the larger has probability 1 / (1 + exp(-0.1)) = 0.525; 4,000 draws: sd 0.008.
         assert abs(share - 0.525) < 0.035
+
+
+def test_a_target_without_a_key_value_cache_is_refused(tmp_path: Path):
+    config = MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=4, bos_token_id=None, eos_token_id=1)
+    MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
+    make_tokenizer().save_pretrained(tmp_path / "mamba")
+    engine = TransformersEngine(load_target(str(tmp_path / "mamba")), [1], GREEDY, dtype="float32")
+    engine.submit(EngineRequest(key="a", prompt_ids=[3, 4], max_new_tokens=1, capture=True))
+    with pytest.raises(TargetError, match="key-value cache, found MambaForCausalLM"):
+        engine.poll()

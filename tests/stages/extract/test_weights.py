@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from support.tiny import run_vpd, save_target, write_jsonl
+import torch
+from safetensors.torch import load_file, save_file
+from support.tiny import run_vpd, save_target, snapshot, write_jsonl
 from transformers import PreTrainedTokenizerFast
+from vpd.data.cache.cache import Cache, remove_unused
 from vpd.data.errors import TargetError
 from vpd.stages.extract.target import load_target
 
@@ -44,6 +47,11 @@ BROKEN = [
     Broken("generation-empty", "generation_config.json", b"", ["empty file"]),
     Broken("generation-of-words", "generation_config.json", b'{"eos_token_id": "</s>"}', ["token ids", "</s>"]),
     Broken("generation-infinite", "generation_config.json", b'{"eos_token_id": Infinity}', ["token ids", "inf"]),
+    Broken("generation-of-numbers-in-text", "generation_config.json", b'{"eos_token_id": "3"}', ["whole", "'3'"]),
+    Broken("generation-of-fractions", "generation_config.json", b'{"eos_token_id": [2, 2.5]}', ["whole", "2.5"]),
+    Broken("generation-of-nothing", "generation_config.json", b'{"eos_token_id": [null]}', ["whole", "None"]),
+    Broken("generation-of-truth", "generation_config.json", b'{"eos_token_id": true}', ["whole", "True"]),
+    Broken("config-with-mark", "config.json", b'\xef\xbb\xbf{"model_type": "llama"}', ["expected JSON", "BOM"]),
     Broken("index-empty", "model.safetensors.index.json", b"", ["empty file"]),
     Broken("index-cut", "model.safetensors.index.json", b'{"weight_map": {', ["expected JSON", "cut short"]),
     Broken("index-of-nothing", "model.safetensors.index.json", b'{"weight_map": {}}', ["weight_map"]),
@@ -76,6 +84,17 @@ def test_a_damaged_file_is_named_in_one_paragraph(broken: Broken, tiny_llama: Pa
     for word in (*broken.words, str(folder if "tokenizer" in broken.file else path)):
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "generation_config.json"])
+@pytest.mark.parametrize("kind", ["link", "folder"])
+def test_a_link_without_a_file_and_a_folder_are_named(kind: str, file: str, tiny_llama: Path, tmp_path: Path):
+    """As in the hub's local cache, whose files are links, after the files were removed."""
+    path = shutil.copytree(tiny_llama, tmp_path / "llama") / file
+    path.unlink()
+    path.symlink_to("../gone") if kind == "link" else path.mkdir()
+    with pytest.raises(TargetError, match=f"expected the content of {re.escape(str(path))}: (No such|Is a dir)"):
+        load_target(str(path.parent))
 
 
 @pytest.mark.parametrize("with_index", [True, False])
@@ -111,3 +130,38 @@ def test_no_cache_is_begun_for_a_damaged_target(tiny_llama: Path, tmp_path: Path
     done = run_vpd("extract", folder, prompts, out=tmp_path / "cache", engine="transformers", num_draft_layers=3)
     assert (done.code, "Git LFS pointer" in done.message) == (1, True)
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "words"),
+    [(3, (256, 64), "mlp.up_proj.weight"), (3, None, "model.layers.3.mlp.up_proj.weight")],
+    ids=["another-size", "absent"],
+)
+def test_weights_that_do_not_fit_are_named_and_leave_no_cache(
+    layer: int, shape: tuple[int, int] | None, words: str, tiny_llama: Path, tmp_path: Path
+):
+    """The engine finds them after the cache is begun."""
+    folder = shutil.copytree(tiny_llama, tmp_path / "llama")
+    weights = load_file(folder / "model.safetensors")
+    del weights[f"model.layers.{layer}.mlp.up_proj.weight"]
+    if shape is not None:
+        weights[f"model.layers.{layer}.mlp.up_proj.weight"] = torch.zeros(shape)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "the fox"}])
+    done = run_vpd("extract", folder, prompts, out=tmp_path / "cache", engine="transformers", num_draft_layers=3)
+    assert (done.code, words in done.message, str(folder) in done.message) == (1, True, True)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_failed_start_leaves_what_others_have_made(tiny_cache: Path, tmp_path: Path):
+    cache = Cache.open(shutil.copytree(tiny_cache, tmp_path / "cache"))
+    before = snapshot(tmp_path / "cache")
+    remove_unused(cache.storage)
+    assert snapshot(tmp_path / "cache") == before
+    new = Cache.create_or_open(tmp_path / "new", cache.manifest)
+    new.storage.write("work/other.worker.json", b"{}")
+    remove_unused(new.storage)
+    assert new.storage.exists("dataset.json")
+    new.storage.remove("work/other.worker.json")
+    remove_unused(new.storage)
+    assert not (tmp_path / "new").exists()

@@ -78,6 +78,19 @@ def test_loss_and_gradient_are_those_of_the_full_cross_entropy(
     assert 0 < sum(expected_right) < P
 
 
+@pytest.mark.parametrize("soft_cap", [0.5, 3.0, 30.0])
+def test_a_capped_head_has_the_loss_of_capped_logits(head: Head, soft_cap: float):
+    states_PH = head.states_PH.double().requires_grad_()
+    logits_PV = soft_cap * torch.tanh(states_PH @ head.head_VH.double().T / soft_cap)
+    expected_P = F.cross_entropy(logits_PV, head.labels_P, reduction="none")
+    (expected_PH,) = torch.autograd.grad(expected_P @ head.weights_P.double(), states_PH)
+    sampled = VocabularySampler(head.head_VH, head.labels_P.unique(), V, soft_cap)
+    for rows in (all_rows(head)._replace(soft_cap=soft_cap), sampled.draw(torch.Generator().manual_seed(0))):
+        loss_P, gradient_PH, _ = found_losses(head, rows)
+        torch.testing.assert_close(loss_P.double(), expected_P.detach(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gradient_PH.double(), expected_PH, rtol=1e-4, atol=1e-5)
+
+
 def test_no_position_gives_no_loss(head: Head):
     states_PH = head.states_PH[:0].clone().requires_grad_()
     result = head_losses(states_PH, head.labels_P[:0], all_rows(head))

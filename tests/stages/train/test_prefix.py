@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vpd.data.cache.arrays import NOT_DRAFTED
+from vpd.stages.evaluate.branches import CycleFacts, paper
 from vpd.stages.train.config import PrefixConfig
 from vpd.stages.train.drafted import Drafted
 from vpd.stages.train.prefix import PREFIX_SAMPLERS, BlockFacts, draw_prefixes, prefix_distribution
@@ -203,3 +204,15 @@ def test_a_draw_compiles_without_a_graph_break(name: str):
     expected = draw_prefixes(config, facts, uniform_N)  # First, since a lazy module's first import can't be compiled.
     compiled = torch.compile(draw_prefixes, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(config, facts, uniform_N), expected)
+
+
+def test_topk_chooses_the_lengths_that_decoding_launches():
+    """Confidences are often equal, as stored ones can be."""
+    generator = torch.Generator().manual_seed(0)
+    confidence_NJ = torch.randint(9, (500, 15), generator=generator) / 8
+    num_labels_N = torch.full((500,), 15)
+    drafted = Drafted(num_labels_N, confidence_NJ, None, None)
+    found = prefix_distribution(sampler("topk", k=4), BlockFacts(num_labels_N, 16, drafted))
+    tokens_NJA, probs_NJA = torch.zeros(500, 15, 1, dtype=torch.int64), confidence_NJ[..., None]
+    launched = paper(CycleFacts(tokens_NJA, probs_NJA, 4)).prefix_len_NB
+    assert (found > 0).nonzero()[:, 1].view(500, 4).tolist() == launched.sort(dim=1).values.tolist()
