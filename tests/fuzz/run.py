@@ -9,11 +9,13 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
 import warnings
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 
@@ -63,10 +65,11 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/fuzz.jsonl"), help="where faults are written")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     counts: dict[str, Counter[str]] = {name: Counter() for name in args.only or SUBJECTS}
     end, seed = time.monotonic() + 60 * args.minutes, args.seed
-    with tempfile.TemporaryDirectory() as scratch, args.out.open("a") as faults:
+    with tempfile.TemporaryDirectory() as scratch, args.out.open("a") as faults, suppress(KeyboardInterrupt):
         start = make_start(Path(scratch))
         while time.monotonic() < end and (args.cases is None or seed < args.seed + args.cases):
             for name, counted in counts.items():
