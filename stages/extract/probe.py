@@ -37,7 +37,9 @@ def probe(engine: Engine, target: Target, layer_ids: Sequence[int], storage: Sto
     Raises:
         ExtractionError: the states are those of another layer or of other weights.
     """
-    token_ids = target.tokenizer(TEXT, add_special_tokens=False)["input_ids"][:MAX_TOKENS]
+    token_ids: list[int] = target.tokenizer(TEXT, add_special_tokens=False)["input_ids"][:MAX_TOKENS]
+    # A tokenizer may have tokens that the target has no embedding for.
+    token_ids = [token_id for token_id in token_ids if token_id < target.vocab_size] or [0]
     found_TKH = capture(engine, token_ids)
     stored = read_probe(storage)
     if stored is not None and stored["token_ids"] == token_ids:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from .argmax import ArgmaxHead
 from .backend import BACKEND, choose_backend
 from .receiver import CapturedStates, StateReceiver, socket_folder
 from .signals import shielded
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.llm_engine import LLMEngine
 
 CONNECTOR = "HiddenStatesConnector"
 CONNECTOR_MODULE = f"{__package__}.connector"
@@ -99,11 +102,8 @@ class VllmEngine:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
         os.environ.setdefault("VLLM_RPC_BASE_PATH", socket_folder())
-        from vllm import EngineArgs
         from vllm.lora.request import LoRARequest
-        from vllm.platforms import current_platform
         from vllm.v1.engine.core_client import InprocClient
-        from vllm.v1.engine.llm_engine import LLMEngine
 
         self._sampling = sampling
         self._eos_token_ids = target.eos_token_ids
@@ -128,13 +128,8 @@ class VllmEngine:
         if target.adapter is not None:
             args |= {"enable_lora": True, "max_lora_rank": supported_lora_rank(target.adapter.rank)}
             self._lora_request = LoRARequest("adapter", 1, str(target.adapter.folder))
-        if current_platform.is_cpu():
-            args.setdefault("scheduler_cls", SCHEDULER)
-            if not (MEMORY_ARGS & args.keys() or "VLLM_CPU_KVCACHE_SPACE" in os.environ):
-                args["kv_cache_memory_bytes"] = CPU_KV_CACHE_BYTES
         try:
-            with shielded():
-                self._engine = LLMEngine.from_engine_args(EngineArgs(**args))
+            self._engine = start_engine(args)
         except (RuntimeError, TypeError, ValueError) as error:
             self._receiver.close()
             raise ExtractionError(
@@ -292,6 +287,20 @@ class VllmEngine:
         for states, choices_C, argmax_T in zip(captured.values(), split, argmax.values(), strict=True):
             argmax_T[states.choices] = choices_C
         return argmax
+
+
+def start_engine(args: dict[str, Any]) -> LLMEngine:
+    """Starts vLLM with these arguments, and on a CPU with what a CPU needs."""
+    from vllm import EngineArgs
+    from vllm.platforms import current_platform
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    if current_platform.is_cpu():
+        args = {"scheduler_cls": SCHEDULER, **args}
+        if not (MEMORY_ARGS & args.keys() or "VLLM_CPU_KVCACHE_SPACE" in os.environ):
+            args["kv_cache_memory_bytes"] = CPU_KV_CACHE_BYTES
+    with shielded():
+        return LLMEngine.from_engine_args(EngineArgs(**args))
 
 
 @contextmanager

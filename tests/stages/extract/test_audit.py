@@ -17,8 +17,8 @@ from vpd.stages.extract.audit import audit, is_audited
 from vpd.stages.extract.compare_states import compare_states
 from vpd.stages.extract.engine import Completion, Engine, EngineRequest, Sampling
 from vpd.stages.extract.engines import make_engine
-from vpd.stages.extract.probe import probe
-from vpd.stages.extract.target import load_target
+from vpd.stages.extract.probe import TEXT, probe
+from vpd.stages.extract.target import Target, load_target
 from vpd.stages.extract.transformers_engine import TransformersEngine
 
 LAYERS = (0, 2, 3)
@@ -140,6 +140,22 @@ def test_a_good_engine_passes_and_is_noted_once(tiny_qwen3: Path, storage: Local
     noted = storage.read(PROBE)
     probe(Changed(make(tiny_qwen3)), target, LAYERS, storage)
     assert storage.read(PROBE) == noted
+
+
+def test_a_probe_takes_no_token_without_an_embedding(tiny_qwen3: Path, storage: LocalStorage):
+    """Some tokenizers have tokens beyond the target's vocabulary."""
+    target = load_target(str(tiny_qwen3))
+    known = probe_ids(target)
+    beyond = target.vocab_size
+    target.tokenizer.add_tokens([f"<|spare {i}|>" for i in range(beyond - len(target.tokenizer))])
+    target.tokenizer.add_tokens(["Every"])
+    assert beyond in probe_ids(target)
+    assert beyond not in known
+    probe(make(tiny_qwen3), target, LAYERS, storage)
+
+
+def probe_ids(target: Target) -> list[int]:
+    return target.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
 
 
 @pytest.mark.parametrize("shifted", [(1, 2, 3), (0, 1, 3), (0, 2, 2)])
