@@ -15,7 +15,6 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 from random import Random
 
@@ -65,13 +64,14 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/fuzz.jsonl"), help="where faults are written")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    stopped: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     counts: dict[str, Counter[str]] = {name: Counter() for name in args.only or SUBJECTS}
     end, seed = time.monotonic() + 60 * args.minutes, args.seed
-    with tempfile.TemporaryDirectory() as scratch, args.out.open("a") as faults, suppress(KeyboardInterrupt):
+    with tempfile.TemporaryDirectory() as scratch, args.out.open("a") as faults:
         start = make_start(Path(scratch))
-        while time.monotonic() < end and (args.cases is None or seed < args.seed + args.cases):
+        while not stopped and time.monotonic() < end and (args.cases is None or seed < args.seed + args.cases):
             for name, counted in counts.items():
                 outcome, case = run_case(name, seed, start, Path(scratch, "case"))
                 is_fault = outcome not in ("right", "refused")

@@ -32,7 +32,7 @@ def cluster() -> Iterator[Any]:
 
 def kill_a_worker(folder: Path, killed: list[int]) -> None:
     """Kills the first worker that holds a unit."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while time.monotonic() < deadline and not killed:
         for lease in (folder / WORK).glob(f"*{LEASE}"):
             try:

@@ -7,8 +7,8 @@ from typing import Any
 
 from ..target import Target
 
-BACKEND = "TransformersForCausalLM"
-"""vLLM's class that runs transformers' class of a target, and hands out the states of its layers."""
+BACKEND, EXPERTS_BACKEND = "TransformersForCausalLM", "TransformersMoEForCausalLM"
+"""vLLM's classes that run transformers' class of a target, and hand out its layers' states; the second has experts."""
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -22,9 +22,10 @@ def choose_backend(target: Target, engine_args: dict[str, Any]) -> dict[str, Any
         return {}
     if asked != "transformers" and _hands_out_states(list(target.model_config.architectures or [])):
         return {}
-    if target.model_config is not target.config or any(getattr(target.config, name, None) for name in EXPERTS):
+    if target.model_config is not target.config:
         return {}
-    return {"model_impl": "auto", "hf_overrides": {"architectures": [BACKEND]}}
+    has_experts = any(getattr(target.config, name, None) for name in EXPERTS)
+    return {"model_impl": "auto", "hf_overrides": {"architectures": [EXPERTS_BACKEND if has_experts else BACKEND]}}
 
 
 def _hands_out_states(architectures: list[str]) -> bool:

@@ -20,7 +20,7 @@ from ..architecture import one_line
 from ..engine import ABORTED, Completion, EngineRequest, Sampling, engine_facts
 from ..target import Target
 from .argmax import ArgmaxHead
-from .backend import BACKEND, choose_backend
+from .backend import choose_backend
 from .receiver import CapturedStates, StateReceiver, socket_folder
 from .signals import shielded
 
@@ -118,8 +118,8 @@ class VllmEngine:
         backend = choose_backend(target, engine_args)
         if backend:
             print(
-                f"vpd: vLLM runs this target through its Transformers backend ({BACKEND}), since its own class does "
-                "not hand out its layers' states.",
+                "vpd: vLLM runs this target through its Transformers backend, since its own class does not hand out "
+                "its layers' states.",
                 file=sys.stderr,
             )
             engine_args = engine_args | backend

@@ -175,13 +175,15 @@ def test_a_killed_engine_is_an_error_that_says_what_to_do(apart: tuple[VllmEngin
 
 @pytest.mark.engine
 def test_why_an_engine_does_not_start_is_reported_and_standard_output_stays_clean(tmp_path: Path):
-    """vLLM's class for this kind does not give its layers' states."""
-    target = save_kind("Mixtral", tmp_path / "target")
+    """vLLM's class for this kind does not give its layers' states, and another class may not take its place."""
+    target = save_kind("Gemma 3", tmp_path / "target")
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "name a fox"}])
     command = [sys.executable, "-m", "vpd.pipeline.cli", "extract", target, prompts, "--out", tmp_path / "cache"]
     flags = ["--json", "--max-len", "64", "--layer-ids", "0,2,5"]
     arguments = [
-        flag for each in ("enforce_eager=true", f"kv_cache_memory_bytes={1 << 28}") for flag in ("--engine-arg", each)
+        flag
+        for each in ("enforce_eager=true", f"kv_cache_memory_bytes={1 << 28}", "model_impl=vllm")
+        for flag in ("--engine-arg", each)
     ]
     done = subprocess.run([*map(str, command), *flags, *arguments], capture_output=True, text=True, timeout=200)
     assert done.returncode == 1
