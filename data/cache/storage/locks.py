@@ -81,11 +81,11 @@ def age_of(folder: Path) -> float | None:
     """
     before = last_change(folder)
     try:
-        with tempfile.NamedTemporaryFile(dir=folder.parent, prefix=".clock-") as file:
+        with tempfile.TemporaryFile(dir=folder.parent) as file:  # without a name: nothing stays if this process dies
             file.write(b".")
             file.flush()
             os.fsync(file.fileno())
-            return os.stat(file.name).st_mtime - before
+            return os.stat(file.fileno()).st_mtime - before
     except OSError:
         return None
 

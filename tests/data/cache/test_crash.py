@@ -1,5 +1,6 @@
 """Writers that are killed, run out of disk, or work at the same time: nothing is lost, doubled, or torn."""
 
+import os
 import random
 import resource
 import time
@@ -13,6 +14,7 @@ from vpd.data.cache.cache import Cache
 from vpd.data.cache.maintenance.verify import verify
 from vpd.data.cache.reader import Request, read_ahead
 from vpd.data.cache.storage.local import LocalStorage
+from vpd.data.cache.storage.locks import SECONDS_TO_LOCK
 from vpd.data.errors import CacheNotFoundError
 
 NUM_KILLS = 50
@@ -62,9 +64,17 @@ def test_a_killed_writer_loses_nothing_that_a_resume_does_not_write(
         assert contents(Cache.open(folder)) == expected
         completed += 1
         folder = tmp_path / f"cache{completed}"
+    make_older(folder, SECONDS_TO_LOCK)
     crash.write(folder, "s", NUM_SEQUENCES)
     assert contents(Cache.open(folder)) == expected
     assert {path.name[0] for path in (folder / "parts").iterdir()} == {"p"}, "leftovers of dead writers"
+
+
+def make_older(folder: Path, seconds: float) -> None:
+    """Dates all that a folder holds back: a writer killed before it could lock its folder counts as dead by then."""
+    for path in folder.rglob("*"):
+        changed = path.stat().st_mtime - seconds
+        os.utime(path, (changed, changed))
 
 
 def check_not_torn(folder: Path, expected: Contents) -> None:

@@ -217,6 +217,17 @@ def test_the_file_servers_clock_may_be_wrong(age_s: int, ahead_s: int, tmp_path:
     assert alive == (age_s < SECONDS_UNTIL_ABANDONED)
 
 
+def test_a_process_that_is_killed_while_it_reads_the_clock_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = tmp_path / "parts/p"
+    folder.mkdir(parents=True)
+    seen: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda _: seen.extend(os.listdir(folder.parent)))
+    assert is_alive(folder)
+    assert seen == ["p"]
+
+
 def make_older(folder: Path, age_s: float) -> None:
     then = time.time() - age_s
     for path in (*folder.iterdir(), folder):
