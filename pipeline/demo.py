@@ -40,9 +40,9 @@ VP_LR = 0.001
 """Learning rate of the VP-Drafter. It starts from the first drafter's weights, so it takes half of the recipe's."""
 WAYS = {
     "first": "the first drafter alone",
-    "first_tree": "with its own alternatives, no second pass",
-    "first_as_second": "the first drafter as its own second",
-    "d2sd": "first drafter + VP-Drafter",
+    "first_tree": "a tree of the first drafter's tokens",
+    "first_as_second": "a tree with the first drafter as second",
+    "d2sd": "a tree of first drafter + VP-Drafter",
 }
 OWN_MODEL = """\
 Your own model, with FIRST its DFlash drafter (a folder or a hub id), and a recipe such as qwen3:
@@ -195,8 +195,9 @@ def print_summary(result: dict[str, Any], console: Console) -> None:
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in demo["seconds"].items())
     console.print(
         f"Measured on {result['num_tokens']} tokens of {result['num_sequences']} held-out answers, which neither "
-        f"drafter was trained on; k = {result['k']}, policy {result['policy']}. Cache: {demo['num_sequences']} "
-        f"answers, {demo['num_tokens']} tokens, {format_bytes(demo['num_bytes'])}. Seconds: {seconds}."
+        f"drafter was trained on; trees of {result['nodes']} verified nodes, k = {result['k']}, policy "
+        f"{result['policy']}. Cache: {demo['num_sequences']} answers, {demo['num_tokens']} tokens, "
+        f"{format_bytes(demo['num_bytes'])}. Seconds: {seconds}."
     )
 
 

@@ -12,9 +12,11 @@ import torch
 from ...data.cache.cache import Cache
 from ...data.cache.index import SequenceIndex
 from ...data.cache.storage.files import write_text_durably
+from ...data.errors import TargetError
+from ...stages.drafter.checkpoint import drafter_fingerprint
 from ...stages.evaluate.live import decode_prompts, single_responses
 from ...stages.evaluate.plan import plan_replay
-from ...stages.extract.target import load_target
+from ...stages.extract.target import Target, load_target, target_facts
 from ...stages.extract.transformers_engine import load_model
 from ...stages.holdout import held_out_rows
 from ...stages.train.checkpoints import find_drafter
@@ -43,12 +45,15 @@ def run_evaluate(
     cache = open_for_reading(place, config.read)
     first = find_drafter(first_drafter)
     second = find_drafter(drafter) if drafter is not None else None
+    live_target = load_cached_target(cache, target, config) if target is not None else None
     rows = held_out_rows(cache, [each for each in (first, second) if each is not None], config.eval.holdout)
     plan = plan_replay(cache, rows, first, config.eval, config.read)
     with ProgressReport("eval", len(rows[: config.eval.limit])) as progress:
         result = plan.run(second, progress.advance).to_json()
-    if target is not None:
-        result["live"] = check_live(cache, target, (first, second or first), rows, config)
+    drafters = {"first": first} if second is None else {"first": first, "second": second}
+    result["drafters"] = {name: drafter_fingerprint(folder) for name, folder in drafters.items()}
+    if live_target is not None:
+        result["live"] = check_live(cache, live_target, (first, second or first), rows, config)
     if out is not None:
         write_text_durably(out, json.dumps(result, indent=2) + "\n")
     emit(result, as_json, describe_evaluation(result))
@@ -56,15 +61,31 @@ def run_evaluate(
 
 
 def check_live(
-    cache: Cache, target: str, drafters: tuple[Path, Path], rows: SequenceIndex, config: VpdConfig
+    cache: Cache, target: Target, drafters: tuple[Path, Path], rows: SequenceIndex, config: VpdConfig
 ) -> dict[str, Any]:
     """Decodes some of the held-out prompts with the target, and replays the same prompts."""
     chosen = single_responses(cache, rows, config.eval.live_prompts)
-    model = load_model(load_target(target, trust_remote_code=config.extract.trusts_target_code), torch.float32)
+    model = load_model(target, torch.float32)
     with ProgressReport("decode", len(chosen)) as progress:
         live = decode_prompts(cache, model, drafters, chosen, config.eval, progress.advance)
-    replayed = plan_replay(cache, chosen, drafters[0], config.eval, config.read).run(drafters[1])
+    replayed = plan_replay(cache, chosen, drafters[0], config.eval, config.read, brief=True).run(drafters[1])
     return {**asdict(live), "alpha": live.alpha, "replayed_alpha": replayed.alpha["d2sd"]}
+
+
+def load_cached_target(cache: Cache, name: str, config: VpdConfig) -> Target:
+    """The target whose states a cache holds, with its adapter.
+
+    Raises:
+        TargetError: the target can't be used, or the cache was made with other files.
+    """
+    target = load_target(name, config.extract.adapter, trust_remote_code=config.extract.trusts_target_code)
+    if target.fingerprint() != cache.manifest.target_fingerprint:
+        raise TargetError(
+            f"expected the target of the cache, {cache.manifest.target}, found another config, other weights or "
+            f"another adapter in {target_facts(target, '')['target']}. Give that target, and its adapter as "
+            "--set extract.adapter=DIR."
+        )
+    return target
 
 
 def describe_evaluation(result: dict[str, Any]) -> str:
@@ -79,8 +100,10 @@ def describe_evaluation(result: dict[str, Any]) -> str:
         "alpha is pooled over all cycles (Eq. 1 of the paper); the mean of answers, which public benchmarks print, "
         "counts every answer alike"
     )
+    lines += ["", *describe_nodes(result), ""]
     lines.append(
-        f"policy {result['policy']}, k {result['k']}, block size {result['block_size']}; {result['num_tokens']} tokens "
+        f"{result['way']}, policy {result['policy']}, k {result['k']}, {result['nodes']} nodes, block size "
+        f"{result['block_size']}; {result['num_tokens']} tokens "
         f"of {result['num_responses']} responses in {result['num_sequences']} {describe_holdout(result)} (95 % "
         f"intervals over sequences); skipped: {result['skipped'] or 'none'}"
     )
@@ -92,6 +115,21 @@ def describe_evaluation(result: dict[str, Any]) -> str:
             f"ones, token by token; alpha {live['alpha']:.4f}, replayed {live['replayed_alpha']:.4f}"
         )
     return "\n".join(lines)
+
+
+def describe_nodes(result: dict[str, Any]) -> list[str]:
+    """A table: alpha by verified nodes, a line for each way of decoding at the chosen policy and k."""
+    rows: dict[tuple[str, str | None], dict[int, float]] = {}
+    for each in result["by_nodes"]:
+        chosen = each["policy"] in (None, result["policy"]) and each["k"] == (result["k"] if each["second"] else 0)
+        if chosen and each["nodes"] is not None:
+            rows.setdefault((each["way"], each["second"]), {})[each["nodes"]] = each["alpha"]
+    budgets = list(next(iter(rows.values())))
+    lines = [f"{'alpha by verified nodes':40s}" + "".join(f"{nodes:8d}" for nodes in budgets)]
+    for (way, second), alphas in rows.items():
+        name = way if second is None else f"{way} ({second}, k {result['k']})"
+        lines.append(f"{name:40s}" + "".join(f"{alphas[nodes]:8.3f}" for nodes in budgets))
+    return lines
 
 
 def describe_holdout(result: dict[str, Any]) -> str:

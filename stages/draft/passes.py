@@ -103,19 +103,47 @@ def complete_branches(
     Args:
         num_blocks: branches of each sequence in the context, one sequence after another; None: one sequence.
     """
+    tokens_RJA, _ = redraft(drafter, pieces, context, num_blocks, branches, 1)
+    return completed(branches.shown_RJ, branches.visible_len_R, tokens_RJA)
+
+
+def completed(shown: Tensor, visible_len: Tensor, tokens: Tensor) -> Tensor:
+    """Candidates [..., J]: the visible tokens [..., J'], then the likeliest ones of the redraft [..., J, A]."""
+    j_J = torch.arange(tokens.shape[-2], device=tokens.device)
+    return torch.where(j_J < visible_len[..., None], _widened(shown, len(j_J)), tokens[..., 0])
+
+
+def redraft(
+    drafter: Drafter,
+    pieces: TargetPieces,
+    context: Context,
+    num_blocks: Sequence[int] | None,
+    branches: OpenBranches,
+    num_alternatives: int,
+) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens [R, J, A] at the positions after the visible ones, best first, and their probabilities.
+
+    J is the larger one of the branches' J and the drafter's own. Visible positions and those past the drafter's block
+    hold `NO_TOKEN` with probability 0. The excluded token is left out.
+
+    Args:
+        num_blocks: branches of each sequence in the context, one sequence after another; None: one sequence.
+    """
     G = drafter.shape.block_size
     shown_RJ = _widened(branches.shown_RJ, G - 1)
-    width = shown_RJ.shape[1]
-    k_J = torch.arange(1, width + 1, device=shown_RJ.device)
+    k_J = torch.arange(1, shown_RJ.shape[1] + 1, device=shown_RJ.device)
     visible_len_R1 = branches.visible_len_R[:, None]
-    masked_RJ = k_J > visible_len_R1
-    wanted_RJ = masked_RJ[:, : G - 1]
-    tokens_RJA, _ = _fill_branches(drafter, pieces, context, num_blocks, branches, shown_RJ, wanted_RJ, 2)
-    best_RJ, second_RJ = tokens_RJA.unbind(dim=2)
-    excluded_R1 = branches.excluded_R[:, None]
-    ruled_out_RJ = (k_J[: G - 1] == visible_len_R1 + 1) & (best_RJ == excluded_R1) & (excluded_R1 != NO_TOKEN)
-    proposed_RJ = _widened(torch.where(ruled_out_RJ, second_RJ, best_RJ), width)
-    return torch.where(masked_RJ, proposed_RJ, shown_RJ)
+    wanted_RJ = (k_J > visible_len_R1)[:, : G - 1]
+    tokens_RJA, probs_RJA = _fill_branches(
+        drafter, pieces, context, num_blocks, branches, shown_RJ, wanted_RJ, num_alternatives + 1
+    )
+    excluded_R11 = branches.excluded_R[:, None, None]
+    is_next_RJ1 = (k_J[: G - 1] == visible_len_R1 + 1)[..., None]
+    ruled_out_RJA = is_next_RJ1 & (tokens_RJA == excluded_R11) & (excluded_R11 != NO_TOKEN)
+    order_RJA = ruled_out_RJA.byte().sort(dim=2, stable=True).indices[..., :num_alternatives]
+    tokens_RJA = tokens_RJA.masked_fill(~wanted_RJ[..., None], NO_TOKEN).gather(2, order_RJA)
+    past_block = (0, 0, 0, shown_RJ.shape[1] - (G - 1))
+    return pad(tokens_RJA, past_block, value=NO_TOKEN), pad(probs_RJA.gather(2, order_RJA), past_block)
 
 
 def rank_next(
@@ -141,9 +169,9 @@ def rank_next(
     return tokens_RA, probs_RJA.sum(dim=1)
 
 
-def _widened(tokens_RJ: Tensor, width: int) -> Tensor:
+def _widened(tokens: Tensor, width: int) -> Tensor:
     """At least `width` columns, the new ones filled with `NO_TOKEN`."""
-    return pad(tokens_RJ, (0, max(0, width - tokens_RJ.shape[1])), value=NO_TOKEN)
+    return pad(tokens, (0, max(0, width - tokens.shape[-1])), value=NO_TOKEN)
 
 
 def _fill_branches(

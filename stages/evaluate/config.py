@@ -1,10 +1,10 @@
 """Settings of evaluation by replay."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ..config import Branches, Count, OneOf, Section, Share
+from ..config import Branches, Count, Nodes, OneOf, Section, Share
 from .branches import POLICIES
 
 
@@ -13,9 +13,13 @@ class EvalConfig(Section):
 
     k: Branches = 4
     """Branches beside the first draft in each cycle; in 0..64."""
+    nodes: Nodes = 32
+    """Draft tokens that the target verifies in each cycle, in the trees of the headline; in 1..128."""
+    way: Literal["two-drafter tree", "branches", "best chain"] = "two-drafter tree"
+    """How alpha with a second drafter is measured: one tree from both drafters, the completed branches, or one path."""
     policies: Annotated[list[Annotated[str, OneOf(POLICIES)]], Field(min_length=1)] = Field(default=["reranked"])
     """Branch policies, which choose the branches; the first gives alpha, the others are listed beside it."""
-    max_k: Branches = 8
+    max_k: Branches = 4
     """Alpha is also listed for every number of branches up to this (or up to k); in 0..64."""
     live_prompts: Count = 4
     """Held-out prompts that are decoded with the real target, if one is given; >= 1."""

@@ -6,25 +6,35 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ...data.cache.arrays import NUM_ALTERNATIVES
 from ...data.cache.cache import Cache
 from ...data.cache.index import SequenceRow
 from ...data.errors import CacheNotFoundError
 from ..devices import choose_device, choose_dtype
-from ..draft.passes import OpenBranches, complete_branches, draft_pass, rank_next
+from ..draft.conditionals import marginals
+from ..draft.passes import OpenBranches, draft_pass, rank_next, redraft
+from ..draft.tree import ABSENT, ROOT, Conditionals, best_chain, grow
 from ..drafter.blocks import NO_TOKEN
 from ..drafter.checkpoint import check_drafter, load_drafter
 from ..drafter.model import Drafter
 from ..drafter.target_pieces import TargetPieces
-from .branches import POLICIES, Branches, CycleFacts, show_branches, with_whole_draft
+from ..extract.layer_outputs import LayerOutputs
+from ..extract.transformers_engine import kept_past
+from .branches import POLICIES, Branches, CycleFacts, show_branches
 from .config import EvalConfig
+from .second_drafts import draft_second
+from .ways import BEST_CHAIN, BRANCHES, TWO_DRAFTER_TREE
+
+KEY_VALUE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,33 +61,51 @@ class LiveDecoder:
     pieces: TargetPieces
     first: Drafter
     second: Drafter
-    layer_ids: tuple[int, ...]
-    policy: str
-    k: int
+    outputs: LayerOutputs
+    """The target's context layers."""
+    config: EvalConfig
 
     @torch.inference_mode()
     def decode(self, prompt_ids: list[int], num_tokens: int) -> tuple[list[int], int]:
         """The first `num_tokens` tokens of the response, and the drafting cycles that they took."""
-        past = DynamicCache()
-        choices, features_TD = self.step([prompt_ids], past)
+        choices, features_TD, past = self.step([prompt_ids], 0, None)
         tokens = [*prompt_ids, int(choices[0, -1])]
         features_TD = features_TD[0]
         cycles = 0
         while len(tokens) - len(prompt_ids) < num_tokens:
-            committed = self.verify(tokens[-1], self.candidates(tokens, features_TD), past)
-            _, new_features = self.step([[tokens[-1], *committed[:-1]]], past)
+            committed = self.verify(tokens, self.candidates(tokens, features_TD), past)
+            _, new_features, past = self.step([[tokens[-1], *committed[:-1]]], len(tokens) - 1, past)
             features_TD = torch.cat([features_TD, new_features[0]])
             tokens += committed
             cycles += 1
         return tokens[len(prompt_ids) : len(prompt_ids) + num_tokens], cycles
 
-    def step(self, rows: list[list[int]], past: DynamicCache) -> tuple[Tensor, Tensor]:
-        """The target's greedy choices [B, tokens] after new tokens, and the tokens' context features [B, tokens, D]."""
-        token_ids = torch.tensor(rows, device=self.pieces.embed_VH.device)
-        out: Any = self.target(token_ids, past_key_values=past, use_cache=True, output_hidden_states=True)
-        # The cache stores states as bfloat16, so the drafters here see the same.
-        features = torch.cat([out.hidden_states[i + 1] for i in self.layer_ids], dim=-1).bfloat16()
-        return out.logits.argmax(dim=-1), features.to(self.pieces.embed_VH.dtype)
+    def step(self, rows: list[list[int]], start: int, past: Any) -> tuple[Tensor, Tensor, Any]:
+        """The target's greedy choices [B, tokens] after new tokens, the tokens' context features [B, tokens, D], and
+        what the target keeps of all tokens so far.
+
+        Args:
+            start: position of the first new token.
+            past: what the target has kept of the tokens before; it may change. None: there are none.
+        """
+        steps = [rows]
+        if past is not None and not is_key_value_cache(past):
+            steps = [[[row[i]] for row in rows] for i in range(len(rows[0]))]
+        choices, features = [], []
+        for step in steps:
+            token_ids = torch.tensor(step, device=self.pieces.embed_VH.device)
+            end = start + token_ids.shape[1]
+            positions = torch.arange(start, end, device=token_ids.device).expand_as(token_ids)
+            mask = torch.ones(len(token_ids), end, dtype=torch.int64, device=token_ids.device)
+            out: Any = self.target(
+                token_ids, attention_mask=mask, position_ids=positions, past_key_values=past, use_cache=True
+            )
+            start = end
+            past = kept_past(out, self.target)
+            choices.append(out.logits.argmax(dim=-1))
+            # The cache stores states as bfloat16, so the drafters here see the same.
+            features.append(torch.cat(self.outputs.latest(), dim=-1).bfloat16())
+        return torch.cat(choices, dim=1), torch.cat(features, dim=1).to(self.pieces.embed_VH.dtype), past
 
     def candidates(self, tokens: list[int], features_TD: Tensor) -> Tensor:
         """The first draft and the completed branches [B, J], padded with `NO_TOKEN`."""
@@ -88,39 +116,71 @@ class LiveDecoder:
             self.first, self.pieces, context, None, anchor_N, anchor_id_N, NUM_ALTERNATIVES
         )
         draft_NJ = tokens_NJA[..., 0]
+        if not self.config.k:
+            return draft_NJ if self.config.way != TWO_DRAFTER_TREE else self.leaves(marginals(tokens_NJA, probs_NJA))
         second_context = self.second.context(features_TD)
 
-        def opened(branches: Branches) -> OpenBranches:
+        def in_one_pass(fill: Callable[..., tuple[Tensor, Tensor]], branches: Branches) -> tuple[Tensor, Tensor]:
             num_branches = branches.prefix_len_NB.shape[1]
-            return OpenBranches(
+            opened = OpenBranches(
                 anchor_N.expand(num_branches),
                 anchor_id_N.expand(num_branches),
                 show_branches(draft_NJ, branches)[0],
                 branches.visible_len_NB[0],
                 branches.excluded_NB[0],
             )
+            tokens, probs = fill(self.second, self.pieces, second_context, None, opened)
+            return tokens[None], probs[None]
 
-        def next_tokens(branches: Branches) -> tuple[Tensor, Tensor]:
-            found = rank_next(self.second, self.pieces, second_context, None, opened(branches), NUM_ALTERNATIVES + 1)
-            return found[0][None], found[1][None]
+        drafts = draft_second(
+            CycleFacts(tokens_NJA, probs_NJA, self.config.k),
+            POLICIES[self.config.policies[0]],
+            self.second.shape.block_size,
+            partial(in_one_pass, partial(rank_next, num_alternatives=NUM_ALTERNATIVES + 1)),
+            partial(in_one_pass, partial(redraft, num_alternatives=NUM_ALTERNATIVES)),
+        )
+        if self.config.way == BRANCHES:
+            return drafts.candidates()[0]
+        conditionals = drafts.conditionals(self.config.k)
+        return best_chain(conditionals) if self.config.way == BEST_CHAIN else self.leaves(conditionals)
 
-        branches = POLICIES[self.policy](CycleFacts(tokens_NJA, probs_NJA, self.k, next_tokens))
-        if not branches.prefix_len_NB.shape[1]:
-            return draft_NJ
-        branches = with_whole_draft(branches, draft_NJ.shape[1], self.second.shape.block_size)
-        completed_BJ = complete_branches(self.second, self.pieces, second_context, None, opened(branches))
-        padding = completed_BJ.shape[1] - draft_NJ.shape[1]
-        return torch.cat([torch.nn.functional.pad(draft_NJ, (0, padding), value=NO_TOKEN), completed_BJ])
+    def leaves(self, conditionals: Conditionals) -> Tensor:
+        """The paths [B, J] that end at a leaf of the tree, padded with `NO_TOKEN`."""
+        tree = grow(conditionals, self.config.nodes)
+        tokens, parents, depths = (x[0].tolist() for x in (tree.tokens_NM, tree.parents_NM, tree.depths_NM))
+        paths = []
+        for node, parent in enumerate(parents):
+            if parent == ABSENT or node in parents:
+                continue
+            path = torch.full((conditionals.num_positions,), NO_TOKEN)
+            while node != ROOT:
+                path[depths[node] - 1] = tokens[node]
+                node = parents[node]
+            paths.append(path)
+        return torch.stack(paths).to(tree.tokens_NM.device)
 
-    def verify(self, anchor_id: int, candidates_BJ: Tensor, past: DynamicCache) -> list[int]:
+    def verify(self, tokens: list[int], candidates_BJ: Tensor, past: Any) -> list[int]:
         """The accepted tokens of the best candidate, then the target's own next token; `past` does not change."""
-        branched = copy.deepcopy(past)
-        branched.batch_repeat_interleave(len(candidates_BJ))
-        rows = [[anchor_id, *row] for row in candidates_BJ.clamp(min=0).tolist()]
-        choices, _ = self.step(rows, branched)
+        rows = [[tokens[-1], *row] for row in candidates_BJ.clamp(min=0).tolist()]
+        start = len(tokens) - 1
+        if is_key_value_cache(past):
+            branched = copy.deepcopy(past)
+            branched.batch_repeat_interleave(len(rows))
+            choices = self.step(rows, start, branched)[0]
+        else:
+            choices = torch.cat([self.step([row], start, copy.deepcopy(past))[0] for row in rows])
         accepted_BJ = (choices[:, :-1] == candidates_BJ).long().cumprod(dim=1)
         best = int(accepted_BJ.sum(dim=1).argmax())
         return choices[best, : int(accepted_BJ[best].sum()) + 1].tolist()
+
+
+def is_key_value_cache(past: Any) -> bool:
+    """Whether a target keeps keys and values alone, whose rows can be repeated and which takes several tokens at once.
+
+    Layers with a recurrent state keep it otherwise, and for some of them transformers drops the state where several
+    tokens follow.
+    """
+    return isinstance(past, DynamicCache) and all(type(each) in KEY_VALUE_LAYERS for each in past.layers)
 
 
 def decode_prompts(
@@ -149,9 +209,8 @@ def decode_prompts(
         load_drafter(folder, target_folder=cache.target_folder, device=device, dtype=dtype) for folder in drafters
     )
     pieces = TargetPieces.load(cache.target_folder, device=device, dtype=dtype)
-    decoder = LiveDecoder(
-        target.to(device).eval(), pieces, first, second, cache.manifest.layer_ids, config.policies[0], config.k
-    )
+    outputs = LayerOutputs(target, cache.manifest.num_target_layers, cache.manifest.layer_ids)
+    decoder = LiveDecoder(target.to(device).eval(), pieces, first, second, outputs, config)
     num_identical = num_tokens = num_cycles = 0
     for row in rows:
         tokens = cache.read_tokens(row).token_ids_S.tolist()

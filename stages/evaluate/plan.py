@@ -28,6 +28,8 @@ class ReplayPlan:
     """The first drafter's folder, or recorded first drafts. None: the drafter given to `run` is the first drafter."""
     config: EvalConfig
     read: ReadConfig
+    brief: bool
+    """Replays the ways of the headline alone, see `Replay`."""
 
     def run(self, drafter: Path | None, on_sequence: Callable[[], None] = lambda: None) -> ReplayReport:
         """Replays a drafter: as the second drafter beside `first`, or as the first drafter if there is no `first`.
@@ -44,7 +46,7 @@ class ReplayPlan:
         first, second = (drafter, None) if self.first is None else (self.first, drafter)
         if first is None:
             raise ValueError("expected a first drafter or a drafter, found neither.")
-        return Replay(self.cache, first, second, self.config, self.read).run(self.rows, on_sequence)
+        return Replay(self.cache, first, second, self.config, self.read, self.brief).run(self.rows, on_sequence)
 
 
 def plan_replay(
@@ -53,8 +55,12 @@ def plan_replay(
     first: Path | FirstDrafts | None,
     config: EvalConfig,
     read: ReadConfig | None = None,
+    brief: bool = False,
 ) -> ReplayPlan:
     """Checks what can be checked before a replay.
+
+    Args:
+        brief: replays the ways of the headline alone, see `Replay`.
 
     Raises:
         CacheNotFoundError: no sequence can be replayed, or a part of the cache lacks recorded first drafts.
@@ -66,7 +72,7 @@ def plan_replay(
     if isinstance(first, FirstDrafts):
         require_complete(first)
         require_all_anchors(first)
-    return ReplayPlan(cache, rows, first, config, read or ReadConfig())
+    return ReplayPlan(cache, rows, first, config, read or ReadConfig(), brief)
 
 
 def require_complete(drafts: FirstDrafts) -> None:

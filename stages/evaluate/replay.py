@@ -2,21 +2,17 @@
 
 On a greedy response the target would accept exactly the recorded continuation, and the cache holds the states of
 every token. So the drafters alone decide the outcome of a cycle. Replay computes the outcome at every anchor at once,
-and finds afterwards which anchors a way of decoding visits. A branch whose visible tokens are wrong can't commit more
-than the first draft, so replay does not complete the branch.
+and finds afterwards which anchors a way of decoding visits.
 """
 
 # S tokens of a sequence, T with a state, D context features
 # N anchors, G block size, J = G - 1 drafted positions, A alternatives, B branches per anchor, R branches of any anchors
-# C ways of decoding
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -30,47 +26,26 @@ from ...data.cache.reader import CachedSequence, Request, read_ahead
 from ...data.errors import CacheNotFoundError, DrafterError
 from ..config import ReadConfig
 from ..devices import choose_device, choose_dtype
-from ..draft.passes import OpenBranches, complete_branches, cut_into_passes, draft_all, rank_next
+from ..draft.passes import cut_into_passes, draft_all, rank_next, redraft
 from ..drafter.checkpoint import check_drafter, load_drafter
 from ..drafter.model import Context, Drafter
 from ..drafter.target_pieces import TargetPieces
 from ..trained_on import read_record, was_trained_on
-from .branches import POLICIES, Branches, CycleFacts, paper, runner_up, show_branches, with_whole_draft
+from .batch import Batch, join, open_branches
+from .branches import POLICIES, Branches, CycleFacts, paper, runner_up, show_branches
 from .config import EvalConfig
+from .nodes import leading_right
+from .outcomes import Outcomes
 from .pair import check_pair
-from .report import FirstDraftOutcomes, ReplayReport, Way
-from .resampled import resampled_drafts
+from .report import FirstDraftOutcomes, ReplayReport
 from .responses import recorded_after, replayable_responses
+from .second_drafts import draft_second
+from .ways import D2SD, FIRST_AS_SECOND, all_ways, reported_ways
 
 TOKENS_PER_BATCH = 4096
 """Context tokens of the sequences that are replayed together."""
 BLOCKS_PER_PASS = 512
 """Blocks of one forward pass of a drafter."""
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """The responses of several sequences, packed; anchors are all tokens of a response but the last."""
-
-    features_TD: Tensor
-    num_tokens: list[int]
-    num_anchors: list[int]
-    """Anchors of each sequence."""
-    response_lens: list[list[int]]
-    """Anchors of each response of each sequence."""
-    anchors_N: Tensor
-    """Positions of the anchors in their sequences."""
-    anchor_ids_N: Tensor
-    recorded_NJ: Tensor
-    """Recorded tokens after each anchor, negative past the response."""
-    drafts: tuple[Tensor, Tensor] | None
-    """Recorded first drafts: tokens and probabilities [N, J, A]. None: the first drafter makes them."""
-
-    @property
-    def sequence_N(self) -> Tensor:
-        """The number of each anchor's sequence."""
-        counts = torch.tensor(self.num_anchors, device=self.anchors_N.device)
-        return torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
 
 
 def require_replayable(cache: Cache, rows: Sequence[SequenceRow]) -> None:
@@ -124,8 +99,13 @@ class Replay:
         second: Path | None,
         config: EvalConfig,
         read: ReadConfig | None = None,
+        brief: bool = False,
     ):
         """
+        Args:
+            brief: replays the ways of the headline alone, without the first drafter as second, each at one number of
+                branches and nodes.
+
         Raises:
             DrafterError: a drafter does not fit the cache, recorded drafts leave out anchors, or the drafters are
                 swapped.
@@ -145,27 +125,20 @@ class Replay:
             self.first = self._load(first)
             block_size = self.first.shape.block_size
         self.num_positions = max(block_size, 0 if self.second is None else self.second.shape.block_size) - 1
-        self.num_branches = max(config.k, config.max_k)
-        seconds = {"first_as_second": self.first, "d2sd": self.second}
+        seconds = {FIRST_AS_SECOND: None if brief else self.first, D2SD: self.second}
         self.seconds = {name: drafter for name, drafter in seconds.items() if drafter is not None}
         # Recorded first drafts do not say what their drafter was trained on.
         self.records = {"first": read_record(first) if isinstance(first, Path) else None}
         if second is not None:
             self.records["second"] = read_record(second)
-        self.report = ReplayReport(list(self.ways()), config.policies[0], config.k, block_size, warnings=warnings)
+        reported = reported_ways(config, list(self.seconds))
+        self.ways = list(dict.fromkeys([*reported.values(), *(() if brief else all_ways(config, list(self.seconds)))]))
+        self.num_branches = max(1, *(way.k for way in self.ways))
+        self.report = ReplayReport(self.ways, reported, config, block_size, warnings=warnings)
 
     def _load(self, folder: Path) -> Drafter:
         check_drafter(folder, self.cache.manifest)
         return load_drafter(folder, target_folder=self.cache.target_folder, device=self.device, dtype=self.dtype)
-
-    def ways(self) -> Iterator[Way]:
-        """Every way of decoding that is replayed, in the order of `accept_lengths`."""
-        numbers = range(self.num_branches + 1)
-        yield Way("first", None, 0)
-        yield from (Way("first_resampled", None, k) for k in numbers)
-        yield from (Way("first_tree", None, k) for k in numbers)
-        for name in self.seconds:
-            yield from (Way(name, policy, k) for policy in self.config.policies for k in numbers)
 
     def run(self, rows: Sequence[SequenceRow], on_sequence: Callable[[], None] = lambda: None) -> ReplayReport:
         """Replays these sequences.
@@ -233,76 +206,74 @@ class Replay:
     def replay(self, batch: Batch) -> None:
         """Adds a batch to the report."""
         contexts = {
-            name: drafter.context(batch.features_TD, batch.num_tokens) for name, drafter in self.seconds.items()
+            drafter: drafter.context(batch.features_TD, batch.num_tokens)
+            for drafter in (self.first, self.second)
+            if drafter is not None
         }
-        tokens_NJA, probs_NJA = batch.drafts or self.draft(batch, contexts["first_as_second"])
-        draft_NJ = tokens_NJA[..., 0]
-        first_len_N = leading_right(draft_NJ, batch.recorded_NJ)
+        tokens_NJA, probs_NJA = batch.drafts or self.draft(batch, contexts)
         facts = CycleFacts(tokens_NJA, probs_NJA, self.num_branches)
-        pairs = runner_up(facts)
-        swapped_NB = leading_right(show_branches(draft_NJ, pairs), batch.recorded_NJ[:, None])
-        drawn_NBJ = resampled_drafts(tokens_NJA, probs_NJA, batch.anchors_N, self.num_branches)
-        drawn_NB = leading_right(drawn_NBJ, batch.recorded_NJ[:, None])
-        columns = [first_len_N[:, None], self.best_of(first_len_N, drawn_NB), self.best_of(first_len_N, swapped_NB)]
+        outcomes = Outcomes(self.ways, batch.recorded_NJ)
+        outcomes.add_first(tokens_NJA, probs_NJA, batch.anchors_N)
         for name, drafter in self.seconds.items():
-            next_tokens = partial(self.next_tokens, batch, draft_NJ, drafter, contexts[name])
-            for policy in self.config.policies:
-                branches = POLICIES[policy](facts._replace(next_tokens=next_tokens))
-                lens_NB = self.complete(batch, draft_NJ, branches, drafter, contexts[name])
-                columns.append(self.best_of(first_len_N, lens_NB))
-        accept_lens_NC = torch.cat(columns, dim=1)
-        outcomes = FirstDraftOutcomes(
+            ask, fill = (
+                partial(passes, batch, tokens_NJA[..., 0], drafter, contexts[drafter])
+                for passes in (self.next_tokens, self.redraft)
+            )
+            for policy in sorted({way.policy for way in self.ways if way.policy is not None}):
+                drafts = draft_second(facts, POLICIES[policy], drafter.shape.block_size, ask, fill)
+                outcomes.add_second(name, policy, drafts)
+        self.report.add(
+            outcomes.accept_lens(), outcomes.costs(), batch.response_lens, self.first_draft_outcomes(batch, facts)
+        )
+
+    def first_draft_outcomes(self, batch: Batch, facts: CycleFacts) -> FirstDraftOutcomes:
+        """How the first drafts turned out, and where branches would have rescued them."""
+        draft_NJ = facts.tokens_NJA[..., 0]
+        first_len_N = leading_right(draft_NJ, batch.recorded_NJ)
+        return FirstDraftOutcomes(
             first_len_N=first_len_N.cpu().numpy(),
             confidence_NJ=facts.confidence_NJ.cpu().numpy(),
             num_recorded_N=(batch.recorded_NJ[:, : draft_NJ.shape[1]] >= 0).sum(dim=1).cpu().numpy(),
             boundary_rank_N=self.rank(paper(facts), batch, first_len_N).numpy(),
-            pair_rank_N=self.rank(pairs, batch, first_len_N).numpy(),
+            pair_rank_N=self.rank(runner_up(facts), batch, first_len_N).numpy(),
         )
-        self.report.add(accept_lens_NC.cpu().numpy(), batch.response_lens, outcomes)
 
-    def draft(self, batch: Batch, context: Context) -> tuple[Tensor, Tensor]:
+    def draft(self, batch: Batch, contexts: Mapping[Drafter, Context]) -> tuple[Tensor, Tensor]:
         """The first drafter's tokens and probabilities [N, J, A] at all anchors."""
         assert self.first is not None
         return draft_all(
             self.first,
             self.pieces,
-            context,
+            contexts[self.first],
             batch.sequence_N,
             batch.anchors_N,
             batch.anchor_ids_N,
             BLOCKS_PER_PASS,
         )
 
-    def complete(
-        self, batch: Batch, draft_NJ: Tensor, branches: Branches, drafter: Drafter, context: Context
-    ) -> Tensor:
-        """Accept lengths [N, B] of the completed branches; 0 if a branch can't commit more than the first draft.
-
-        The whole first draft that a second drafter with a larger block continues counts with every branch, since it is
-        verified beside any number of them.
-        """
-        num_branches = branches.prefix_len_NB.shape[1]
-        branches = with_whole_draft(branches, draft_NJ.shape[1], drafter.shape.block_size)
-        shown_NBJ = show_branches(draft_NJ, branches)
-        visible_len_NB = branches.visible_len_NB
-        right_len_NB = leading_right(shown_NBJ, batch.recorded_NJ[:, None])
-        following_NB1 = visible_len_NB[..., None].clamp(max=self.num_positions - 1)
-        following_NB = batch.recorded_NJ[:, None].expand(*shown_NBJ.shape[:2], -1).gather(2, following_NB1)[..., 0]
-        promising_NB = (right_len_NB >= visible_len_NB) & (following_NB != branches.excluded_NB)
-        rows_R, columns_R = promising_NB.nonzero(as_tuple=True)
-        lens_NB = torch.zeros_like(right_len_NB)
-        for chunk, num_blocks in cut_into_passes(batch.sequence_N[rows_R], len(batch.num_tokens), BLOCKS_PER_PASS):
-            n, b = rows_R[chunk], columns_R[chunk]
-            chosen = open_branches(batch, shown_NBJ, branches, n, b)
-            candidates_RJ = complete_branches(drafter, self.pieces, context, num_blocks, chosen)
-            lens_NB[n, b] = leading_right(candidates_RJ, batch.recorded_NJ[n])
-        continued_N1 = lens_NB[:, num_branches:].sum(dim=1, keepdim=True)  # Zeros if there is no such column.
-        return lens_NB[:, :num_branches].maximum(continued_N1)
+    def redraft(
+        self, batch: Batch, draft_NJ: Tensor, drafter: Drafter, context: Context, branches: Branches
+    ) -> tuple[Tensor, Tensor]:
+        """A drafter's likeliest tokens [N, B, J, A] after each branch's visible tokens, and their probabilities."""
+        fill = partial(redraft, num_alternatives=NUM_ALTERNATIVES)
+        return self._in_passes(fill, batch, draft_NJ, drafter, context, branches)
 
     def next_tokens(
         self, batch: Batch, draft_NJ: Tensor, drafter: Drafter, context: Context, branches: Branches
     ) -> tuple[Tensor, Tensor]:
         """A drafter's likeliest tokens [N, B, A] after each branch's visible tokens, and their probabilities."""
+        fill = partial(rank_next, num_alternatives=NUM_ALTERNATIVES + 1)
+        return self._in_passes(fill, batch, draft_NJ, drafter, context, branches)
+
+    def _in_passes(
+        self,
+        fill: Callable[..., tuple[Tensor, Tensor]],
+        batch: Batch,
+        draft_NJ: Tensor,
+        drafter: Drafter,
+        context: Context,
+        branches: Branches,
+    ) -> tuple[Tensor, Tensor]:
         N, B = branches.prefix_len_NB.shape
         shown_NBJ = show_branches(draft_NJ, branches)
         rows_R = torch.arange(N, device=self.device).repeat_interleave(B)
@@ -310,17 +281,9 @@ class Replay:
         found = []
         for chunk, num_blocks in cut_into_passes(batch.sequence_N[rows_R], len(batch.num_tokens), BLOCKS_PER_PASS):
             chosen = open_branches(batch, shown_NBJ, branches, rows_R[chunk], columns_R[chunk])
-            found.append(rank_next(drafter, self.pieces, context, num_blocks, chosen, NUM_ALTERNATIVES + 1))
-        tokens_RA, probs_RA = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return tokens_RA.view(N, B, -1), probs_RA.view(N, B, -1)
-
-    def best_of(self, first_len_N: Tensor, lens_NB: Tensor) -> Tensor:
-        """Longest accept length among the first draft and the first 0, 1, ... branches: [N, max branches + 1].
-
-        A policy that offers fewer branches launches all that it offers.
-        """
-        best = torch.cat([first_len_N[:, None], lens_NB], dim=1).cummax(dim=1).values
-        return best[:, torch.arange(self.num_branches + 1, device=best.device).clamp(max=best.shape[1] - 1)]
+            found.append(fill(drafter, self.pieces, context, num_blocks, chosen))
+        tokens, probs = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return tokens.view(N, B, *tokens.shape[1:]), probs.view(N, B, *probs.shape[1:])
 
     def rank(self, branches: Branches, batch: Batch, first_len_N: Tensor) -> Tensor:
         """0-based rank of the branch with the first draft's true boundary and the right token there; -1: no branch has.
@@ -334,40 +297,3 @@ class Replay:
         right_NB = at_boundary_NB & (free_NB | (branches.alternative_NB == needed_NB)) & (needed_NB >= 0)
         place_N = right_NB.long().argmax(dim=1) if right_NB.shape[1] else torch.zeros_like(first_len_N)
         return torch.where(right_NB.any(dim=1), place_N, -1).cpu()
-
-
-def open_branches(batch: Batch, shown_NBJ: Tensor, branches: Branches, n: Tensor, b: Tensor) -> OpenBranches:
-    """The branches with indices `n` (anchor) and `b` (place), both int64 [R]."""
-    return OpenBranches(
-        batch.anchors_N[n],
-        batch.anchor_ids_N[n],
-        shown_NBJ[n, b],
-        branches.visible_len_NB[n, b],
-        branches.excluded_NB[n, b],
-    )
-
-
-def leading_right(candidates: Tensor, recorded: Tensor) -> Tensor:
-    """Accept length of candidates [..., J]: number of leading tokens that equal the recorded ones.
-
-    Training counts accepted tokens by code of its own (`drafter.blocks.accept_lengths`): replay checks training, so the
-    two share no code for acceptance.
-    """
-    return (candidates == recorded[..., : candidates.shape[-1]]).long().cumprod(dim=-1).sum(dim=-1)
-
-
-def join(batches: Sequence[Batch]) -> Batch:
-    """Packs batches one after another."""
-    drafts = [batch.drafts for batch in batches if batch.drafts is not None]
-    return Batch(
-        features_TD=torch.cat([batch.features_TD for batch in batches]),
-        num_tokens=list(chain.from_iterable(batch.num_tokens for batch in batches)),
-        num_anchors=list(chain.from_iterable(batch.num_anchors for batch in batches)),
-        response_lens=list(chain.from_iterable(batch.response_lens for batch in batches)),
-        anchors_N=torch.cat([batch.anchors_N for batch in batches]),
-        anchor_ids_N=torch.cat([batch.anchor_ids_N for batch in batches]),
-        recorded_NJ=torch.cat([batch.recorded_NJ for batch in batches]),
-        drafts=(torch.cat([draft[0] for draft in drafts]), torch.cat([draft[1] for draft in drafts]))
-        if drafts
-        else None,
-    )

@@ -1,6 +1,6 @@
 """The result of a replay: acceptance lengths with their uncertainty, and where the second drafter helps."""
 
-# N anchors, E sequences, C ways of decoding, J = G - 1 drafted positions
+# N anchors, E sequences, C ways of decoding, X kinds of cost, J = G - 1 drafted positions
 from __future__ import annotations
 
 from collections import Counter
@@ -11,28 +11,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..trained_on import NO, UNKNOWN, YES
-from .responses import count_cycles
+from .config import EvalConfig
+from .outcomes import COSTS
+from .responses import visited_anchors
+from .ways import Way
 
 NUM_RESAMPLES, CONFIDENCE = 1000, 0.95
 """Samples of the bootstrap, and the probability that its intervals cover."""
 NUM_BINS = 10
 """Bins of the calibration."""
-
-
-class Way(NamedTuple):
-    """A way of decoding."""
-
-    name: str
-    """Which drafts a cycle verifies.
-
-    `first`: the first draft. `first_resampled`: the first draft and others that are drawn from its probabilities.
-    `first_tree`: the first draft and its alternatives. `first_as_second`: branches that the
-    first drafter completes. `d2sd`: branches that the second drafter completes.
-    """
-    policy: str | None
-    """Branch policy; None for ways without a second draft."""
-    k: int
-    """Branches beside the first draft."""
 
 
 class FirstDraftOutcomes(NamedTuple):
@@ -55,8 +42,9 @@ class ReplayReport:
     """Sums over all replayed responses."""
 
     ways: list[Way]
-    policy: str
-    k: int
+    reported: dict[str, Way]
+    """The ways that the headline shows, by name; the last is the best one."""
+    config: EvalConfig
     block_size: int
     num_responses: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
@@ -65,6 +53,8 @@ class ReplayReport:
     """Tokens that cycles commit: all tokens of the responses except each first one, which the prefill gives."""
     cycles_EC: list[np.ndarray] = field(default_factory=list)
     """Cycles that each way needs for these tokens."""
+    costs_EC: list[np.ndarray] = field(default_factory=list)
+    """Costs [C, X] of these cycles, see `COSTS`."""
     seq_ids: list[str] = field(default_factory=list)
     trained_on: dict[str, list[str]] = field(default_factory=dict)
     """For `first` and `second`: whether that drafter was trained on each sequence, `yes`, `no` or `unknown`."""
@@ -77,7 +67,11 @@ class ReplayReport:
     """Accept lengths of the last reported way at the anchors of `outcomes`."""
 
     def add(
-        self, accept_lens_NC: np.ndarray, response_lens: Sequence[Sequence[int]], outcomes: FirstDraftOutcomes
+        self,
+        accept_lens_NC: np.ndarray,
+        costs_NCX: np.ndarray,
+        response_lens: Sequence[Sequence[int]],
+        outcomes: FirstDraftOutcomes,
     ) -> None:
         """Adds several sequences; the anchors of their responses come one after another.
 
@@ -86,24 +80,26 @@ class ReplayReport:
         """
         start = 0
         for lens in response_lens:
-            cycles_C = np.zeros(len(self.ways), int)
+            cycles_C, costs_CX = np.zeros(len(self.ways), int), np.zeros((len(self.ways), len(COSTS)), int)
             for num_anchors in lens:
-                of_response_C = count_cycles(accept_lens_NC[start : start + num_anchors])
+                here = slice(start, start + num_anchors)
+                visited_NC = visited_anchors(accept_lens_NC[here])
+                of_response_C = visited_NC.sum(axis=0)
                 cycles_C += of_response_C
+                costs_CX += (visited_NC[..., None] * costs_NCX[here]).sum(axis=0)
                 self.answer_alphas.append(num_anchors / of_response_C)
                 start += num_anchors
             self.num_responses += len(lens)
             self.num_tokens_E.append(sum(lens))
             self.cycles_EC.append(cycles_C)
+            self.costs_EC.append(costs_CX)
         self.outcomes.append(outcomes)
-        self.final_lens.append(accept_lens_NC[:, self.ways.index(self.reported[-1])])
+        self.final_lens.append(accept_lens_NC[:, self.columns[list(self.reported)[-1]]])
 
     @property
-    def reported(self) -> list[Way]:
-        """The ways that the headline shows, one by name, with the chosen policy and k; the last is the best one."""
-        wanted = [Way("first", None, 0), Way("first_tree", None, self.k)]
-        wanted += [Way(name, self.policy, self.k) for name in ("first_as_second", "d2sd")]
-        return [way for way in wanted if way in self.ways]
+    def columns(self) -> dict[str, int]:
+        """The place of each reported way among all."""
+        return {name: self.ways.index(way) for name, way in self.reported.items()}
 
     @property
     def num_tokens(self) -> int:
@@ -112,7 +108,7 @@ class ReplayReport:
     @property
     def num_cycles(self) -> dict[str, int]:
         cycles_C = np.sum(self.cycles_EC, axis=0)
-        return {way.name: int(cycles_C[self.ways.index(way)]) for way in self.reported}
+        return {name: int(cycles_C[column]) for name, column in self.columns.items()}
 
     @property
     def alpha(self) -> dict[str, float]:
@@ -126,7 +122,7 @@ class ReplayReport:
     def alpha_mean_of_answers(self) -> dict[str, float]:
         """The mean over responses of each response's own alpha, by way; every response counts alike."""
         mean_C = np.mean(self.answer_alphas, axis=0)
-        return {way.name: float(mean_C[self.ways.index(way)]) for way in self.reported}
+        return {name: float(mean_C[column]) for name, column in self.columns.items()}
 
     @property
     def best_alpha(self) -> float:
@@ -137,12 +133,10 @@ class ReplayReport:
         low_C, high_C = self.intervals()
         return {
             "alpha": self.alpha,
-            "interval": {
-                way.name: [low_C[self.ways.index(way)], high_C[self.ways.index(way)]] for way in self.reported
-            },
+            "interval": {name: [low_C[column], high_C[column]] for name, column in self.columns.items()},
             "alpha_mean_of_answers": self.alpha_mean_of_answers,
-            "policy": self.policy,
-            "k": self.k,
+            **self.config.model_dump(include={"way", "k", "nodes"}),
+            "policy": self.config.policies[0],
             "block_size": self.block_size,
             "num_cycles": self.num_cycles,
             "num_tokens": self.num_tokens,
@@ -154,10 +148,7 @@ class ReplayReport:
                 for drafter, found in self.trained_on.items()
             },
             "warnings": self.warnings,
-            "by_way": [
-                {"way": way.name, "policy": way.policy, "k": way.k, "alpha": alpha, "interval": [low, high]}
-                for way, alpha, low, high in zip(self.ways, self.alphas().tolist(), low_C, high_C, strict=True)
-            ],
+            "by_nodes": self.by_nodes(low_C, high_C),
             "recovery": self.recovery(),
             "calibration": self.calibration(),
             "hits": self.hits(),
@@ -169,6 +160,26 @@ class ReplayReport:
             },
         }
 
+    def by_nodes(self, low_C: Sequence[float], high_C: Sequence[float]) -> list[dict[str, Any]]:
+        """Every way with its acceptance length and what its mean cycle costs."""
+        costs_CX = np.sum(self.costs_EC, axis=0) / np.sum(self.cycles_EC, axis=0)[:, None]
+        return [
+            {
+                "way": way.name,
+                "second": way.second,
+                "policy": way.policy,
+                "k": way.k,
+                "nodes": way.nodes,
+                "verified": verified,
+                "passes": {"first_drafts": 1, "second_blocks": second_blocks, "head_rows": head_rows},
+                "alpha": alpha,
+                "interval": [low, high],
+            }
+            for way, (verified, second_blocks, head_rows), alpha, low, high in zip(
+                self.ways, costs_CX.tolist(), self.alphas().tolist(), low_C, high_C, strict=True
+            )
+        ]
+
     def alphas(self) -> np.ndarray:
         """Acceptance length of every way [C]."""
         return self.num_tokens / np.sum(self.cycles_EC, axis=0)
@@ -176,7 +187,7 @@ class ReplayReport:
     def cycles_of_reported(self) -> dict[str, list[int]]:
         """Cycles of each sequence, by way, for paired comparisons between replays of the same sequences."""
         cycles_EC = np.stack(self.cycles_EC)
-        return {way.name: cycles_EC[:, self.ways.index(way)].tolist() for way in self.reported}
+        return {name: cycles_EC[:, column].tolist() for name, column in self.columns.items()}
 
     def intervals(self) -> tuple[list[float], list[float]]:
         """Bounds [C] of the 95 % bootstrap interval of every alpha; sequences are drawn with replacement."""

@@ -52,17 +52,19 @@ def recorded_after(token_ids_S: Tensor, span: tuple[int, int], num_positions: in
     return padded.unfold(0, num_positions, 1)[: end - start - 1]
 
 
-def count_cycles(accept_lens_NC: np.ndarray) -> np.ndarray:
-    """Cycles [C] that complete a response; the cycle at the i-th token commits accept_lens_NC[i] tokens and a bonus.
+def visited_anchors(accept_lens_NC: np.ndarray) -> np.ndarray:
+    """The anchors (bool [N, C]) at which the cycles begin that complete a response.
 
-    The response has N + 1 tokens. The prefill gives the first one, and nothing past the last one is committed.
+    The cycle at the i-th anchor commits accept_lens_NC[i] tokens and a bonus. The response has N + 1 tokens. The
+    prefill gives the first one, and nothing past the last one is committed.
     """
     num_anchors, num_ways = accept_lens_NC.shape
-    position_C = np.zeros(num_ways, int)
-    cycles_C = np.zeros(num_ways, int)
-    ways_C = np.arange(num_ways)
-    while (running_C := position_C < num_anchors).any():
-        committed_C = accept_lens_NC[np.minimum(position_C, num_anchors - 1), ways_C].astype(int) + 1
-        position_C += np.where(running_C, committed_C, 0)
-        cycles_C += running_C
-    return cycles_C
+    visited_NC = np.zeros((num_anchors, num_ways), bool)
+    ways_C = np.arange(num_ways if num_anchors else 0)
+    position_C = np.zeros_like(ways_C)
+    while len(ways_C):
+        visited_NC[position_C, ways_C] = True
+        position_C = position_C + accept_lens_NC[position_C, ways_C] + 1
+        is_running = position_C < num_anchors
+        position_C, ways_C = position_C[is_running], ways_C[is_running]
+    return visited_NC

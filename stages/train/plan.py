@@ -177,13 +177,13 @@ def plan_evaluator(
     Raises:
         CacheNotFoundError: the cache lacks first drafts, or there is nothing to replay.
     """
-    settings = evaluation.model_copy(update={"limit": config.eval_limit, "max_k": evaluation.k})
+    settings = evaluation.model_copy(update={"limit": config.eval_limit})
     plan = plan_run_replay(cache, held_out, config, settings, read)
 
     def alpha_of(checkpoint: Path) -> float:
         return plan.run(checkpoint).best_alpha
 
-    measure = settings.model_dump(mode="json", exclude={"device", "live_prompts"})
+    measure = settings.model_dump(mode="json", exclude={"device", "live_prompts", "max_k"})
     first_drafts = plan.first.fingerprint if isinstance(plan.first, FirstDrafts) else None
     return Evaluator(alpha_of, measure | {"first_drafts": first_drafts})
 
@@ -198,7 +198,7 @@ def plan_run_replay(
         DrafterError: the first drafts leave out anchors.
     """
     first = FirstDrafts.open(cache, first_drafter_fingerprint(cache, config)) if config.objective == "vp" else None
-    return plan_replay(cache, held_out, first, evaluation, read)
+    return plan_replay(cache, held_out, first, evaluation, read, brief=True)
 
 
 def first_drafter_fingerprint(cache: Cache, config: TrainConfig) -> str | None:

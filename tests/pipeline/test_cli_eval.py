@@ -9,6 +9,7 @@ import pytest
 from support.place import ONE_STEP, Place
 from support.tiny import MULTI_TURN_ROW, TEXT_ROW, make_row, run_vpd, vpd
 from vpd.data.cache.cache import Cache
+from vpd.stages.evaluate.ways import Way
 from vpd.stages.holdout import is_held_out
 from vpd.stages.train.checkpoints import find_drafter
 from vpd.stages.trained_on import PROVENANCE, was_trained_on
@@ -24,20 +25,31 @@ def result(drafted_cache: Path, first_run: Path, tiny_llama: Path, tmp_path_fact
     return found
 
 
-def test_every_policy_and_number_of_branches_is_listed(result: dict):
-    ways = {(way["way"], way["policy"], way["k"]): way["alpha"] for way in result["by_way"]}
-    expected = {("first", None, 0)} | {(name, None, k) for name in ("first_resampled", "first_tree") for k in range(6)}
-    for setting in ("first_as_second", "d2sd"):
-        expected |= {(setting, policy, k) for policy in ("paper", "runner-up") for k in range(6)}
+def by_way_name(result: dict) -> list[dict]:
+    return [{**each, "name": each["way"]} for each in result["by_nodes"]]
+
+
+def test_every_way_is_listed_by_branches_and_nodes(result: dict):
+    ways = {tuple(each[field] for field in Way._fields): each["alpha"] for each in by_way_name(result)}
+    limits = [None, 8, 16, 32, 64, 128]
+    expected = {("chain", None, None, 0, nodes) for nodes in limits}
+    expected |= {("tree", None, None, 0, nodes) for nodes in limits[1:]}
+    expected |= {("resampled", None, None, k, None) for k in range(1, 6)}
+    for second in ("first_as_second", "d2sd"):
+        for policy in ("paper", "runner-up"):
+            expected |= {("branches", second, policy, k, None) for k in range(6)}
+            expected |= {("best chain", second, policy, k, nodes) for k in (1, 2, 4) for nodes in limits}
+            expected |= {("branches", second, policy, k, nodes) for k in (1, 2, 4) for nodes in limits[1:]}
+            expected |= {("two-drafter tree", second, policy, k, nodes) for k in (1, 2, 4) for nodes in limits[1:]}
     assert set(ways) == expected
     assert result["alpha"] == {
-        "first": ways["first", None, 0],
-        "first_tree": ways["first_tree", None, 4],
-        "first_as_second": ways["first_as_second", "paper", 4],
-        "d2sd": ways["d2sd", "paper", 4],
+        "first": ways["chain", None, None, 0, None],
+        "first_tree": ways["tree", None, None, 0, 32],
+        "first_as_second": ways["two-drafter tree", "first_as_second", "paper", 4, 32],
+        "d2sd": ways["two-drafter tree", "d2sd", "paper", 4, 32],
     }
     assert result["alpha_mean_of_answers"].keys() == result["alpha"].keys()
-    assert (result["policy"], result["k"]) == ("paper", 4)
+    assert (result["way"], result["policy"], result["k"], result["nodes"]) == ("two-drafter tree", "paper", 4, 32)
     for setting, (low, high) in result["interval"].items():
         assert low <= result["alpha"][setting] <= high
 

@@ -36,6 +36,7 @@ def make_result(tree_interval: tuple[float, float], gain: tuple[float, float, fl
         "interval": {name: (value - 0.1, value + 0.1) for name, value in alpha.items()} | {"first_tree": tree_interval},
         "policy": "reranked",
         "k": 4,
+        "nodes": 32,
         "num_tokens": sum(NUM_TOKENS),
         "num_sequences": len(NUM_TOKENS),
         "recovery": [

@@ -111,9 +111,10 @@ def test_a_policy_asks_the_second_drafter_if_it_wants_to(drafted_cache: Path, fi
     arguments = ["eval", drafted_cache, "--first-drafter", first_run, "--drafter", first_run]
     found = vpd(*arguments, "--set", "eval.policies=[second-opinion, paper]", holdout=1)
     assert found["policy"] == "second-opinion"
-    ways = {(way["way"], way["policy"], way["k"]): way["alpha"] for way in found["by_way"]}
+    unlimited = [way for way in found["by_nodes"] if way["nodes"] is None and way["second"] in (None, "d2sd")]
+    ways = {(way["way"], way["policy"], way["k"]): way["alpha"] for way in unlimited}
     # With the first drafter as the second one, its best token after the anchor is the first draft's own.
-    assert ways["d2sd", "second-opinion", 1] == ways["first", None, 0] < ways["d2sd", "second-opinion", 4]
+    assert ways["branches", "second-opinion", 1] == ways["chain", None, 0] < ways["branches", "second-opinion", 4]
 
 
 @pytest.mark.parametrize("registry", REGISTRIES, ids=lambda registry: registry.kind)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from study_report import write_report
+from study_report import REUSED, write_report
 from vpd.data.cache.cache import Cache
 from vpd.data.cache.drafts import FirstDrafts
 from vpd.data.errors import PromptError
@@ -40,8 +40,6 @@ VARIANTS = (
     "\n\nGive the result first, then the reasons.",
 )
 """Texts appended to the training prompts, which give more responses."""
-REUSED = "reused"
-"""Name of the first drafter's result as its own second drafter."""
 PAPER_ARM, DEFAULT_ARM = "geometric-0.9", "posterior, warm"
 FIRST_STEPS = 4
 """Steps of the first drafter, in multiples of a VP-Drafter's steps."""

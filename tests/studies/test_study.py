@@ -10,10 +10,11 @@ import pytest
 from click.testing import CliRunner
 from run import main
 from study import ARMS, DEFAULT_ARM, PAPER_ARM, VARIANTS, plan_splits, worker_pool
-from study_report import POLICIES, write_report
+from study_report import NODES, POLICIES, REUSED, write_report
 from support.tiny import write_jsonl
 from vpd.data.errors import VpdError
 from vpd.pipeline.config import load_config
+from vpd.stages.evaluate.ways import Way
 
 QUESTIONS = [{"turns": [f"how much is {i} and {i}?"]} for i in range(200)]
 
@@ -78,11 +79,26 @@ def test_every_arm_is_a_setting_of_its_own(recipe: str, arm: Any):
 
 
 def make_result(arm: str, seed: int, cycles: dict[str, list[int]]) -> dict[str, Any]:
-    """`cycles` by policy, of two sequences of 40 and 60 tokens; the first drafter needs 50 cycles, a tree 40."""
+    """`cycles` by policy, of two sequences of 40 and 60 tokens.
+
+    The first drafter needs 50 cycles, its trees 40, two-drafter trees 30.
+    """
+    both = {"second": "d2sd", "policy": "reranked", "k": 4}
+    limited = [
+        {**Way(name, nodes=nodes, **fields)._asdict(), "cycles": needed}
+        for name, fields, needed in (
+            ("chain", {}, [20, 30]),
+            ("tree", {}, [16, 24]),
+            ("branches", both, [16, 24]),
+            ("best chain", both, [18, 22]),
+            ("two-drafter tree", both, [12, 18]),
+        )
+        for nodes in NODES
+    ]
     ways = [
-        {"name": "first", "policy": None, "k": 0, "cycles": [20, 30]},
-        {"name": "first_tree", "policy": None, "k": 4, "cycles": [16, 24]},
-        *({"name": "d2sd", "policy": policy, "k": 4, "cycles": cycles[policy]} for policy in POLICIES),
+        {**Way("chain")._asdict(), "cycles": [20, 30]},
+        *({**Way("branches", "d2sd", policy, 4)._asdict(), "cycles": cycles[policy]} for policy in POLICIES),
+        *limited,
     ]
     split = {"ways": ways, "tokens": [40, 60], "recovery": [{"boundary": 1, "recovered": 0.5, "gained_tokens": 1.0}]}
     return {"arm": arm, "seed": seed, "held": split, "unseen": split}
@@ -90,7 +106,7 @@ def make_result(arm: str, seed: int, cycles: dict[str, list[int]]) -> dict[str, 
 
 def test_the_report_holds_lifts_and_ratios(tmp_path: Path):
     results = [
-        # alpha 2 for the first drafter, 2.5 for its tree.
+        # alpha 2 for the first drafter, 2.5 for its trees.
         make_result(PAPER_ARM, 0, {"paper": [16, 24], "exclude": [16, 24], "runner-up": [10, 15], "reranked": [9, 14]}),
         # Means over two seeds: 25, 24, 25 and 20 cycles for 100 tokens.
         make_result(
@@ -100,6 +116,7 @@ def test_the_report_holds_lifts_and_ratios(tmp_path: Path):
             DEFAULT_ARM, 1, {"paper": [10, 14], "exclude": [10, 14], "runner-up": [9, 17], "reranked": [8, 13]}
         ),
     ]
+    results.append(make_result(REUSED, 0, {policy: [16, 24] for policy in POLICIES}))
     (tmp_path / "results").mkdir()
     for i, result in enumerate(results):
         (tmp_path / f"results/{i}.json").write_text(json.dumps(result))
@@ -115,8 +132,11 @@ def test_the_report_holds_lifts_and_ratios(tmp_path: Path):
     assert by_arm[DEFAULT_ARM]["exclude"][0] == pytest.approx(100 / 24 - 2)
     assert by_arm[DEFAULT_ARM]["runner-up"][0] == pytest.approx(2.0)
     assert by_arm[DEFAULT_ARM]["reranked"][0] == pytest.approx(3.0)
-    assert [ratio[0] for ratio in found["ratios"].values()] == pytest.approx([6.0, 6.0])
+    # Trees of the first drafter lift by 1 / 2, two-drafter trees by 4 / 3.
+    assert [ratio[0] for ratio in found["ratios"].values()] == pytest.approx([6.0, *[8 / 3] * len(NODES)])
     assert f"| {DEFAULT_ARM} | 2 | 2.000 [" in text
+    assert "| two-drafter tree | 3.333 | 3.333 | 3.333 | 3.333 | 3.333 |" in text
+    assert (tmp_path / "nodes-held.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_a_report_of_nothing_says_so(tmp_path: Path):

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import copy
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -20,6 +21,9 @@ from vpd.stages.evaluate.replay import Replay
 from vpd.stages.extract.target import load_target
 from vpd.stages.train.checkpoints import find_drafter
 
+from support.slow_decode import Ranked, SlowDrafter, slow_candidates, slow_continued
+from support.slow_tree import slow_best_chain, slow_tables, slow_tree
+
 
 @dataclass
 class LiveDecoder:
@@ -31,9 +35,7 @@ class LiveDecoder:
     second: Drafter
     layer_ids: tuple[int, ...]
     eos_token_ids: set[int]
-    policy: str
-    """`paper`, `exclude` or `runner-up`."""
-    k: int
+    config: EvalConfig
 
     @torch.inference_mode()
     def decode(self, prompt_ids: list[int], max_new_tokens: int, way: str) -> tuple[list[int], int]:
@@ -79,80 +81,46 @@ class LiveDecoder:
         return best, self.step([anchor, *best[:-1]], past)[1]
 
     def candidates(self, anchor: int, features: Tensor, position: int, way: str) -> list[list[int]]:
-        top = self.fill(self.first, [anchor], features, position)
-        draft = [int(tokens[0]) for tokens, _ in top]
+        ranked = self.ranked(self.first, features, position, (anchor,))
+        draft = [best[0][1] for best in ranked]
         if way == "first":
             return [draft]
         if way == "first_tree":
-            return [draft, *([*kept, *draft[len(kept) :]] for kept, _ in self.branches("runner-up", top))]
-        second = self.second if way == "d2sd" else self.first
-        candidates = [draft]
-        if self.policy == "reranked":
-            chosen = self.reranked(second, anchor, top, features, position)
-        else:
-            chosen = self.branches(self.policy, top)
-        for kept, excluded in chosen:
-            filled = self.fill(second, [anchor, *kept], features, position)[len(kept) :]
-            new = [int(tokens[0]) for tokens, _ in filled]
-            if new and new[0] == excluded:
-                new[0] = int(filled[0][0][1])
-            candidates.append([*kept, *new])
-        if self.k and second.shape.block_size > len(draft) + 1:
-            filled = self.fill(second, [anchor, *draft], features, position)[len(draft) :]
-            candidates.append([*draft, *(int(tokens[0]) for tokens, _ in filled)])
-        return candidates
+            return leaves(slow_tree(slow_tables(ranked, None, "", 0, position, anchor), self.config.nodes))
+        drafter = self.second if way == "d2sd" else self.first
+        second = Second(drafter.shape.block_size, lambda _, visible: self.ranked(drafter, features, position, visible))
+        policy, k = self.config.policies[0], self.config.k
+        if self.config.way == "branches":
+            continued = slow_continued(draft, second, position, anchor) if k else []
+            return [*slow_candidates(ranked, second, policy, position, anchor)[: k + 1], *continued]
+        tables = slow_tables(ranked, second, policy, k, position, anchor)
+        if self.config.way == "best chain":
+            return leaves(slow_best_chain(tables))
+        return leaves(slow_tree(tables, self.config.nodes))
 
-    def branches(self, policy: str, top: list[tuple[Tensor, Tensor]]) -> list[tuple[list[int], int | None]]:
-        """The visible tokens of each branch, and the token that must not come next."""
-        draft = [int(tokens[0]) for tokens, _ in top]
-        confidence = [float(probs[0]) for _, probs in top]
-        positions = range(len(draft))
-        if policy == "runner-up":
-            scored = [
-                (math.prod(confidence[:i]) * float(top[i][1][j]), [*draft[:i], int(top[i][0][j])], None)
-                for i in positions
-                for j in range(1, 5)
-            ]
-        else:
-            scored = [
-                (math.prod(confidence[:i]) * (1 - confidence[i]), draft[:i], draft[i] if policy == "exclude" else None)
-                for i in positions
-            ]
-        best = sorted(scored, key=lambda branch: branch[0], reverse=True)[: self.k]
-        return [(kept, excluded) for _, kept, excluded in best]
-
-    def reranked(
-        self, second: Drafter, anchor: int, top: list[tuple[Tensor, Tensor]], features: Tensor, position: int
-    ) -> list[tuple[list[int], None]]:
-        """The best pairs of a length and the second drafter's token there, at the 4 likeliest lengths."""
-        draft = [int(tokens[0]) for tokens, _ in top]
-        confidence = [float(probs[0]) for _, probs in top]
-        posterior = [math.prod(confidence[:i]) * (1 - confidence[i]) for i in range(len(draft))]
-        scored = []
-        for i in sorted(range(len(draft)), key=lambda i: -posterior[i])[:4]:
-            known = dict(zip(top[i][0].tolist()[:5], top[i][1].tolist(), strict=False))
-            for tokens, probs in self.fill(second, [anchor, *draft[:i]], features, position)[i : i + 1]:
-                for token, prob in zip(tokens.tolist(), probs.tolist(), strict=True):
-                    if token != draft[i]:
-                        score = math.prod(confidence[:i]) * (known.get(token, 0.0) + prob) / 2
-                        scored.append((score, [*draft[:i], token]))
-        best = sorted(scored, key=lambda pair: pair[0], reverse=True)[: self.k]
-        return [(kept, None) for _, kept in best]
-
-    def fill(
-        self, drafter: Drafter, visible: list[int], features: Tensor, position: int
-    ) -> list[tuple[Tensor, Tensor]]:
-        """The six likeliest tokens and their probabilities at positions 1..G-1; the context ends before the anchor."""
+    def ranked(self, drafter: Drafter, features: Tensor, position: int, visible: tuple[int, ...]) -> Ranked:
+        """The six likeliest tokens after the visible ones, with probabilities; the context ends before the anchor."""
         assert len(features) == position
         shape = drafter.shape
-        if len(visible) >= shape.block_size:
-            return []
-        block = visible + [shape.mask_token_id] * (shape.block_size - len(visible))
+        block = [*visible, *[shape.mask_token_id] * (shape.block_size - len(visible))]
         embedded = self.pieces.embed_VH[torch.tensor([block])]
         hidden = drafter(embedded, torch.tensor([position]), drafter.context(features))[0]
-        probs = (hidden[1:] @ self.pieces.head_VH.T).softmax(dim=-1)
-        best = probs.topk(6, dim=-1)
-        return list(zip(best.indices, best.values, strict=True))
+        best = (hidden[len(visible) :] @ self.pieces.head_VH.T).softmax(dim=-1).topk(6, dim=-1)
+        return [list(zip(*row, strict=True)) for row in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+
+
+class Second(SlowDrafter):
+    """A second drafter at one anchor."""
+
+    def __init__(self, block_size: int, ranked: Callable[[int, tuple[int, ...]], Ranked]):
+        self.block_size = block_size
+        self.ranked = cache(ranked)
+
+
+def leaves(paths: list[tuple[int, ...]]) -> list[list[int]]:
+    """The paths of a tree that no other path continues."""
+    inner = {path[:-1] for path in paths}
+    return [list(path) for path in paths if path not in inner]
 
 
 WAYS = ("first", "first_tree", "first_as_second", "d2sd")
@@ -167,12 +135,13 @@ def check_replay_equals_decoding(
     policy: str,
     num_sequences: int,
     max_new_tokens: int,
+    way: str = "two-drafter tree",
 ) -> dict[str, float]:
     cache = Cache.open(cache_folder)
     # Only sequences with a single response can be decoded from their prompt.
     single = [row for row in cache.rows if row.num_supervised == row.num_tokens + 1 - row.prompt_len]
     rows = single[:num_sequences]
-    config = EvalConfig(k=3, policies=[policy])
+    config = EvalConfig.model_validate({"k": 3, "max_k": 3, "policies": [policy], "way": way})
     report = Replay(cache, find_drafter(first), find_drafter(vp), config).run(rows)
     target = load_target(str(target_folder))
     decoder = LiveDecoder(
@@ -182,11 +151,10 @@ def check_replay_equals_decoding(
         second=load_drafter(find_drafter(vp)),
         layer_ids=cache.manifest.layer_ids,
         eos_token_ids=target.eos_token_ids,
-        policy=policy,
-        k=config.k,
+        config=config,
     )
-    # Ways without a second draft do not depend on the policy.
-    decoded = WAYS if policy == "paper" else WAYS[2:]
+    # Ways without a second draft do not depend on the settings of the others.
+    decoded = WAYS if (policy, way) == ("reranked", "two-drafter tree") else WAYS[2:]
     cycles = dict.fromkeys(decoded, 0)
     for row in rows:
         tokens = cache.read(row).token_ids_S.tolist()

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,8 @@ from vpd.stages.drafter.model import Drafter
 from vpd.stages.drafter.shape import DrafterShape
 from vpd.stages.evaluate.config import EvalConfig
 from vpd.stages.evaluate.replay import Replay
-from vpd.stages.evaluate.report import FirstDraftOutcomes, ReplayReport, Way
+from vpd.stages.evaluate.report import FirstDraftOutcomes, ReplayReport
+from vpd.stages.evaluate.ways import Way
 
 from support.slow_decode import (
     POLICIES,
@@ -37,6 +39,7 @@ from support.slow_decode import (
     slow_continued,
     slow_resampled,
 )
+from support.slow_tree import slow_best_chain, slow_tables, slow_tree, united
 from support.tiny import SHAPE as ANY_SHAPE
 from support.tiny import append, make_manifest
 
@@ -83,19 +86,38 @@ class Anchor(NamedTuple):
 
 @dataclass
 class Recorder(ReplayReport):
-    """A report that also keeps every accept length."""
+    """A report that also keeps every accept length and cost."""
 
     accept_lens: list[np.ndarray] = field(default_factory=list)
 
+    costs: list[np.ndarray] = field(default_factory=list)
+
     def add(
-        self, accept_lens_NC: np.ndarray, response_lens: Sequence[Sequence[int]], outcomes: FirstDraftOutcomes
+        self,
+        accept_lens_NC: np.ndarray,
+        costs_NCX: np.ndarray,
+        response_lens: Sequence[Sequence[int]],
+        outcomes: FirstDraftOutcomes,
     ) -> None:
         self.accept_lens.append(accept_lens_NC)
-        super().add(accept_lens_NC, response_lens, outcomes)
+        self.costs.append(costs_NCX)
+        super().add(accept_lens_NC, costs_NCX, response_lens, outcomes)
 
     def by_way(self) -> dict[Way, list[int]]:
         """Accept lengths at all anchors."""
         return dict(zip(self.ways, np.concatenate(self.accept_lens).T.tolist(), strict=True))
+
+
+def is_unlimited(way: Way) -> bool:
+    """Ways that verify all of their candidates, which a slow decode finds quickly."""
+    return way.nodes is None and way.name != "best chain"
+
+
+def record(replay: Replay, wanted: Callable[[Way], bool] = is_unlimited) -> None:
+    """Has a replay keep what it finds for the wanted ways and those of the headline."""
+    reported = replay.report.reported
+    replay.ways = [way for way in replay.ways if wanted(way) or way in reported.values()]
+    replay.report = Recorder(replay.ways, reported, replay.config, replay.report.block_size)
 
 
 class World:
@@ -123,14 +145,18 @@ class World:
         return FirstDrafting(self.folder / "first", DraftConfig(device="cpu")).run(self.cache)
 
     def replay(self, second: str | None = None, first: FirstDrafts | None = None, **config: Any) -> Replay:
-        settings = {"policies": list(POLICIES), "device": "cpu"} | config
+        settings = {"policies": list(POLICIES), "device": "cpu", "way": "branches"} | config
         path = None if second is None else self.folder / second
         return Replay(self.cache, first or self.folder / "first", path, EvalConfig(**settings))
 
-    def run(self, rows: Sequence[SequenceRow], *args: Any, **config: Any) -> Recorder:
+    def run(
+        self, rows: Sequence[SequenceRow], *args: Any, wanted: Callable[[Way], bool] = is_unlimited, **config: Any
+    ) -> Recorder:
+        """Replays the wanted ways and those of the headline."""
         replay = self.replay(*args, **config)
-        replay.report = Recorder(list(replay.ways()), replay.report.policy, replay.report.k, replay.report.block_size)
+        record(replay, wanted)
         replay.run(rows)
+        assert isinstance(replay.report, Recorder)
         return replay.report
 
     def anchors(self, seq_ids: Sequence[str] = tuple(TALKS)) -> list[Anchor]:
@@ -159,28 +185,39 @@ class World:
         return [list(zip(probs, tokens, strict=True)) for probs, tokens in rows]
 
     def _expected(self, second: str, recorded: bool) -> dict[Way, list[int]]:
-        """Accept lengths of every way at all anchors, by the slow decode."""
+        """Accept lengths of the ways that are not limited in nodes at all anchors, by the slow decode."""
         seconds = {"d2sd": second} if recorded else {"first_as_second": "first", "d2sd": second}
         ranked = self.recorded if recorded else self.ranked
         found = [self.slow_lens(seconds, anchor, ranked(anchor)) for anchor in self.anchors()]
         return {way: [lens[way] for lens in found] for way in found[0]}
 
     def slow_lens(self, seconds: dict[str, str], anchor: Anchor, ranked: Ranked, max_k: int = MAX_K) -> dict[Way, int]:
-        """Accept lengths of every way of decoding."""
+        """Accept lengths of the first draft alone and with candidates beside it."""
         draft = [best[0][1] for best in ranked]
-        found = {Way("first", None, 0): slow_accept_length([draft], anchor.continuation)}
+        found = {Way("chain"): slow_accept_length([draft], anchor.continuation)}
         drawn = [draft, *slow_resampled(ranked, anchor.position, max_k)]
-        for k in range(max_k + 1):
-            found[Way("first_resampled", None, k)] = slow_accept_length(drawn[: k + 1], anchor.continuation)
-        ways = [("first_tree", None), *((name, policy) for name in seconds for policy in POLICIES)]
-        for name, policy in ways:
-            second = self.slow(anchor.seq_id, seconds[name]) if policy else None
-            candidates = slow_candidates(ranked, second, policy or "runner-up", anchor.position, anchor.token)
+        for k in range(1, max_k + 1):
+            found[Way("resampled", k=k)] = slow_accept_length(drawn[: k + 1], anchor.continuation)
+        for name, policy in product(seconds, POLICIES):
+            second = self.slow(anchor.seq_id, seconds[name])
+            candidates = slow_candidates(ranked, second, policy, anchor.position, anchor.token)
             continued = slow_continued(draft, second, anchor.position, anchor.token)
             for k in range(max_k + 1):
                 launched = candidates[: k + 1] + (continued if k else [])
-                found[Way(name, policy, k)] = slow_accept_length(launched, anchor.continuation)
+                found[Way("branches", name, policy, k)] = slow_accept_length(launched, anchor.continuation)
         return found
+
+    def slow_nodes(self, way: Way, second: SlowDrafter | None, anchor: Anchor, ranked: Ranked) -> list[tuple[int, ...]]:
+        """The nodes that a cycle verifies, in order of their worth."""
+        draft = [best[0][1] for best in ranked]
+        if way.name in ("chain", "resampled"):
+            return united([draft, *slow_resampled(ranked, anchor.position, way.k)])[: way.nodes]
+        if way.name == "branches":
+            candidates = slow_candidates(ranked, second, way.policy or "", anchor.position, anchor.token)
+            continued = slow_continued(draft, second, anchor.position, anchor.token) if way.k else []
+            return united([draft, *continued, *candidates[1 : way.k + 1]])[: way.nodes]
+        tables = slow_tables(ranked, second, way.policy or "", way.k, anchor.position, anchor.token)
+        return slow_best_chain(tables)[: way.nodes] if way.name == "best chain" else slow_tree(tables, way.nodes or 0)
 
 
 def write_drafter(folder: Path, shape: DrafterShape, seed: int) -> Path:

@@ -12,9 +12,18 @@ from vpd.stages.evaluate.branches import POLICIES
 from vpd.stages.train.checkpoints import find_drafter
 
 
-@pytest.mark.parametrize("policy", [*POLICIES])
-def test_tiny_target(tiny_target_run: dict[str, Path], policy: str):
-    alpha = check_replay_equals_decoding(**tiny_target_run, policy=policy, num_sequences=7, max_new_tokens=24)
+@pytest.mark.parametrize(
+    ("way", "policy"),
+    [
+        *(("branches", policy) for policy in POLICIES),
+        ("two-drafter tree", "paper"),
+        ("two-drafter tree", "reranked"),
+        ("best chain", "reranked"),
+    ],
+)
+def test_tiny_target(tiny_target_run: dict[str, Path], way: str, policy: str):
+    sizes = {"num_sequences": 7, "max_new_tokens": 24}
+    alpha = check_replay_equals_decoding(**tiny_target_run, **sizes, policy=policy, way=way)
     # Some drafts were accepted, and the second draft gained tokens; else the comparison shows little.
     assert alpha["first"] > 1.1
     assert alpha["d2sd"] > alpha["first"]
@@ -30,7 +39,7 @@ def test_a_second_drafter_of_another_block_size(tiny_target_run: dict[str, Path]
     alpha = check_replay_equals_decoding(**run, policy="reranked", num_sequences=5, max_new_tokens=24)
     assert alpha["d2sd"] > alpha["first"]
     flags = {"first_drafter": run["first"], "drafter": vp, "target": run["target_folder"]}
-    found = vpd("eval", run["cache_folder"], **flags, holdout=1, live_prompts=5, k=3)
-    live = found["live"]
-    assert (live["num_prompts"], live["num_identical"]) == (5, 5)
-    assert live["alpha"] == live["replayed_alpha"]
+    for way in ("two-drafter tree", "branches", "best chain"):
+        live = vpd("eval", run["cache_folder"], **flags, holdout=1, live_prompts=5, k=3, max_k=3, way=way)["live"]
+        assert (live["num_prompts"], live["num_identical"]) == (5, 5)
+        assert live["alpha"] == live["replayed_alpha"]

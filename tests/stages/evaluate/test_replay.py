@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support.slow_decode import NUM_ALTERNATIVES, POLICIES, slow_branches, slow_count
+from support.slow_tree import accepted
 from support.tiny import make_cached, make_row
 from support.tiny_world import (
     MAX_K,
@@ -21,6 +22,7 @@ from support.tiny_world import (
     Recorder,
     V,
     World,
+    record,
     responses_of,
     write_drafter,
 )
@@ -31,7 +33,7 @@ from vpd.stages.draft.first_draft import FirstDrafting
 from vpd.stages.evaluate import replay as replay_module
 from vpd.stages.evaluate.config import EvalConfig
 from vpd.stages.evaluate.replay import Replay
-from vpd.stages.evaluate.report import Way
+from vpd.stages.evaluate.ways import Way
 
 FIRST = "first"
 SEVERAL_SECONDS = [pytest.param(second, id=name) for name, second in SECONDS.items()]
@@ -39,7 +41,7 @@ SIZES = [
     # Tokens per batch, blocks per pass, batches of TALKS.
     pytest.param(4096, 512, 1, id="all-at-once"),
     pytest.param(75, 7, 2, id="some-in-small-passes"),
-    pytest.param(1, 1, 4, id="one-by-one"),
+    pytest.param(1, 16, 4, id="one-by-one"),
 ]
 
 
@@ -61,8 +63,8 @@ def test_accept_lengths_are_those_of_the_slow_decode(
     set_sizes(monkeypatch, tokens_per_batch, blocks_per_pass)
     report = world.run(world.talks, second, k=3, max_k=MAX_K)
     expected = world.expected(second, False)
-    found = report.by_way()
-    assert list(found) == list(expected)
+    found = {way: lens for way, lens in report.by_way().items() if way.nodes is None}
+    assert set(found) == set(expected)
     assert [way for way in found if found[way] != expected[way]] == []
     assert len(report.accept_lens) == num_batches
 
@@ -80,8 +82,8 @@ def test_recorded_first_drafts_replace_the_drafter(
     set_sizes(monkeypatch, tokens_per_batch, blocks_per_pass)
     report = world.run(world.talks, second, world.drafts, k=3, max_k=MAX_K)
     expected = world.expected(second, True)
-    found = report.by_way()
-    assert list(found) == list(expected)
+    found = {way: lens for way, lens in report.by_way().items() if way.nodes is None}
+    assert set(found) == set(expected)
     assert [way for way in found if found[way] != expected[way]] == []
     assert len(report.accept_lens) == num_batches
     # Probabilities rounded to float16 may change the order of branches, nothing else.
@@ -103,20 +105,20 @@ def test_the_ways_differ_on_the_tiny_cache(world: World):
     # Else the comparisons with the slow decode would show little.
     lens = {name: world.run(world.talks, second, max_k=MAX_K).by_way() for name, second in SECONDS.items()}
     same = lens["same-block"]
-    ways = [Way("first", None, 0), Way("first_resampled", None, 4), Way("first_tree", None, 4)]
-    ways += [Way(name, policy, 4) for name in ("first_as_second", "d2sd") for policy in POLICIES]
+    ways = [Way("chain"), Way("resampled", k=4)]
+    ways += [Way("branches", name, policy, 4) for name in ("first_as_second", "d2sd") for policy in POLICIES]
     # A second drafter with other random weights rarely proposes the first draft's token.
-    ways.remove(Way("d2sd", "exclude", 4))
+    ways.remove(Way("branches", "d2sd", "exclude", 4))
     assert len({tuple(same[way]) for way in ways}) == len(ways)
     assert all(sum(same[way]) > sum(same[ways[0]]) for way in ways[1:])
     for policy in POLICIES:
-        assert len({tuple(lens[name][Way("d2sd", policy, 4)]) for name in SECONDS}) == len(SECONDS), policy
+        assert len({tuple(lens[name][Way("branches", "d2sd", policy, 4)]) for name in SECONDS}) == len(SECONDS), policy
     J = SHAPE.block_size - 1
-    assert max(same[Way("d2sd", "paper", 4)]) == J
+    assert max(same[Way("branches", "d2sd", "paper", 4)]) == J
     # Effects of another block size: more tokens are accepted than the first draft has; visible tokens reach past the
     # second drafter's block.
-    assert max(lens["larger-block"][Way("d2sd", "paper", 4)]) > J
-    assert max(lens["smaller-block"][Way("d2sd", "runner-up", MAX_K)]) == J
+    assert max(lens["larger-block"][Way("branches", "d2sd", "paper", 4)]) > J
+    assert max(lens["smaller-block"][Way("branches", "d2sd", "runner-up", MAX_K)]) == J
 
 
 @pytest.mark.parametrize("second", SEVERAL_SECONDS)
@@ -133,28 +135,28 @@ def test_a_second_drafter_with_a_larger_block_continues_the_whole_first_draft(wo
     mask += [True] * (len(tokens) - len(mask))
     hidden_TKH = states.hidden_TKH[: len(tokens)]
     replay = world.replay(second, k=3, max_k=MAX_K)
-    ways = list(replay.ways())
-    replay.report = Recorder(ways, "paper", 3, SHAPE.block_size)
+    record(replay)
+    assert isinstance(replay.report, Recorder)
     row = make_row("whole-drafts", len(tokens))
     batch = replay.responses_of(make_cached(row, hidden_TKH, tokens, mask, [*tokens[1:], 0]))
     assert batch is not None
     replay.replay(batch)
-    found = replay.report.by_way()
+    found = {way: lens for way, lens in replay.report.by_way().items() if way.nodes is None}
     anchors = [Anchor("one-answer", a, tokens[a], tokens[a + 1 :]) for a in range(2, len(tokens) - 1)]
     seconds = {"first_as_second": FIRST, "d2sd": second}
     expected = [world.slow_lens(seconds, anchor, world.ranked(anchor)) for anchor in anchors]
-    assert {way: [lens[way] for lens in expected] for way in ways} == found
+    assert {way: [lens[way] for lens in expected] for way in expected[0]} == found
     gained = 3 if second == "larger" else 0
     for policy in POLICIES:
-        assert [found[Way("d2sd", policy, k)][0] - found[Way("first", None, 0)][0] for k in (0, 1)] == [0, gained]
+        assert [found[Way("branches", "d2sd", policy, k)][0] - found[Way("chain")][0] for k in (0, 1)] == [0, gained]
 
 
 @pytest.mark.parametrize("second", SEVERAL_SECONDS)
 def test_more_branches_never_accept_less(world: World, second: str):
     report = world.run(world.talks, second, max_k=MAX_K)
     found = report.by_way()
-    for way in report.ways:
-        fewer = Way("first", None, 0) if way.k == 0 else way._replace(k=way.k - 1)
+    for way in (way for way in report.ways if way.nodes is None):
+        fewer = way._replace(k=way.k - 1) if way._replace(k=way.k - 1) in found else Way("chain")
         assert all(some >= more for some, more in zip(found[way], found[fewer], strict=True))
 
 
@@ -173,7 +175,7 @@ def test_a_replay_is_a_decode_cycle_by_cycle(world: World, policy: str, k: int, 
     monkeypatch.setattr(replay_module, "TOKENS_PER_BATCH", 40)
     second = SECONDS["same-block"]
     report = world.run(world.talks, second, k=k, max_k=3, policies=[policy])
-    seconds = {"first_as_second": FIRST, "d2sd": second}
+    seconds, tree = {"first_as_second": FIRST, "d2sd": second}, Way("tree", nodes=32)
     num_tokens, cycles = [], []
     for seq_id, (lengths, _) in TALKS.items():
         anchors = iter(world.anchors([seq_id]))
@@ -182,7 +184,11 @@ def test_a_replay_is_a_decode_cycle_by_cycle(world: World, policy: str, k: int, 
         num_tokens.append(sum(end - start - 1 for start, end in spans))
         for start, end in spans:
             here = islice(anchors, end - 1 - start)
-            lens = [world.slow_lens(seconds, anchor, world.ranked(anchor)) for anchor in here]
+            lens = [
+                world.slow_lens(seconds, anchor, world.ranked(anchor))
+                | {tree: accepted(world.slow_nodes(tree, None, anchor, world.ranked(anchor)), anchor.continuation)}
+                for anchor in here
+            ]
             for way in report.ways:
                 cycles[-1][way] += slow_count(lambda i, way=way, lens=lens: lens[i][way], end - start)
     assert report.num_tokens_E == num_tokens
@@ -190,10 +196,10 @@ def test_a_replay_is_a_decode_cycle_by_cycle(world: World, policy: str, k: int, 
     totals = {way: sum(each[way] for each in cycles) for way in report.ways}
     assert report.alphas().tolist() == pytest.approx([sum(num_tokens) / total for total in totals.values()])
     reported = {
-        "first": totals[Way("first", None, 0)],
-        "first_tree": totals[Way("first_tree", None, k)],
-        "first_as_second": totals[Way("first_as_second", policy, k)],
-        "d2sd": totals[Way("d2sd", policy, k)],
+        "first": totals[Way("chain")],
+        "first_tree": totals[tree],
+        "first_as_second": totals[Way("branches", "first_as_second", policy, k)],
+        "d2sd": totals[Way("branches", "d2sd", policy, k)],
     }
     assert report.num_cycles == reported
     assert report.alpha == {name: pytest.approx(sum(num_tokens) / count) for name, count in reported.items()}
@@ -209,7 +215,7 @@ def test_outcomes_of_the_first_draft(world: World, second: str, monkeypatch: pyt
     expected = []
     for anchor in world.anchors():
         ranked = world.ranked(anchor)
-        accept_len = world.slow_lens({}, anchor, ranked, 0)[Way("first", None, 0)]
+        accept_len = world.slow_lens({}, anchor, ranked, 0)[Way("chain")]
         num_recorded = min(J, len(anchor.continuation))
         boundary = pair = -1
         if accept_len < num_recorded:
@@ -225,7 +231,7 @@ def test_outcomes_of_the_first_draft(world: World, second: str, monkeypatch: pyt
     confidences = [[best[0][0] for best in world.ranked(anchor)] for anchor in world.anchors()]
     found = np.concatenate([outcomes.confidence_NJ for outcomes in report.outcomes])
     np.testing.assert_allclose(found, confidences, rtol=1e-4)
-    assert np.concatenate(report.final_lens).tolist() == report.by_way()[Way("d2sd", "paper", num_branches)]
+    assert np.concatenate(report.final_lens).tolist() == report.by_way()[Way("branches", "d2sd", "paper", num_branches)]
     # Every case occurs.
     assert {-1, 0, 1} <= set(columns[2]) & set(columns[3])
     assert {0, J} <= set(columns[0])

@@ -7,17 +7,27 @@ from collections import Counter
 import numpy as np
 import pytest
 from support.slow_decode import slow_count
-from vpd.stages.evaluate.report import FirstDraftOutcomes, ReplayReport, Way
+from vpd.stages.evaluate.config import EvalConfig
+from vpd.stages.evaluate.outcomes import COSTS
+from vpd.stages.evaluate.report import FirstDraftOutcomes, ReplayReport
+from vpd.stages.evaluate.ways import Way
 
 J, MAX_K = 4, 3
 WAYS = [
-    Way("first", None, 0),
-    *(Way("first_tree", None, k) for k in range(MAX_K + 1)),
-    *(Way("d2sd", policy, k) for policy in ("paper", "runner-up") for k in range(MAX_K + 1)),
+    Way("chain"),
+    *(Way("tree", nodes=nodes) for nodes in (8, 16, 32)),
+    *(Way("branches", "d2sd", policy, k) for policy in ("paper", "runner-up") for k in range(MAX_K + 1)),
 ]
+REPORTED = {"first": WAYS[0], "first_tree": WAYS[2], "d2sd": Way("branches", "d2sd", "runner-up", 2)}
+CONFIG = EvalConfig(policies=["runner-up"], k=2, nodes=16, way="branches")
 BATCHES = [[[6, 3], [9], [1]], [[12]], [[2, 2, 2], [7]]]
 """Anchors of every response of every sequence of a batch."""
 LENS = [lens for batch in BATCHES for lens in batch]
+
+
+def costs_of(accept_lens_NC: np.ndarray) -> np.ndarray:
+    """Costs [N, C, X] that differ between anchors, ways and kinds."""
+    return np.arange(accept_lens_NC.size * len(COSTS)).reshape(*accept_lens_NC.shape, len(COSTS)) % 97
 
 
 def random_batch(num_recorded: list[int], generator: np.random.Generator) -> tuple[np.ndarray, FirstDraftOutcomes]:
@@ -47,9 +57,9 @@ def batches() -> list[tuple[np.ndarray, FirstDraftOutcomes]]:
 
 @pytest.fixture
 def report(batches: list[tuple[np.ndarray, FirstDraftOutcomes]]) -> ReplayReport:
-    found = ReplayReport(WAYS, "runner-up", 2, J + 1)
+    found = ReplayReport(WAYS, REPORTED, CONFIG, J + 1)
     for (accept_lens_NC, outcomes), lens in zip(batches, BATCHES, strict=True):
-        found.add(accept_lens_NC, lens, outcomes)
+        found.add(accept_lens_NC, costs_of(accept_lens_NC), lens, outcomes)
     return found
 
 
@@ -86,10 +96,26 @@ def test_cycles_and_alpha(report: ReplayReport, batches: list[tuple[np.ndarray, 
     assert (report.num_tokens, report.num_responses) == (num_tokens, sum(map(len, LENS)))
     assert [row.tolist() for row in report.cycles_EC] == [[each[way] for way in WAYS] for each in cycles]
     assert report.alphas().tolist() == [num_tokens / totals[way] for way in WAYS]
-    chosen = {"first": WAYS[0], "first_tree": Way("first_tree", None, 2), "d2sd": Way("d2sd", "runner-up", 2)}
-    assert report.num_cycles == {name: totals[way] for name, way in chosen.items()}
-    assert report.alpha == {name: num_tokens / totals[way] for name, way in chosen.items()}
-    assert report.cycles_of_reported() == {name: [row[way] for row in cycles] for name, way in chosen.items()}
+    assert report.num_cycles == {name: totals[way] for name, way in REPORTED.items()}
+    assert report.alpha == {name: num_tokens / totals[way] for name, way in REPORTED.items()}
+    assert report.cycles_of_reported() == {name: [row[way] for row in cycles] for name, way in REPORTED.items()}
+
+
+def test_costs_are_means_over_the_cycles(report: ReplayReport, batches: list[tuple[np.ndarray, FirstDraftOutcomes]]):
+    """Cycle by cycle, with the costs of the anchors at which cycles begin."""
+    totals, cycles = np.zeros((len(WAYS), len(COSTS))), np.zeros(len(WAYS))
+    for (accept_lens_NC, _), lens_of_batch in zip(batches, BATCHES, strict=True):
+        costs_NCX, start = costs_of(accept_lens_NC), 0
+        for num_anchors in (n for lens in lens_of_batch for n in lens):
+            for way in range(len(WAYS)):
+                place = start
+                while place < start + num_anchors:
+                    totals[way] += costs_NCX[place, way]
+                    cycles[way] += 1
+                    place += accept_lens_NC[place, way] + 1
+            start += num_anchors
+    found = [(each["verified"], *list(each["passes"].values())[1:]) for each in report.to_json()["by_nodes"]]
+    np.testing.assert_allclose(found, totals / cycles[:, None])
 
 
 def test_the_mean_of_answers_counts_every_answer_alike(
@@ -102,7 +128,7 @@ def test_the_mean_of_answers_counts_every_answer_alike(
         for way in WAYS:
             cycles = slow_count([each[way] for each in answer].__getitem__, num_anchors + 1)
             for_way[way].append(num_anchors / cycles)
-    means = {way.name: sum(for_way[way]) / len(for_way[way]) for way in report.reported}
+    means = {name: sum(for_way[way]) / len(for_way[way]) for name, way in REPORTED.items()}
     assert report.alpha_mean_of_answers == pytest.approx(means)
     # Else the two could be mixed up.
     assert all(abs(means[name] - alpha) > 0.01 for name, alpha in report.alpha.items())
@@ -135,9 +161,9 @@ def test_intervals_hold_alpha_and_repeat(report: ReplayReport):
 
 
 def test_one_sequence_leaves_no_doubt():
-    report = ReplayReport(WAYS, "paper", 1, J + 1)
+    report = ReplayReport(WAYS, REPORTED, CONFIG, J + 1)
     accept_lens_NC, outcomes = random_batch([3, 2, 1], np.random.default_rng(0))
-    report.add(accept_lens_NC, [[3]], outcomes)
+    report.add(accept_lens_NC, costs_of(accept_lens_NC), [[3]], outcomes)
     assert report.intervals() == (report.alphas().tolist(), report.alphas().tolist())
 
 
@@ -148,7 +174,7 @@ def test_recovery_by_boundary(report: ReplayReport, batches: list[tuple[np.ndarr
         for anchor in anchors_of(batches):
             # The response has a token at the boundary, so the draft failed there.
             if anchor["first_len"] == boundary - 1 and anchor["num_recorded"] >= boundary:
-                gains.append(anchor["accept_lens"][Way("d2sd", "runner-up", 2)] - anchor["first_len"])
+                gains.append(anchor["accept_lens"][REPORTED["d2sd"]] - anchor["first_len"])
         assert gains
         expected.append(
             {
@@ -162,10 +188,11 @@ def test_recovery_by_boundary(report: ReplayReport, batches: list[tuple[np.ndarr
 
 
 def test_a_boundary_that_never_happens_is_left_out():
-    report = ReplayReport(WAYS, "paper", 1, J + 1)
+    report = ReplayReport(WAYS, REPORTED, CONFIG, J + 1)
     first_len_N, num_recorded_N = np.array([0, 2, 1]), np.array([4, 4, 1])
     outcomes = FirstDraftOutcomes(first_len_N, np.full((3, J), 0.5), num_recorded_N, np.full(3, -1), np.full(3, -1))
-    report.add(np.tile(first_len_N[:, None], len(WAYS)), [[3]], outcomes)
+    accept_lens_NC = np.tile(first_len_N[:, None], len(WAYS))
+    report.add(accept_lens_NC, costs_of(accept_lens_NC), [[3]], outcomes)
     assert [(row["boundary"], row["num_anchors"], row["gained_tokens"]) for row in report.recovery()] == [
         (1, 1, 0.0),
         (3, 1, 0.0),
@@ -203,9 +230,10 @@ def test_calibration_bin_by_bin(report: ReplayReport, batches: list[tuple[np.nda
     ],
 )
 def test_calibration_error_written_out(confidences: list[float], ece: float):
-    report = ReplayReport(WAYS, "paper", 1, J + 1)
+    report = ReplayReport(WAYS, REPORTED, CONFIG, J + 1)
     outcomes = FirstDraftOutcomes(np.array([2]), np.array([confidences]), np.array([4]), np.array([-1]), np.array([-1]))
-    report.add(np.full((1, len(WAYS)), 2), [[1]], outcomes)
+    accept_lens_NC = np.full((1, len(WAYS)), 2)
+    report.add(accept_lens_NC, costs_of(accept_lens_NC), [[1]], outcomes)
     assert report.calibration()["ece"] == pytest.approx(ece)
 
 
@@ -221,10 +249,12 @@ def test_hits_by_number_of_branches(report: ReplayReport, batches: list[tuple[np
 
 
 def test_drafts_that_never_fail_have_no_boundary_to_hit():
-    report = ReplayReport(WAYS, "paper", 1, J + 1)
+    report = ReplayReport(WAYS, REPORTED, CONFIG, J + 1)
     never = np.full(2, -1)
+    accept_lens_NC = np.array([[2], [1]]).repeat(len(WAYS), axis=1)
     report.add(
-        np.array([[2], [1]]).repeat(len(WAYS), axis=1),
+        accept_lens_NC,
+        costs_of(accept_lens_NC),
         [[2]],
         FirstDraftOutcomes(np.array([2, 1]), np.full((2, J), 0.5), np.array([2, 1]), never, never),
     )
@@ -241,13 +271,14 @@ def test_the_report_as_json_holds_plain_values(report: ReplayReport):
     assert json.loads(json.dumps(found)) == found
     low_C, high_C = report.intervals()
     intervals = {way: list(bounds) for way, *bounds in zip(WAYS, low_C, high_C, strict=True)}
-    reported = {way.name: way for way in report.reported}
     assert found == {
         "alpha": report.alpha,
-        "interval": {name: intervals[way] for name, way in reported.items()},
+        "interval": {name: intervals[way] for name, way in REPORTED.items()},
         "alpha_mean_of_answers": report.alpha_mean_of_answers,
+        "way": "branches",
         "policy": "runner-up",
         "k": 2,
+        "nodes": 16,
         "block_size": J + 1,
         "num_cycles": report.num_cycles,
         "num_tokens": report.num_tokens,
@@ -256,9 +287,16 @@ def test_the_report_as_json_holds_plain_values(report: ReplayReport):
         "skipped": {"no response": 2},
         "trained_on": {"first": {"yes": 1, "no": 1, "unknown": 0}, "second": {"yes": 0, "no": 1, "unknown": 1}},
         "warnings": ["swapped"],
-        "by_way": [
-            {"way": way.name, "policy": way.policy, "k": way.k, "alpha": alpha, "interval": intervals[way]}
-            for way, alpha in zip(WAYS, report.alphas().tolist(), strict=True)
+        "by_nodes": [
+            {
+                **{field: value for field, value in way._asdict().items() if field != "name"},
+                "way": way.name,
+                "verified": each["verified"],
+                "passes": each["passes"],
+                "alpha": alpha,
+                "interval": intervals[way],
+            }
+            for way, alpha, each in zip(WAYS, report.alphas().tolist(), found["by_nodes"], strict=True)
         ],
         "recovery": report.recovery(),
         "calibration": report.calibration(),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support.slow_decode import slow_count
 from support.tiny import make_cached, make_row
 from vpd.data.cache.reader import CachedSequence
-from vpd.stages.evaluate.responses import BEYOND, count_cycles, find_responses, is_greedy, recorded_after
+from vpd.stages.evaluate.responses import BEYOND, find_responses, is_greedy, recorded_after, visited_anchors
 
 
 def make_sequence(token_ids: list[int], argmax: list[int]) -> CachedSequence:
@@ -68,19 +68,19 @@ def test_recorded_tokens_are_those_after_each_anchor(tokens: list[int], J: int, 
 def test_cycles_are_those_of_a_decode_token_by_token(N: int, C: int, data: st.DataObject):
     rows = st.lists(st.integers(0, 6), min_size=C, max_size=C)
     accept_lens = data.draw(st.lists(rows, min_size=N, max_size=N))
-    found = count_cycles(np.array(accept_lens, dtype=int).reshape(N, C))
-    assert found.tolist() == [slow_count(lambda i, c=c: accept_lens[i][c], N + 1) for c in range(C)]
+    found = visited_anchors(np.array(accept_lens, dtype=int).reshape(N, C))
+    assert found.sum(axis=0).tolist() == [slow_count(lambda i, c=c: accept_lens[i][c], N + 1) for c in range(C)]
 
 
 @pytest.mark.parametrize(
-    ("accept_lens", "cycles"),
+    ("accept_lens", "visited"),
     [
-        pytest.param([], 0, id="one-token"),
-        pytest.param([0], 1, id="bonus-alone"),
-        pytest.param([0, 0, 0], 3, id="never-accepted"),
-        pytest.param([2, 9, 9], 1, id="bonus-completes-it"),
-        pytest.param([1, 9, 0], 2, id="one-left"),
+        pytest.param([], [], id="one-token"),
+        pytest.param([0], [0], id="bonus-alone"),
+        pytest.param([0, 0, 0], [0, 1, 2], id="never-accepted"),
+        pytest.param([2, 9, 9], [0], id="bonus-completes-it"),
+        pytest.param([1, 9, 0], [0, 2], id="one-left"),
     ],
 )
-def test_count_cycles(accept_lens: list[int], cycles: int):
-    assert count_cycles(np.array(accept_lens, dtype=int)[:, None]).tolist() == [cycles]
+def test_visited_anchors(accept_lens: list[int], visited: list[int]):
+    assert visited_anchors(np.array(accept_lens, dtype=int)[:, None])[:, 0].nonzero()[0].tolist() == visited
