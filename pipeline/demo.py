@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ..data.cache.cache import Cache
 from ..data.cache.storage.files import write_text_durably
 from ..data.errors import ConfigError, TargetError
-from ..stages.evaluate.report import CONFIDENCE, resamples
+from ..stages.evaluate.intervals import CONFIDENCE, resamples
 from .commands.draft import run_draft
 from .commands.evaluate import run_evaluate
 from .commands.extract import run_extract

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def describe_evaluation(result: dict[str, Any]) -> str:
         "alpha is pooled over all cycles (Eq. 1 of the paper); the mean of answers, which public benchmarks print, "
         "counts every answer alike"
     )
-    lines += ["", *describe_nodes(result), ""]
+    lines += ["", *describe_nodes(result), *describe_slices(result), ""]
     lines.append(
         f"{result['way']}, policy {result['policy']}, k {result['k']}, {result['nodes']} nodes, block size "
         f"{result['block_size']}; {result['num_tokens']} tokens "
@@ -129,6 +130,18 @@ def describe_nodes(result: dict[str, Any]) -> list[str]:
     for (way, second), alphas in rows.items():
         name = way if second is None else f"{way} ({second}, k {result['k']})"
         lines.append(f"{name:40s}" + "".join(f"{alphas[nodes]:8.3f}" for nodes in budgets))
+    return lines
+
+
+def describe_slices(result: dict[str, Any]) -> list[str]:
+    """A table: alpha by slice, where there are several slices of a kind."""
+    several = [kind for kind, count in Counter(each["by"] for each in result["slices"]).items() if count > 1]
+    names = list(result["alpha"])
+    lines = [f"{'alpha by slice':40s}" + "".join(f"{name:>17s}" for name in names)] if several else []
+    for each in (each for each in result["slices"] if each["by"] in several):
+        alphas = (each["alpha"][name] for name in names)
+        label = f"{each['by']} {each['slice']} ({each['num_sequences']} sequences)"
+        lines.append(f"{label:40s}" + "".join(f"{'-' if x is None else format(x, '.3f'):>17s}" for x in alphas))
     return lines
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..draft.passes import OpenBranches
 from .branches import Branches
+from .slices import Response
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +24,8 @@ class Batch:
     num_tokens: list[int]
     num_anchors: list[int]
     """Anchors of each sequence."""
-    response_lens: list[list[int]]
-    """Anchors of each response of each sequence."""
+    responses: list[list[Response]]
+    """The responses of each sequence."""
     anchors_N: Tensor
     """Positions of the anchors in their sequences."""
     anchor_ids_N: Tensor
@@ -58,7 +59,7 @@ def join(batches: Sequence[Batch]) -> Batch:
         features_TD=torch.cat([batch.features_TD for batch in batches]),
         num_tokens=list(chain.from_iterable(batch.num_tokens for batch in batches)),
         num_anchors=list(chain.from_iterable(batch.num_anchors for batch in batches)),
-        response_lens=list(chain.from_iterable(batch.response_lens for batch in batches)),
+        responses=list(chain.from_iterable(batch.responses for batch in batches)),
         anchors_N=torch.cat([batch.anchors_N for batch in batches]),
         anchor_ids_N=torch.cat([batch.anchor_ids_N for batch in batches]),
         recorded_NJ=torch.cat([batch.recorded_NJ for batch in batches]),

@@ -38,8 +38,9 @@ from .nodes import leading_right
 from .outcomes import Outcomes
 from .pair import check_pair
 from .report import FirstDraftOutcomes, ReplayReport
-from .responses import recorded_after, replayable_responses
+from .responses import find_responses, recorded_after, replayable_responses
 from .second_drafts import draft_second
+from .slices import Response
 from .ways import D2SD, FIRST_AS_SECOND, all_ways, reported_ways
 
 TOKENS_PER_BATCH = 4096
@@ -180,6 +181,8 @@ class Replay:
         self.report.seq_ids.append(sequence.row.seq_id)
         for drafter, records in self.records.items():
             self.report.trained_on.setdefault(drafter, []).append(was_trained_on(sequence.row, records))
+        turns = {span: turn for turn, span in enumerate(find_responses(sequence.loss_mask_S), 1)}
+        responses = [Response(start, end - start - 1, turns[start, end], sequence.row.source) for start, end in usable]
         anchors_N = torch.cat([torch.arange(start, end - 1) for start, end in usable])
         recorded_NJ = torch.cat([recorded_after(sequence.token_ids_S, span, self.num_positions) for span in usable])
         return Batch(
@@ -187,7 +190,7 @@ class Replay:
             features_TD=sequence.hidden(self.device).flatten(1).to(self.dtype, copy=True),
             num_tokens=[sequence.row.num_tokens],
             num_anchors=[len(anchors_N)],
-            response_lens=[[end - start - 1 for start, end in usable]],
+            responses=[responses],
             anchors_N=anchors_N.to(self.device),
             anchor_ids_N=sequence.token_ids_S[anchors_N].to(self.device),
             recorded_NJ=recorded_NJ.to(self.device),
@@ -223,7 +226,7 @@ class Replay:
                 drafts = draft_second(facts, POLICIES[policy], drafter.shape.block_size, ask, fill)
                 outcomes.add_second(name, policy, drafts)
         self.report.add(
-            outcomes.accept_lens(), outcomes.costs(), batch.response_lens, self.first_draft_outcomes(batch, facts)
+            outcomes.accept_lens(), outcomes.costs(), batch.responses, self.first_draft_outcomes(batch, facts)
         )
 
     def first_draft_outcomes(self, batch: Batch, facts: CycleFacts) -> FirstDraftOutcomes:

@@ -12,12 +12,12 @@ import numpy as np
 
 from ..trained_on import NO, UNKNOWN, YES
 from .config import EvalConfig
+from .intervals import alphas
 from .outcomes import COSTS
 from .responses import visited_anchors
+from .slices import Response, SliceCounts
 from .ways import Way
 
-NUM_RESAMPLES, CONFIDENCE = 1000, 0.95
-"""Samples of the bootstrap, and the probability that its intervals cover."""
 NUM_BINS = 10
 """Bins of the calibration."""
 
@@ -62,6 +62,8 @@ class ReplayReport:
     """What speaks against the choice of the drafters."""
     answer_alphas: list[np.ndarray] = field(default_factory=list)
     """Alpha [C] of each response alone."""
+    slices: SliceCounts = field(default_factory=SliceCounts)
+    """Counts of the reported ways."""
     outcomes: list[FirstDraftOutcomes] = field(default_factory=list)
     final_lens: list[np.ndarray] = field(default_factory=list)
     """Accept lengths of the last reported way at the anchors of `outcomes`."""
@@ -70,27 +72,28 @@ class ReplayReport:
         self,
         accept_lens_NC: np.ndarray,
         costs_NCX: np.ndarray,
-        response_lens: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[Response]],
         outcomes: FirstDraftOutcomes,
     ) -> None:
         """Adds several sequences; the anchors of their responses come one after another.
 
         Args:
-            response_lens: number of anchors of each response of each sequence.
+            responses: the responses of each sequence.
         """
-        start = 0
-        for lens in response_lens:
+        start, reported = 0, list(self.columns.values())
+        for of_sequence in responses:
             cycles_C, costs_CX = np.zeros(len(self.ways), int), np.zeros((len(self.ways), len(COSTS)), int)
-            for num_anchors in lens:
-                here = slice(start, start + num_anchors)
+            for response in of_sequence:
+                here = slice(start, start + response.num_anchors)
                 visited_NC = visited_anchors(accept_lens_NC[here])
+                self.slices.add(len(self.num_tokens_E), response, visited_NC[:, reported])
                 of_response_C = visited_NC.sum(axis=0)
                 cycles_C += of_response_C
                 costs_CX += (visited_NC[..., None] * costs_NCX[here]).sum(axis=0)
-                self.answer_alphas.append(num_anchors / of_response_C)
-                start += num_anchors
-            self.num_responses += len(lens)
-            self.num_tokens_E.append(sum(lens))
+                self.answer_alphas.append(response.num_anchors / of_response_C)
+                start += response.num_anchors
+            self.num_responses += len(of_sequence)
+            self.num_tokens_E.append(sum(response.num_anchors for response in of_sequence))
             self.cycles_EC.append(cycles_C)
             self.costs_EC.append(costs_CX)
         self.outcomes.append(outcomes)
@@ -149,6 +152,7 @@ class ReplayReport:
             },
             "warnings": self.warnings,
             "by_nodes": self.by_nodes(low_C, high_C),
+            "slices": self.slices.to_json(list(self.reported)),
             "recovery": self.recovery(),
             "calibration": self.calibration(),
             "hits": self.hits(),
@@ -191,10 +195,9 @@ class ReplayReport:
 
     def intervals(self) -> tuple[list[float], list[float]]:
         """Bounds [C] of the 95 % bootstrap interval of every alpha; sequences are drawn with replacement."""
-        times_drawn = resamples(len(self.num_tokens_E))
-        alphas = (times_drawn @ np.array(self.num_tokens_E))[:, None] / (times_drawn @ np.stack(self.cycles_EC))
-        tail = (1 - CONFIDENCE) / 2
-        return np.quantile(alphas, tail, axis=0).tolist(), np.quantile(alphas, 1 - tail, axis=0).tolist()
+        num_tokens_EC = np.array(self.num_tokens_E)[:, None].repeat(len(self.ways), axis=1)
+        _, low_C, high_C = alphas(num_tokens_EC, np.stack(self.cycles_EC))
+        return low_C, high_C
 
     def recovery(self) -> list[dict[str, Any]]:
         """By boundary position, over all anchors: how often the last reported way commits more, and how many tokens."""
@@ -256,9 +259,3 @@ class ReplayReport:
             name: [float(((rank >= 0) & (rank < k)).mean()) if len(rank) else 0.0 for k in numbers]
             for name, rank in ranks.items()
         }
-
-
-def resamples(num_sequences: int) -> np.ndarray:
-    """How often each sequence occurs in each of `NUM_RESAMPLES` samples drawn with replacement: [samples, E]."""
-    drawn = np.random.default_rng(0).integers(num_sequences, size=(NUM_RESAMPLES, num_sequences))
-    return np.stack([np.bincount(row, minlength=num_sequences) for row in drawn])

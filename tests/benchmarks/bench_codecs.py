@@ -12,6 +12,7 @@ import numcodecs.blosc
 import numpy as np
 import torch
 from report import Figure
+from support.prompts import read_prompts
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
@@ -21,7 +22,6 @@ from vpd.data.cache.codecs import CODECS, Codec, measure_channels, whitened_cosi
 from vpd.data.cache.reader import decompress
 from vpd.data.chat import ChatFormat
 from vpd.data.errors import CacheCorruptError, CacheNotFoundError
-from vpd.data.prompts.records import read_prompts
 from vpd.pipeline.demo import PROMPTS, make_target
 from vpd.stages.extract.target import context_layers, load_target
 from workload import QWEN3

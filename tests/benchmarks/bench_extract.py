@@ -159,7 +159,7 @@ def serve_ours(pipe: Connection, target_folder: Path, prompts_file: Path) -> Non
 
 
 def prompt_ids(target_folder: Path, prompts_file: Path) -> list[list[int]]:
-    from vpd.data.prompts.records import read_prompts
+    from support.prompts import read_prompts
     from vpd.stages.extract.inputs import make_chat
     from vpd.stages.extract.target import load_target
 

@@ -28,6 +28,7 @@ from bench_read import bench_read
 from bench_remote import bench_remote
 from bench_start import bench_start
 from bench_train import bench_train
+from bench_trees import bench_trees
 from bench_write import bench_write
 from report import Figure, describe_machine, print_table, write_json
 from workload import QWEN3, SMOLLM2
@@ -41,6 +42,7 @@ BENCHMARKS: dict[str, list[Callable[[Path], list[Figure]]]] = {
     "codecs": [bench_codecs],
     "feed": [partial(bench_feed, workload=SMOLLM2)],
     "train": [bench_train],
+    "trees": [bench_trees],
     "extract": [bench_extract],
     "remote": [partial(bench_remote, workload=workload) for workload in (QWEN3, SMOLLM2)],
 }

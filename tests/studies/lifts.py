@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from vpd.stages.evaluate.report import CONFIDENCE, resamples
+from vpd.stages.evaluate.intervals import CONFIDENCE, resamples
 
 
 class Estimate(NamedTuple):

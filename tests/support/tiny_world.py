@@ -28,6 +28,7 @@ from vpd.stages.drafter.shape import DrafterShape
 from vpd.stages.evaluate.config import EvalConfig
 from vpd.stages.evaluate.replay import Replay
 from vpd.stages.evaluate.report import FirstDraftOutcomes, ReplayReport
+from vpd.stages.evaluate.slices import Response
 from vpd.stages.evaluate.ways import Way
 
 from support.slow_decode import (
@@ -96,12 +97,12 @@ class Recorder(ReplayReport):
         self,
         accept_lens_NC: np.ndarray,
         costs_NCX: np.ndarray,
-        response_lens: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[Response]],
         outcomes: FirstDraftOutcomes,
     ) -> None:
         self.accept_lens.append(accept_lens_NC)
         self.costs.append(costs_NCX)
-        super().add(accept_lens_NC, costs_NCX, response_lens, outcomes)
+        super().add(accept_lens_NC, costs_NCX, responses, outcomes)
 
     def by_way(self) -> dict[Way, list[int]]:
         """Accept lengths at all anchors."""

@@ -1,12 +1,12 @@
 """What the live check asks of the target, for targets that keep their past in different ways."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from support.extracting import answer
 from support.kinds import save_kind
+from support.own_code import save_own_code
 from support.tiny import NUM_LAYERS
 from vpd.stages.drafter.blocks import NO_TOKEN
 from vpd.stages.drafter.target_pieces import TargetPieces
@@ -24,36 +24,17 @@ OTHER = 19
 """A token that none of the answers begins with."""
 BF16_UNIT = 2.0**-7
 
-CONFIGURATION = """from transformers import Qwen3Config
-
-class OwnConfig(Qwen3Config):
-    model_type = "own"
-"""
-MODELING = """from transformers import Qwen3ForCausalLM
-from .configuration_own import OwnConfig
-
-class OwnForCausalLM(Qwen3ForCausalLM):
-    config_class = OwnConfig
-"""
-CLASSES = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
-
-
-def with_own_code(folder: Path) -> Path:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "own", "auto_map": CLASSES}))
-    (folder / "configuration_own.py").write_text(CONFIGURATION)
-    (folder / "modeling_own.py").write_text(MODELING)
-    return folder
-
 
 # Full attention, a sliding window, experts, recurrent layers of two forms, a text tower, and code of the folder.
 @pytest.mark.parametrize(
     "name", ["Llama, tied", "Gemma 3", "gpt-oss", "DeepSeek-V3", "Qwen3-Next", "Bamba", "Qwen3-VL", "own code"]
 )
-def test_verification_commits_the_answer_and_gives_its_states(name: str, tmp_path: Path):
+def test_verification_commits_the_answer_and_gives_its_states(
+    name: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     is_own = name == "own code"
-    folder = save_kind("Qwen3" if is_own else name, tmp_path / "target")
-    target = load_target(str(with_own_code(folder) if is_own else folder), trust_remote_code=is_own)
+    folder = save_own_code(tiny_llama, tmp_path, monkeypatch) if is_own else save_kind(name, tmp_path / "target")
+    target = load_target(str(folder), trust_remote_code=is_own)
     engine = TransformersEngine(target, LAYER_IDS, GREEDY, dtype="float32")
     requests = [EngineRequest(key="answer", prompt_ids=PROMPT_IDS, max_new_tokens=9, capture=True)]
     expected = answer(engine, requests)["answer"]

@@ -10,6 +10,7 @@ from support.slow_decode import slow_count
 from vpd.stages.evaluate.config import EvalConfig
 from vpd.stages.evaluate.outcomes import COSTS
 from vpd.stages.evaluate.report import FirstDraftOutcomes, ReplayReport
+from vpd.stages.evaluate.slices import Response
 from vpd.stages.evaluate.ways import Way
 
 J, MAX_K = 4, 3
@@ -23,6 +24,10 @@ CONFIG = EvalConfig(policies=["runner-up"], k=2, nodes=16, way="branches")
 BATCHES = [[[6, 3], [9], [1]], [[12]], [[2, 2, 2], [7]]]
 """Anchors of every response of every sequence of a batch."""
 LENS = [lens for batch in BATCHES for lens in batch]
+
+
+def responses_with(lens_of_sequences: list[list[int]]) -> list[list[Response]]:
+    return [[Response(0, num_anchors, 1, "a.jsonl") for num_anchors in lens] for lens in lens_of_sequences]
 
 
 def costs_of(accept_lens_NC: np.ndarray) -> np.ndarray:
@@ -59,7 +64,7 @@ def batches() -> list[tuple[np.ndarray, FirstDraftOutcomes]]:
 def report(batches: list[tuple[np.ndarray, FirstDraftOutcomes]]) -> ReplayReport:
     found = ReplayReport(WAYS, REPORTED, CONFIG, J + 1)
     for (accept_lens_NC, outcomes), lens in zip(batches, BATCHES, strict=True):
-        found.add(accept_lens_NC, costs_of(accept_lens_NC), lens, outcomes)
+        found.add(accept_lens_NC, costs_of(accept_lens_NC), responses_with(lens), outcomes)
     return found
 
 
@@ -163,7 +168,7 @@ def test_intervals_hold_alpha_and_repeat(report: ReplayReport):
 def test_one_sequence_leaves_no_doubt():
     report = ReplayReport(WAYS, REPORTED, CONFIG, J + 1)
     accept_lens_NC, outcomes = random_batch([3, 2, 1], np.random.default_rng(0))
-    report.add(accept_lens_NC, costs_of(accept_lens_NC), [[3]], outcomes)
+    report.add(accept_lens_NC, costs_of(accept_lens_NC), responses_with([[3]]), outcomes)
     assert report.intervals() == (report.alphas().tolist(), report.alphas().tolist())
 
 
@@ -192,7 +197,7 @@ def test_a_boundary_that_never_happens_is_left_out():
     first_len_N, num_recorded_N = np.array([0, 2, 1]), np.array([4, 4, 1])
     outcomes = FirstDraftOutcomes(first_len_N, np.full((3, J), 0.5), num_recorded_N, np.full(3, -1), np.full(3, -1))
     accept_lens_NC = np.tile(first_len_N[:, None], len(WAYS))
-    report.add(accept_lens_NC, costs_of(accept_lens_NC), [[3]], outcomes)
+    report.add(accept_lens_NC, costs_of(accept_lens_NC), responses_with([[3]]), outcomes)
     assert [(row["boundary"], row["num_anchors"], row["gained_tokens"]) for row in report.recovery()] == [
         (1, 1, 0.0),
         (3, 1, 0.0),
@@ -233,7 +238,7 @@ def test_calibration_error_written_out(confidences: list[float], ece: float):
     report = ReplayReport(WAYS, REPORTED, CONFIG, J + 1)
     outcomes = FirstDraftOutcomes(np.array([2]), np.array([confidences]), np.array([4]), np.array([-1]), np.array([-1]))
     accept_lens_NC = np.full((1, len(WAYS)), 2)
-    report.add(accept_lens_NC, costs_of(accept_lens_NC), [[1]], outcomes)
+    report.add(accept_lens_NC, costs_of(accept_lens_NC), responses_with([[1]]), outcomes)
     assert report.calibration()["ece"] == pytest.approx(ece)
 
 
@@ -255,7 +260,7 @@ def test_drafts_that_never_fail_have_no_boundary_to_hit():
     report.add(
         accept_lens_NC,
         costs_of(accept_lens_NC),
-        [[2]],
+        responses_with([[2]]),
         FirstDraftOutcomes(np.array([2, 1]), np.full((2, J), 0.5), np.array([2, 1]), never, never),
     )
     assert report.hits() == {"boundary": [0.0] * (MAX_K + 1), "pair": [0.0] * (MAX_K + 1)}
@@ -298,6 +303,7 @@ def test_the_report_as_json_holds_plain_values(report: ReplayReport):
             }
             for way, alpha, each in zip(WAYS, report.alphas().tolist(), found["by_nodes"], strict=True)
         ],
+        "slices": report.slices.to_json([*REPORTED]),
         "recovery": report.recovery(),
         "calibration": report.calibration(),
         "hits": report.hits(),
