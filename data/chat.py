@@ -65,6 +65,8 @@ class ChatFormat:
         self.further_end_id = None if found in eos_token_ids else found
         """Token that the template writes after an answer, if it is none of `eos_token_ids`; None otherwise."""
         self._end_ids = frozenset(eos_token_ids) | ({found} if found is not None else frozenset())
+        inner = self._find_inner_end()
+        self._inner_end_ids = frozenset() if inner is None else frozenset([inner])
         self._check = DropCheck()
         self._answer_forms: dict[str | None, AnswerForm] = {}
 
@@ -180,17 +182,14 @@ class ChatFormat:
         if self.template.marks_answers:
             text, spans = self.template.render_marked(messages)
             token_ids, offsets = self._tokenize(text)
-            spans = without_blank_end(text, spans, self._ends(token_ids, offsets))
+            spans = without_blank_end(text, spans, _places(self._end_ids, token_ids, offsets))
         else:
             text = self.template.render(messages, False)
             token_ids, offsets = self._tokenize(text)
-            spans = turn_spans(self.template.render, messages, text, self._ends(token_ids, offsets))
+            ends, inner_ends = (_places(ids, token_ids, offsets) for ids in (self._end_ids, self._inner_end_ids))
+            spans = turn_spans(self.template.render, messages, text, ends, inner_ends)
         self._check.require_all(self.template, messages, text, is_prompt=False)
         return token_ids, offsets, spans
-
-    def _ends(self, token_ids: Sequence[int], offsets: Sequence[Span]) -> list[Span]:
-        end_ids = self._end_ids.intersection(token_ids)
-        return [offsets[i] for i, token_id in enumerate(token_ids) if token_id in end_ids] if end_ids else []
 
     def _tokenize(self, text: str, with_special: bool = False) -> tuple[list[int], list[Span]]:
         token_ids, offsets = self._encoder.encode(text, with_special)
@@ -207,16 +206,31 @@ class ChatFormat:
 
     def _find_end_of_turn(self) -> int | None:
         """The token that the template writes after the last answer; None if it writes no special token there."""
-        answer = "zq1qz"
+        return self._token_after("zq1qz", [Message("user", "zq0qz"), Message("assistant", "zq1qz")])
+
+    def _find_inner_end(self) -> int | None:
+        """The token that ends every message inside of a conversation; None if there is no such special token."""
+        talk = [Message("user", "zq0qz"), Message("assistant", "zq1qz"), Message("user", "zq2qz")]
+        found = self._token_after("zq1qz", talk)
+        return found if found == self._token_after("zq2qz", talk) else None
+
+    def _token_after(self, word: str, messages: Sequence[Message]) -> int | None:
+        """The special token that follows a word in the rendered messages."""
         if self.template.text is None or not self._tokenizer.is_fast:
             return None
         try:
-            text = self.template.render([Message("user", "zq0qz"), Message("assistant", answer)], False)
+            text = self.template.render(messages, False)
         except PromptError:  # each record will tell
             return None
-        before, found, _ = text.rpartition(answer)
+        before, found, _ = text.rpartition(word)
         after = len(before) + len(found)
         token_ids, offsets = self._tokenize(text)
         following = (t for t, (s, e) in zip(token_ids, offsets, strict=True) if s >= after and text[s:e].strip())
         first = next(following, None) if found else None
         return first if first in self._tokenizer.added_tokens_decoder else None
+
+
+def _places(wanted: frozenset[int], token_ids: Sequence[int], offsets: Sequence[Span]) -> list[Span]:
+    """The characters of the wanted tokens."""
+    found = wanted.intersection(token_ids)
+    return [offsets[i] for i, token_id in enumerate(token_ids) if token_id in found] if found else []

@@ -53,6 +53,8 @@ class DropCheck:
             dropped = next((_name(m, i) for i, m in enumerate(messages) if m.content.strip() not in text), None)
         if dropped is None and messages and messages[-1].role == "assistant":
             dropped = _part_left_out(messages[-1].content, len(messages) - 1, text)
+        if dropped is None:
+            dropped = _word_left_out(messages, text)
         if dropped is not None:
             advice = ", or leave thinking out with --thinking drop" if "thinking" in dropped else ""
             raise DroppedByTemplate(
@@ -119,8 +121,7 @@ def _disguise_call(call: Mapping[str, Any], name: str, word: Word) -> dict[str, 
     function["name"] = word(f"the name of a call in {name}")
     arguments = function.get("arguments")
     if arguments and isinstance(arguments, Mapping):
-        found = word(f"the arguments of a call in {name}")
-        function["arguments"] = dict.fromkeys(arguments, found)
+        function["arguments"] = {key: word(f"the argument {key} of a call in {name}") for key in arguments}
     return {**call, "function": function} if "function" in call else function
 
 
@@ -144,3 +145,17 @@ def _part_left_out(content: str, i: int, text: str) -> str | None:
         return None
     kind = "the thinking" if "think" in content else "a part"
     return f"{kind} of messages[{i}], {lost[:60]!r}"
+
+
+def _word_left_out(messages: Sequence[Message], text: str) -> str | None:
+    """A word of a question or an instruction that the rendered text lacks, but for a switch such as /no_think.
+
+    Results of tools are left aside, since templates write them as JSON.
+    """
+    for i, message in enumerate(messages):
+        if message.role in ("user", "system", "developer") and message.content.strip() not in text:
+            words = (word for word in message.content.split() if not word.startswith("/"))
+            lost = next((word for word in words if word not in text), None)
+            if lost is not None:
+                return f"a part of messages[{i}] (role {message.role}), {lost[:60]!r}"
+    return None

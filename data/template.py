@@ -54,6 +54,7 @@ class ChatTemplate:
         self.hash = hash_text(f"{self.text or ''}\n{canonical_args}")
         """16 hex digits over the template's text and its arguments."""
         self._thinking_names: dict[str, str | None] = {}
+        self._takes_parts: dict[str, bool] = {}
 
     @property
     def marks_answers(self) -> bool:
@@ -87,6 +88,15 @@ class ChatTemplate:
             names = (name for name in THINKING_NAMES if name in (self.text or "") and self._reads(name))
             self._thinking_names[self.text] = next(names, None)
         return self._thinking_names[self.text]
+
+    @property
+    def takes_parts(self) -> bool:
+        """Whether the template reads a content only if it is a list of parts, as some of vision-language targets do."""
+        if self.text is None:
+            return False
+        if self.text not in self._takes_parts:
+            self._takes_parts[self.text] = not self._writes("zq0qz") and self._writes(_as_parts("zq0qz"))
+        return self._takes_parts[self.text]
 
     def adapt(self, messages: Sequence[Message]) -> list[Message]:
         """The messages with roles that the template knows, as vLLM's chat endpoint adapts them.
@@ -152,12 +162,20 @@ class ChatTemplate:
         for message in dicts:
             if REASONING in message and self.thinking_name:
                 message[self.thinking_name] = message.pop(REASONING)
+            if self.takes_parts:
+                message["content"] = _as_parts(message["content"])
         return dicts
 
     def _reads(self, name: str) -> bool:
         answer = {"role": "assistant", "content": "zq1qz", name: "zq2qz"}
         try:
             return "zq2qz" in self._render([{"role": "user", "content": "zq0qz"}, answer], False)
+        except PromptError:
+            return False
+
+    def _writes(self, content: str | list[dict[str, str]]) -> bool:
+        try:
+            return "zq0qz" in self._render([{"role": "user", "content": content}], False)
         except PromptError:
             return False
 
@@ -182,6 +200,10 @@ class ChatTemplate:
         except Exception as error:  # a template is foreign code
             raise _refusal(dicts, error) from error
         return cast(str, rendered)
+
+
+def _as_parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
 
 
 def _refusal(dicts: Sequence[Mapping[str, Any]], error: Exception) -> PromptError:

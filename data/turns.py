@@ -10,16 +10,22 @@ from .errors import PromptError
 from .prompts.messages import Message
 from .template import Span
 
+HEADER_LEN = 8
+"""Characters by which the place before an answer is known again, if the template writes no header."""
+
 Render = Callable[[Sequence[Message], bool], str]
 """`ChatTemplate.render`."""
 
 
-def turn_spans(render: Render, messages: Sequence[Message], text: str, ends: Sequence[Span]) -> list[Span]:
+def turn_spans(
+    render: Render, messages: Sequence[Message], text: str, ends: Sequence[Span], inner_ends: Sequence[Span] = ()
+) -> list[Span]:
     """The characters of each assistant turn, its end-of-turn token included.
 
     Args:
         text: the rendered conversation.
         ends: characters of the end-of-turn tokens in `text`.
+        inner_ends: characters of the tokens that end a message inside of a conversation, though they end no answer.
 
     Raises:
         PromptError: a turn can't be found.
@@ -33,7 +39,7 @@ def turn_spans(render: Render, messages: Sequence[Message], text: str, ends: Seq
         starts.append(start)
     limits = [*starts[1:], len(text)]
     return [
-        (start, _turn_end(render, messages, i, text, (start, limit), ends))
+        (start, _turn_end(render, messages, i, text, (start, limit), ends, inner_ends))
         for i, start, limit in zip(turns, starts, limits, strict=True)
     ]
 
@@ -87,17 +93,29 @@ def _turn_start(render: Render, messages: Sequence[Message], i: int, text: str) 
         return len(head)
     # The answer may begin like the rest of the generation prompt ("<b>" like "<think>"). With another answer in its
     # place, characters that are still common come from the template.
-    other = Message("assistant", _absent_letter(messages[i].content))
-    other_text = render([*messages[:i], other, *messages[i + 1 :]], False)
-    start = min(common_len(head, text), common_len(other_text, text))
+    content_start = common_len(render(_with_other(messages, i), False), text)
     before = render(messages[:i], False)
-    if start < max(common_len(before, text), common_len(before, head)):
+    start = min(common_len(head, text), content_start)
+    if start >= max(common_len(before, text), common_len(before, head)):
+        return start
+    # A template may write the functions before the last question alone. What follows the question stays the same.
+    question = messages[i - 1].content.strip()
+    header = head.rpartition(question)[2] if question and question in head else ""
+    header = header or head[-HEADER_LEN:]
+    start = text.rfind(header, 0, content_start) + len(header)
+    if start < len(header) or text[start:content_start].strip():
         raise _rewritten_error(i)
     return start
 
 
 def _turn_end(
-    render: Render, messages: Sequence[Message], i: int, text: str, window: Span, ends: Sequence[Span]
+    render: Render,
+    messages: Sequence[Message],
+    i: int,
+    text: str,
+    window: Span,
+    ends: Sequence[Span],
+    inner_ends: Sequence[Span],
 ) -> int:
     """Where message `i` ends: after its end-of-turn token, or with its content if it has no such token."""
     start, limit = window
@@ -106,7 +124,12 @@ def _turn_end(
     # If there is text between the message and the end-of-turn token, the token belongs to a later message.
     if end and not (text.startswith(upto) and text[len(upto) : end[0]].strip()):
         return end[1]
-    stop = _without_newline(text, start, min(common_len(upto, text), limit), messages[i].content)
+    other_text = render(_with_other(messages, i), False)
+    content_end = min(limit, len(text) - common_len(text[::-1], other_text[::-1]))
+    inner_end = next((end for end in inner_ends if content_end <= end[0] < limit), None)
+    if inner_end and start < content_end and not text[content_end : inner_end[0]].strip():
+        return inner_end[1]
+    stop = _without_newline(text, start, content_end, messages[i].content)
     if stop <= start:
         raise PromptError(
             f"messages[{i}] has no end: expected an end-of-turn token after it, found none. Check the end tokens of "
@@ -135,8 +158,10 @@ def common_len(a: str, b: str) -> int:
     return low
 
 
-def _absent_letter(content: str) -> str:
-    return next(letter for letter in map(chr, range(ord("A"), 0x3000)) if letter not in content)
+def _with_other(messages: Sequence[Message], i: int) -> list[Message]:
+    """The messages with another answer in the place of message `i`: a letter that the message does not have."""
+    letter = next(letter for letter in map(chr, range(ord("A"), 0x3000)) if letter not in messages[i].content)
+    return [*messages[:i], Message("assistant", letter), *messages[i + 1 :]]
 
 
 def _rewritten_error(i: int) -> PromptError:

@@ -114,18 +114,19 @@ def from_drafter_json(path: str | Path) -> dict[str, Any]:
     """
     content = read_drafter_json(path)
     dflash = content.get("dflash_config") or {}
-    block_sizes = content.get("block_size"), dflash.get("block_size")
-    theta = rope_parameters(content).get("rope_theta")
     found = {
         "drafter.num_layers": content.get("num_hidden_layers"),
-        "drafter.block_size": _agreed(f"{path}: block_size", *block_sizes),
+        "drafter.block_size": content.get("block_size") or dflash.get("block_size"),
         "drafter.mask_token_id": dflash.get("mask_token_id"),
-        "drafter.rope_theta": _agreed(f"{path}: rope_theta", content.get("rope_theta"), theta),
+        "drafter.rope_theta": rope_parameters(content).get("rope_theta"),
     }
     for name in ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size"):
         found[f"drafter.{name}"] = content.get(name)
     spelled = f"{path}: dflash_config.training_mode (older spelling: loss_type)"
-    mode = _agreed(spelled, dflash.get("training_mode"), dflash.get("loss_type"))
+    modes = [dflash[key] for key in ("training_mode", "loss_type") if dflash.get(key) is not None]
+    if modes[1:] and modes[0] != modes[1]:
+        raise ConfigError(f"{spelled}: expected one value, found {modes[0]!r} and {modes[1]!r}")
+    mode = modes[0] if modes else None
     if mode not in (None, "dflash", "vp_drafter"):
         raise ConfigError(f"{spelled}: expected dflash or vp_drafter, found {mode!r}")
     found["train.objective"] = "vp" if mode == "vp_drafter" else "dflash"
@@ -232,14 +233,3 @@ def _describe(error: ErrorDetails) -> str:
     text = re.sub(r"^Input should be (?=greater|less)", "a value ", text).removeprefix("Input should be ")
     text = re.sub(r"^(?:List|Tuple) should have (.+) after validation, not .+", r"\1", text)
     return f"{key}: expected {text}, found {error['input']!r:.80}"
-
-
-def _agreed(label: str, one: Any, other: Any) -> Any:
-    """The value that one or both of two places give, or None.
-
-    Raises:
-        ConfigError: the two places give different values.
-    """
-    if one is not None and other is not None and one != other:
-        raise ConfigError(f"{label}: expected one value, found {one!r} and {other!r}")
-    return other if one is None else one

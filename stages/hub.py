@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,16 @@ def find_model(name: str, files: Sequence[str], kind: str, error: type[VpdError]
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as failure:
             reason = str(failure).splitlines()[0]
     raise error(
-        f"expected a {kind}: {name} is neither a local folder nor a model that the hub gave ({reason}). "
-        "Check the path, or the id and the network."
+        f"expected a {kind}: {name} is neither a local folder nor a model that the hub gave ({reason}). {advice(name)}"
     )
+
+
+def advice(name: str) -> str:
+    """What to do about a name that is neither a folder nor the id of a model."""
+    if Path(name).is_file():
+        return f"It is a file: give its folder, {Path(name).parent}."
+    if os.path.isdir(whole := os.path.expanduser(name)):
+        return f"Write ~ out: {whole}."
+    if ID.fullmatch(name.partition("@")[0]) and "@" in name:
+        return "A revision can't be named here: download it (hf download ID --revision REVISION), and give the folder."
+    return "Check the path, or the id and the network."

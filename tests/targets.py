@@ -20,17 +20,20 @@ import click
 import torch
 from rich.console import Console
 from rich.table import Table
-from support.kinds import KINDS, save_kind
+from support.kinds import KINDS, VISION_KINDS, save_kind
 from support.quantized import FORMS, quantize
 from support.tiny import as_flags, write_jsonl
-from transformers import AutoModelForCausalLM
 from vpd.stages.drafter.target_pieces import TargetPieces
 from vpd.stages.extract.engines import ENGINES
+from vpd.stages.extract.target import load_target
+from vpd.stages.extract.transformers_engine import load_model
 
 PROMPTS = [{"prompt": f"what is the sum of {i} and {7 * i % 5}?"} for i in range(16)]
 FLAGS = {"dtype": "float32", "layer_ids": "0,2,5", "max_new_tokens": 24, "max_len": 128, "part_mib": 1, "audit": "100%"}
 VLLM_ARGS = "extract.engine_args={enforce_eager: true, kv_cache_memory_bytes: 268435456, max_num_seqs: 16}"
 SECONDS = 300
+DTYPES = {("Qwen3-Next", "vllm"): "bfloat16"}
+"""Kind and engine -> the type in which they are tried, where it is not float32: the CPU's kernel has no other."""
 QUANTIZED = {f"Qwen3, {form}": ("Qwen3", form) for form in FORMS}
 """Name in the table -> kind, and how its layers are quantized."""
 
@@ -49,7 +52,7 @@ def main(names: tuple[str, ...], engine: str) -> None:
     )
     table = Table("target", *columns)
     with TemporaryDirectory() as temporary:
-        for name in names or [*KINDS, *QUANTIZED]:
+        for name in names or [*KINDS, *VISION_KINDS, *QUANTIZED]:
             table.add_row(name, *try_kind(name, engine, Path(temporary) / name.replace(" ", "-")))
     Console(width=200).print(table)
 
@@ -63,7 +66,8 @@ def try_kind(name: str, engine: str, folder: Path) -> list[str]:
         quantize(target, form)
     prompts = write_jsonl(folder / "prompts.jsonl", PROMPTS)
     command = [sys.executable, "-m", "vpd.pipeline.cli", "extract", str(target), str(prompts), "--json"]
-    flags = as_flags({**FLAGS, "engine": engine, "out": folder / "cache"})
+    dtype = DTYPES.get((name, engine), FLAGS["dtype"])
+    flags = as_flags({**FLAGS, "dtype": dtype, "engine": engine, "out": folder / "cache"})
     settings = ["--set", VLLM_ARGS] if engine == "vllm" else []
     try:
         done = subprocess.run([*command, *flags, *settings], capture_output=True, text=True, timeout=SECONDS)
@@ -86,7 +90,7 @@ def try_kind(name: str, engine: str, folder: Path) -> list[str]:
 def ratios(target: Path, stored: Path) -> list[str]:
     """The target's embeddings and logits over those that stage two computes from the cache: least and largest."""
     pieces = TargetPieces.load(stored)
-    model: Any = AutoModelForCausalLM.from_pretrained(target, dtype="float32")
+    model: Any = load_model(load_target(str(target)), "float32").eval()
     ids = torch.arange(20, 40)
     with torch.no_grad():
         out = model(ids[None], output_hidden_states=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
 from ..errors import PromptError
 from .calls import parse_calls
-from .messages import REASONING, Message, parse_messages
-from .reading import texts_of
+from .messages import REASONING, Message, list_in_text, parse_messages
+from .reading import is_held, texts_of
 from .values import describe, from_json_text, require_string
 from .view import RecordView
 
@@ -35,7 +36,7 @@ def add_answer(record: RecordView, messages: tuple[Message, ...], keys: tuple[st
     if key == "answers":
         calls = _read_calls(record)
         return (*messages, Message("assistant", "", {"tool_calls": calls})) if calls else messages
-    answer = record[key]
+    answer = list_in_text(record[key], key) or record[key]
     bad = next((each for each in UNWANTED_KEYS if each in record and record[each] is False), None)
     if bad is not None:
         raise PromptError(f"{bad} is false, so {key} is an answer not to learn from; leave such records out")
@@ -87,7 +88,8 @@ def add_thinking(record: RecordView, messages: tuple[Message, ...], keys: tuple[
     if not isinstance(thought, str) or not texts_of(thought) or REASONING in answers[0].extra:
         return messages
     thought = require_string(record[key], key)
-    if thought.strip() in answers[0].content:
+    bare, content = thought.strip(), answers[0].content
+    if is_held(bare, [content]) or re.search(rf"[>\]]\s*{re.escape(bare)}\s*[<\[]", content):
         return messages
     extra = {**answers[0].extra, REASONING: thought}
     return (*messages[:-1], replace(messages[-1], extra=extra))

@@ -13,22 +13,18 @@ from ..errors import PromptError
 from ..registry import Registry
 from .answers import ANSWER_KEYS, add_answer, add_thinking
 from .calls import parse_tools
-from .messages import Message, parse_messages
+from .messages import CONTENT_KEYS, ROLE_KEYS, THINKING_KEYS, Message, has_key, list_in_text, parse_messages
 from .reading import DEFAULT_READING, Reading, may_carry
 from .rules import apply_turn_rules
-from .transcripts import TRANSCRIPT_START, read_glaive, read_transcript
-from .values import describe, require_filled_list, require_string
+from .transcripts import is_transcript, read_glaive, read_transcript
+from .values import describe, require_filled_list, require_string, unfolded
 from .view import RecordView
 
-SYSTEM_KEYS = ("system", "system_prompt", "system_message")
+SYSTEM_KEYS = ("system", "system_prompt", "system_message", "system_instruction")
 TOOLS_KEYS = ("tools", "functions")
-THINKING_KEYS = (
-    *("reasoning_content", "reasoning", "thinking", "think", "thought", "thoughts", "rationale", "cot", "complex_cot"),
-    *("chain_of_thought", "reasoning_trace", "deepseek_reasoning"),
-)
 WORKED_ON_KEYS = ("input", "context")
 SHARED_KEYS = (*SYSTEM_KEYS, *TOOLS_KEYS, *THINKING_KEYS)
-CONVERSATION_KEYS = ("messages", "conversations", "conversation", "dialog", "dialogue", "data")
+CONVERSATION_KEYS = ("messages", "conversations", "conversation", "dialog", "dialogue", "contents", "data")
 QUESTION_KEYS = ("instruction", "prompt", "question", "query", "problem", "input", "inputs")
 TREE_KEYS = ("parent_id", "message_tree_id")
 
@@ -114,7 +110,7 @@ def parse_record(record: object, reading: Reading = DEFAULT_READING) -> Content:
     if not isinstance(record, dict):
         raise PromptError(f"expected one JSON object, found {describe(record)}")
     view = RecordView(record, reading)
-    present = [key for key in RECORD_FORMS if key in view]
+    present = [key for key in RECORD_FORMS if key in view.names]
     key = next((key for key in present if _looks_right(key, view.peek(key))), present[0] if present else None)
     if key is None:
         raise PromptError(
@@ -123,19 +119,28 @@ def parse_record(record: object, reading: Reading = DEFAULT_READING) -> Content:
         )
     content = RECORD_FORMS[key].parse(view)
     view.check_left_out(content.messages, content.text)
-    return content._replace(facts=ReadingFacts(view.used, view.left_out, tuple(view.rules)))
+    inner = content.facts
+    left_out = (*view.left_out, *(f"{key}.{name}" for name in inner.left_out))
+    return content._replace(facts=ReadingFacts(view.used, left_out, (*inner.rules, *view.rules)))
 
 
 def _looks_right(key: str, value: Any) -> bool:
     """Whether a value may be that of a main key. Data sets count turns under `turns`, and have a date under `data`."""
     if key in (*CONVERSATION_KEYS, "turns"):
-        return isinstance(value, (list, tuple)) or (isinstance(value, str) and value.lstrip().startswith("["))
+        is_text = isinstance(value, str) and value.lstrip().startswith("[")
+        return is_text or isinstance(value, (list, tuple)) or (isinstance(value, dict) and key != "data")
+    if key == "body":
+        return isinstance(value, dict)
     return not isinstance(value, (bool, int, float))
 
 
 def _parse_conversation(record: RecordView, key: str) -> Content:
     """A conversation, with the shared keys and an answer beside it."""
-    messages = parse_messages(record[key], key, record.reading, record.note, takes_texts=key != "messages")
+    value = unfolded(record[key], key)
+    items = value if key == "data" and isinstance(value, list) else ()
+    if any(isinstance(item, dict) and not has_key(item, ROLE_KEYS + CONTENT_KEYS) for item in items):
+        raise PromptError("data holds records, and no turns of a conversation; write each record on a line of its own")
+    messages = parse_messages(value, key, record.reading, record.note, takes_texts=key != "messages")
     if messages[-1].role != "assistant":
         messages = add_answer(record, messages, ANSWER_KEYS[:4])
     return _finish(record, messages)
@@ -151,9 +156,13 @@ def _finish(record: RecordView, messages: tuple[Message, ...]) -> Content:
 def _with_system(record: RecordView, messages: tuple[Message, ...]) -> tuple[Message, ...]:
     """The messages after the record's system text, unless one of them is a system message already."""
     key = record.filled(*SYSTEM_KEYS)
-    if key is None or any(message.role in ("system", "developer") for message in messages):
+    if key is None or any([message.role in ("system", "developer") for message in messages]):
         return messages
-    return (Message("system", require_string(record[key], key)), *messages)
+    value = record[key]
+    if isinstance(value, str):
+        return (Message("system", require_string(value, key)), *messages)
+    item = value if isinstance(value, dict) and "text" not in value else {"content": value}
+    return (*parse_messages([{"role": "system", **item}], key, record.reading, record.note), *messages)
 
 
 def _read_tools(record: RecordView, messages: tuple[Message, ...]) -> tuple[dict[str, Any], ...]:
@@ -188,8 +197,11 @@ for _key in CONVERSATION_KEYS:
 
 @record_form("turns", *SYSTEM_KEYS, *TOOLS_KEYS)
 def _parse_turns(record: RecordView) -> Content:
-    """`{"turns": ["...", ...]}`: the user's turns of a conversation."""
-    turns = require_filled_list(record["turns"], "turns")
+    """`{"turns": ["...", ...]}`: the user's turns of a conversation; or messages, if they have roles."""
+    turns = require_filled_list(unfolded(record["turns"], "turns"), "turns")
+    if any(isinstance(turn, dict) and has_key(turn, ROLE_KEYS) for turn in turns):
+        return _parse_conversation(record, "turns")
+    turns = [turn["content"] if isinstance(turn, dict) and [*turn] == ["content"] else turn for turn in turns]
     messages = tuple(Message("user", require_string(turn, f"turns[{i}]")) for i, turn in enumerate(turns))
     return Content(_with_system(record, messages), tools=_read_tools(record, messages))
 
@@ -217,17 +229,17 @@ def _register_question(key: str) -> None:
 
 
 def _parse_question(record: RecordView, key: str) -> Content:
-    asked = record[key]
+    asked = list_in_text(record[key], key) or record[key]
     if isinstance(asked, list):
         messages = parse_messages(asked, key, record.reading, record.note)
-    elif isinstance(asked, str) and asked.startswith(TRANSCRIPT_START):
+    elif isinstance(asked, str) and is_transcript(asked):
         messages = read_transcript(require_string(asked, key), key)
         if not messages[-1].content:
             messages = messages[:-1]
     else:
         texts = [require_string(asked, key, "a string or a list of messages")]
         for other in WORKED_ON_KEYS:
-            if other != key and record.filled(other) is not None and isinstance(record[other], str):
+            if other != key and record.filled(other) is not None and isinstance(record.peek(other), str):
                 texts.append(require_string(record[other], other))
         if len(texts) > 1:
             record.note("joined the instruction and what it works on")
@@ -240,7 +252,7 @@ def _read_history(record: RecordView) -> tuple[Message, ...]:
     """Earlier turns: a list of messages, or of pairs of a question and an answer."""
     if record.filled("history") is None:
         return ()
-    history = require_filled_list(record["history"], "history")
+    history = require_filled_list(unfolded(record["history"], "history"), "history")
     if all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         history = [text for pair in history for text in pair]
     return parse_messages(history, "history", record.reading, record.note, takes_texts=True)
@@ -259,6 +271,12 @@ def _parse_chosen(record: RecordView) -> Content:
     else:
         messages = parse_messages(chosen, "chosen", record.reading, record.note)
     return _finish(record, messages)
+
+
+@record_form("body")
+def _parse_request(record: RecordView) -> Content:
+    """`{"body": {...}}`: a request of a batch file, which is a record of its own."""
+    return parse_record(record["body"], record.reading)
 
 
 @record_form("text")

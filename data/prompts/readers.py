@@ -50,12 +50,17 @@ COMPRESSIONS = {
     "bzip2": Compression(b"BZh", bz2.open),
     "xz": Compression(b"\xfd7zXZ\x00", lzma.open),
     "lz4": Compression(b"\x04\x22\x4d\x18", _open_with_arrow("lz4")),
+    "pzstd": Compression(b"\x50\x2a\x4d\x18", _open_with_arrow("zstd")),
 }
+EXPECTED = "expected JSON Lines, a list of JSON objects, Parquet or Arrow"
 REFUSED = (
+    (b"version ", "a pointer of Git LFS, whose file has not been downloaded"),
     (b"PK\x03\x04", "a zip archive"),
     (b"7z\xbc\xaf", "an archive of 7-Zip"),
-    (b"\xff\xfe", "text in UTF-16"),
+    (b"\xff\xfe", "text in UTF-16 or UTF-32"),
     (b"\xfe\xff", "text in UTF-16"),
+    (b"{\x00", "text in UTF-16 or UTF-32"),
+    (b"[\x00", "text in UTF-16 or UTF-32"),
     (b"\x80\x04", "a pickle"),
 )
 """First bytes and kind of files that are often met and that vpd does not read."""
@@ -72,9 +77,7 @@ def file_rows(path: Path, wanted: Wanted) -> Iterator[Row]:
             magic = file.read(8)
         refused = next((kind for first, kind in REFUSED if magic.startswith(first)), None)
         if refused is not None:
-            raise PromptError(
-                f"prompt file {path} is {refused}; expected JSON Lines, a list of JSON objects, Parquet or Arrow"
-            )
+            raise PromptError(f"prompt file {path} is {refused}; {EXPECTED}")
         found = next((each for each in COMPRESSIONS.values() if magic.startswith(each.magic)), None)
         if magic.startswith(tuple(TABLES)):
             yield from table_rows(path, wanted)
@@ -107,6 +110,8 @@ def _json_rows(stream: BinaryIO, path: Path) -> Iterator[Row]:
     if first.removeprefix(BOM).lstrip().startswith(b"["):
         for row, item in enumerate(_list_items(first.removeprefix(BOM), stream, path), start=1):
             yield row, lambda item=item: load_json(item)
+    elif first and not first.removeprefix(BOM).lstrip().startswith(b"{"):
+        raise PromptError(f"prompt file {path} begins with {first[:40]!r}; {EXPECTED}")
     elif first:
         yield number, lambda: load_json(first)
         for row, line in enumerate(lines, start=number + 1):

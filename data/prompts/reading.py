@@ -19,15 +19,16 @@ def words_of(text: str) -> frozenset[str]:
 
 CARRYING_WORDS = words_of(
     """
-    analysis article articles assistant attachment attachments audio audios background bot chat chatbot choices chosen
-    completion completions content contents context contexts conversation conversations cot demonstrations developer
-    dialog dialogs dialogue dialogues document documents documentation evidence examples facts file files
-    function functions
-    gpt hint hints history human hypothesis image images input inputs instruct instruction instructions kwargs memory
-    message messages observation observations option options output outputs passage passages persona personas photo
-    photos picture pictures preamble premise problem prompt prompts queries query question questions rationale reasoning
-    reply request response responses schema speech starter story system text texts think thinking thought thoughts
-    tool tools trajectories trajectory turn turns user utterance utterances video videos
+    abstract analysis article articles assistant attachment attachments audio audios background bot chat chatbot
+    choices chosen completion completions content contents context contexts conv conversation conversations convo
+    convos convs cot ctx definition definitions deliberation demonstrations developer dialog dialogs dialogue
+    dialogues document documentation documents evidence examples facts file files function functions gpt hint hints
+    history human hypothesis image images input inputs instances instr instruct instruction instructions memory
+    message messages monologue msg msgs observation observations option options output outputs paragraph paragraphs
+    passage passages persona personas photo photos picture pictures preamble prefill premise problem prompt prompts
+    queries query question questions rationale reasoning refusal reply request resp response responses scenario schema
+    scratchpad sentence sentences speech starter story sys system table tables text texts think thinking thought
+    thoughts tool tools trajectories trajectory turn turns user utterance utterances video videos
     """
 )
 """Words of a key's name that say that the key may hold a part of the conversation."""
@@ -40,10 +41,11 @@ HARMLESS_FIRST = words_of(
 """First words of the names of keys that describe a record, or hold another answer than the one to learn from."""
 HARMLESS_LAST = words_of(
     """
-    at category categories class config configs count date difficulty domain dump embedding format hash id identifier
-    ids idx index label labels lang language languages len length level license model models moderation name names
-    order origin path paths quality rank rating ratings rejected reward score scores sha source sources state status
-    time timestamp tokens topic toxicity type types url urls uuid version
+    at categories category choice class config configs count counts date difficulty domain dump embedding embeddings
+    format hash id identifier ids idx index label labels lang language languages len length lengths level license
+    logprobs mask masks meta metadata model models moderation name names order origin path paths quality rank rating
+    ratings rejected reward rewards score scores sha source sources state stats status time timestamp tokens topic
+    toxicity type types url urls uuid version
     """
 )
 """Last words of such names."""
@@ -94,11 +96,13 @@ class Reading:
         renamed = next((key for key, other in self.columns.items() if other == name), None)
         if renamed is not None:
             return renamed
-        key = re.sub(r"[\s-]+", "_", name.strip().lower())
+        key = re.sub(r"[\s-]+|(?<=[a-z])(?=[A-Z][a-z])", "_", name.strip()).lower()
         return None if key in self.columns else key
 
     def role_of(self, name: object) -> str | None:
         """The role that a name in the data stands for; None if the name is unknown."""
+        if type(name) is int:  # a label of a table
+            name = str(name)
         if not isinstance(name, str):
             return None
         return ROLES.get(canonical_role(self.roles.get(name, name)))
@@ -112,6 +116,8 @@ def may_carry(name: str) -> bool:
     """Whether a key of this name may hold a part of the conversation."""
     words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)]
     words = [word for word in words if not word.isdigit()]
+    if words[-1:] == ["list"]:
+        words.pop()
     if not CARRYING_WORDS.intersection(words):
         return False
     if words[-1] in PLACES and MEDIA_WORDS.intersection(words):
@@ -120,7 +126,10 @@ def may_carry(name: str) -> bool:
 
 
 def texts_of(value: Any) -> list[str]:
-    """The texts that a value holds at any depth, without settings and without what names a nested object."""
+    """The texts that a value holds at any depth, and the numbers in its lists and objects.
+
+    Settings and what names a nested object are left out.
+    """
     found: list[str] = []
     waiting = [value]
     while waiting:
@@ -133,11 +142,19 @@ def texts_of(value: Any) -> list[str]:
             waiting.extend(each)
         elif isinstance(each, bytes) and each:
             found.append(repr(each))
+        elif isinstance(each, (bool, int, float)) and each is not value and each == each:
+            found.append(str(each))
     return found
 
 
 def is_held(text: str, contents: list[str]) -> bool:
-    """Whether some of the contents hold a text, or the text holds all of the contents."""
-    if any(text == content or (len(text) >= MIN_PASSAGE and text in content) for content in contents):
+    """Whether some of the contents hold a text, or the text holds all of several contents, one after the other."""
+    if any([text == content or (len(text) >= MIN_PASSAGE and text in content) for content in contents]):
         return True
-    return bool(contents) and all(content in text for content in contents)
+    end = 0
+    for content in contents:
+        found = text.find(content, end)
+        if found < 0:
+            return False
+        end = found + len(content)
+    return len(contents) > 1

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, PromptError
-from .readers import BATCH_ROWS, Row, Wanted, batch_rows, choose_columns, file_rows, load_json
-
-__all__ = ["HUB", "HubPart", "find_places", "load_json", "rows_of_places"]
+from .readers import BATCH_ROWS, Row, Wanted, batch_rows, choose_columns, file_rows
 
 HUB = "hf://"
 SAVED_TABLE, SAVED_SPLITS = "state.json", "dataset_dict.json"

@@ -83,7 +83,8 @@ def _open_file(path: Path, wanted: Wanted, unit_rows: int) -> RowTable | None:
             first = next((line for line in iter(lambda: file.readline(BLOCK_BYTES), b"") if line.strip(BLANK)), b"")
         if magic.startswith(tuple(TABLES)):
             return BatchTable(str(path), wanted)
-        return LineTable(str(path), unit_rows) if first.strip(BLANK).startswith(b"{") else None
+        is_lines = first.strip(BLANK).startswith(b"{") and b"\0" not in first[:2]
+        return LineTable(str(path), unit_rows) if is_lines else None
     except DAMAGE as error:
         raise PromptError(f"prompt file {path} can't be read; its bytes may be damaged: {error}") from error
 
@@ -215,9 +216,10 @@ class BatchTable:
                 names, batch = found
                 here = left[: bisect_left(left, self._first + batch.num_rows)]
                 left = left[len(here) :]
-                chosen = batch.take(pa.array([index - self._first for index in here]))
-                for index, load in zip(here, batch_rows(chosen, names), strict=True):
-                    yield index, index + 1, load
+                for start, stop in _runs(here):  # a slice, because `take` knows fewer of Arrow's types
+                    chosen = batch.slice(start - self._first, stop - start)
+                    for index, load in zip(range(start, stop), batch_rows(chosen, names), strict=True):
+                        yield index, index + 1, load
         except DAMAGE as error:
             raise PromptError(f"prompt file {self.place} can't be read; its bytes may be damaged: {error}") from error
 
@@ -237,6 +239,15 @@ class BatchTable:
             if self._batch is None:
                 return None
         return self._batch
+
+
+def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """The first number of each run of consecutive numbers, and the number after the run."""
+    start = 0
+    for i in range(1, len(numbers) + 1):
+        if i == len(numbers) or numbers[i] != numbers[i - 1] + 1:
+            yield numbers[start], numbers[i - 1] + 1
+            start = i
 
 
 class StreamTable:

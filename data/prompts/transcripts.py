@@ -11,7 +11,7 @@ from .calls import Note, parse_calls, parse_tools
 from .messages import Message
 from .values import describe, plain
 
-GLAIVE_TURN = re.compile(r"(?:^|\n)[ \t]*(USER|ASSISTANT|FUNCTION RESPONSE|SYSTEM):[ \t]?", re.ASCII)
+GLAIVE_TURN = re.compile(r"(?:^|\n[ \t]*\n)\s*(USER|ASSISTANT|FUNCTION RESPONSE|SYSTEM):[ \t]?", re.ASCII)
 GLAIVE_ROLES = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool", "SYSTEM": "system"}
 GLAIVE_CALL = re.compile(r"<functioncall>\s*")
 GLAIVE_ARGUMENTS = re.compile(
@@ -19,8 +19,10 @@ GLAIVE_ARGUMENTS = re.compile(
 )
 GLAIVE_END = "<|endoftext|>"
 FUNCTIONS_FOLLOW = re.compile(r"(?<=required -)\s*(?=\{)")
-TRANSCRIPT_START = "\n\nHuman:"
+TRANSCRIPT_START = re.compile(r"\n\nHuman:|\s*Human:.*\n\nAssistant:", re.DOTALL)
 TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):[ \t]?")
+HELPSTEER_TURN = re.compile(r"<extra_id_1>(User|Assistant)\n")
+TRANSCRIPT_ROLES = {"Human": "user", "User": "user", "Assistant": "assistant"}
 
 
 def read_glaive(chat: str, system: str, note: Note) -> tuple[tuple[Message, ...], tuple[dict[str, Any], ...]]:
@@ -75,17 +77,28 @@ def _split_functions(system: str, note: Note) -> tuple[str, tuple[dict[str, Any]
     return sentence.strip(), parse_tools(tools, "system", note)
 
 
+def is_transcript(text: str) -> bool:
+    """Whether a text is a conversation, as the data of HH-RLHF and of HelpSteer have it."""
+    return bool(TRANSCRIPT_START.match(text) or HELPSTEER_TURN.search(text))
+
+
 def read_transcript(text: str, name: str) -> tuple[Message, ...]:
     """The messages of a text in which every turn begins with an empty line and "Human:" or "Assistant:".
+
+    HelpSteer begins every turn but the first one with <extra_id_1> and a role.
 
     Raises:
         PromptError: the text is no such transcript.
     """
-    pieces = TRANSCRIPT_TURN.split(text if text.startswith("\n\n") else f"\n\n{text}")
+    if HELPSTEER_TURN.search(text):
+        pieces = HELPSTEER_TURN.split(f"<extra_id_1>User\n{text}")
+    else:
+        pieces = TRANSCRIPT_TURN.split(f"\n\n{text.lstrip()}")
     if len(pieces) < 3 or pieces[0].strip():
         raise PromptError(
             f"{name} must be a list of messages, or a text with turns of Human: and Assistant:, found "
             f"{describe(text)}. If it answers another key, say which with extract.columns={{prompt: KEY}}"
         )
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return tuple(Message(roles[role], turn.strip()) for role, turn in zip(pieces[1::2], pieces[2::2], strict=True))
+    return tuple(
+        Message(TRANSCRIPT_ROLES[role], turn.strip()) for role, turn in zip(pieces[1::2], pieces[2::2], strict=True)
+    )

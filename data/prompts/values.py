@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from typing import Any
 
 from ..errors import PromptError
 
+SCALARS = frozenset([str, int, bool, type(None)])
 MAX_DEPTH = 100
 """Deepest nesting of a value. Hashing and rendering recurse, so this is far below Python's own limit."""
 
@@ -19,7 +21,8 @@ def plain(value: Any, name: str, depth: int = 0) -> Any:
     """The value as JSON knows it.
 
     A map of Arrow (a list of pairs) becomes an object, a date ISO text, a decimal a number or, where no float is equal
-    to it, a text. A NaN becomes null: the libraries that write tables use it for what is absent.
+    to it, a text. Bytes become the text that they encode in UTF-8. A NaN becomes null: the libraries that write tables
+    use it for what is absent.
 
     Args:
         name: what the value is called, for error messages.
@@ -51,39 +54,51 @@ def plain(value: Any, name: str, depth: int = 0) -> Any:
         return value.isoformat()
     if isinstance(value, timedelta):
         return value.total_seconds()
+    if isinstance(value, bytes):
+        return _decode(value, name)
     raise PromptError(f"{name} must be text, a number, a list or an object, found {describe(value)}")
 
 
 def is_plain(value: Any, depth: int = 0) -> bool:
     """Whether `plain` would give the value itself; False also where that takes a closer look."""
     kind = type(value)
-    if kind is str or value is None or kind is int or kind is bool:
+    if kind in SCALARS:
         return True
     if kind is float:
         return math.isfinite(value)
-    if depth >= MAX_DEPTH:
+    if depth >= MAX_DEPTH or (kind is not dict and kind is not list):
         return False
-    if kind is list:
-        return all([is_plain(item, depth + 1) for item in value])
-    if kind is not dict or not all([type(key) is str and key.isascii() for key in value]):
-        return False
-    return all([is_plain(item, depth + 1) for item in value.values()])
+    if kind is dict:
+        try:
+            if not "".join(value).isascii():
+                return False
+        except TypeError:  # a key is no text
+            return False
+        value = value.values()
+    return all([type(item) in SCALARS or is_plain(item, depth + 1) for item in value])
 
 
 def without_nulls(value: Any, name: str) -> tuple[Any, bool]:
-    """A plain value whose texts UTF-8 can encode, without nulls at any depth; and whether there was a null.
+    """A plain value whose texts UTF-8 can encode, without nulls in its objects; and whether there was such a null.
 
     A table has a null for each key that one of its records has and this one lacks.
 
     Raises:
         PromptError: UTF-8 can't encode a text.
     """
+    with suppress(ValueError):  # a text that UTF-8 can't encode is looked for below
+        if b"null" not in json.dumps(value, ensure_ascii=False).encode():
+            return value, False
+    return _without_nulls(value, name)
+
+
+def _without_nulls(value: Any, name: str) -> tuple[Any, bool]:
     if isinstance(value, dict):
-        items = {key: without_nulls(item, f"{name}.{key}") for key, item in value.items() if item is not None}
+        items = {key: _without_nulls(item, f"{name}.{key}") for key, item in value.items() if item is not None}
         had_null = len(items) < len(value) or any(had for _, had in items.values())
         return {key: item for key, (item, _) in items.items()}, had_null
     if isinstance(value, list):
-        found = [without_nulls(item, f"{name}[{i}]") for i, item in enumerate(value)]
+        found = [_without_nulls(item, f"{name}[{i}]") for i, item in enumerate(value)]
         return [item for item, _ in found], any(had for _, had in found)
     return (require_string(value, name) if isinstance(value, str) else value), False
 
@@ -135,11 +150,21 @@ def require_string(value: object, name: str, expected: str = "a string") -> str:
     """
     if not isinstance(value, str):
         raise PromptError(f"{name} must be {expected}, found {describe(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise PromptError(f"{name} holds half of a surrogate pair, which no tokenizer takes: {error}") from None
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise PromptError(f"{name} holds half of a surrogate pair, which no tokenizer takes: {error}") from None
     return value
+
+
+def unfolded(value: Any, name: str) -> Any:
+    """The list, if the value is the JSON text of one; else the value.
+
+    Raises:
+        PromptError: a text begins as a list does, and is not JSON.
+    """
+    return from_json_text(value, name) if isinstance(value, str) and value.lstrip().startswith("[") else value
 
 
 def describe(value: object) -> str:
@@ -157,3 +182,10 @@ def _join_pairs(pairs: Any, name: str) -> dict[str, Any]:
         return unique_pairs(list(pairs))
     except ValueError as error:
         raise PromptError(f"{name}: {error}") from None
+
+
+def _decode(value: bytes, name: str) -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{name} holds bytes that are no text in UTF-8: {error}") from None

@@ -58,37 +58,51 @@ class DrafterShape:
                 f"{self.num_key_value_heads}. Change drafter.num_attention_heads or drafter.num_key_value_heads."
             )
 
-    def to_json(self, *, training_mode: str, prefix_weight_base: float | None) -> dict[str, Any]:
-        """The `config.json` that vLLM, SGLang and the public DFlash code read."""
-        return {
+    def to_json(self, *, training_mode: str | None, prefix_weight_base: float | None) -> dict[str, Any]:
+        """The `config.json` that vLLM, SGLang and the public DFlash code read.
+
+        A key without a value is left out, since some readers take null for a value.
+
+        Args:
+            training_mode: `dflash` or `vp_drafter`; None: it is not known.
+            prefix_weight_base: beta of the prefix lengths that a VP-Drafter was trained with; None: there is none.
+        """
+        own = {
+            "causal": False,
+            "mask_token_id": self.mask_token_id,
+            "prefix_weight_base": prefix_weight_base,
+            "target_layer_ids": list(self.target_layer_ids),
+            "training_mode": training_mode,
+        }
+        config = {
             "architectures": ["DFlashDraftModel"],
-            "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
-            "model_type": "qwen3",
+            "block_size": self.block_size,
+            "dflash_config": _without_none(own),
+            "num_target_layers": self.num_target_layers,
+            **self.layers_json(),
+        }
+        return dict(sorted(_without_none(config).items()))
+
+    def layers_json(self) -> dict[str, Any]:
+        """The part of `config.json` that describes the layers as those of Qwen3."""
+        return {
             "attention_bias": False,
             "attention_dropout": 0.0,
-            "block_size": self.block_size,
-            "dflash_config": {
-                "causal": False,
-                "mask_token_id": self.mask_token_id,
-                "prefix_weight_base": prefix_weight_base,
-                "target_layer_ids": list(self.target_layer_ids),
-                "training_mode": training_mode,
-            },
             "dtype": "bfloat16",
             "head_dim": self.head_dim,
             "hidden_act": "silu",
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
+            "is_causal": False,
             "layer_types": ["full_attention"] * self.num_layers,
             "max_position_embeddings": self.max_position_embeddings,
+            "model_type": "qwen3",
             "num_attention_heads": self.num_attention_heads,
             "num_hidden_layers": self.num_layers,
             "num_key_value_heads": self.num_key_value_heads,
-            "num_target_layers": self.num_target_layers,
             "rms_norm_eps": self.rms_norm_eps,
             "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": SUPPORTED_ROPE},
             "rope_theta": self.rope_theta,
-            "sliding_window": None,
             "tie_word_embeddings": False,
             "use_sliding_window": False,
             "vocab_size": self.vocab_size,
@@ -125,7 +139,7 @@ class DrafterShape:
                 block_size=config.get("block_size") or required("block_size", dflash),
                 mask_token_id=required("mask_token_id", dflash),
                 target_layer_ids=tuple(required("target_layer_ids", dflash)),
-                num_target_layers=config["num_target_layers"],
+                num_target_layers=config.get("num_target_layers"),
             )
         except DrafterError as error:
             raise DrafterError(f"{where}: {error}") from None
@@ -138,6 +152,10 @@ class DrafterShape:
                 f"{where}: expected the key {error} of a DFlash drafter's config.json, found none. "
                 "Give a drafter in the public DFlash form."
             ) from None
+
+
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def check_config(content: Any, where: str) -> dict[str, Any]:
@@ -157,8 +175,8 @@ def check_config(content: Any, where: str) -> dict[str, Any]:
 def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     """RoPE settings of a `config.json`, in the newer form (`rope_parameters`) or the older ones."""
     older = {"rope_theta": config["rope_theta"]} if "rope_theta" in config else {}
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    return {"rope_type": rope.get("type", SUPPORTED_ROPE), **older, **rope}
+    rope = {**older, **(config.get("rope_parameters") or {}), **(config.get("rope_scaling") or {})}
+    return {"rope_type": rope.get("type", SUPPORTED_ROPE), **rope}
 
 
 def check_rope(config: dict[str, Any], where: str) -> None:
@@ -167,14 +185,15 @@ def check_rope(config: dict[str, Any], where: str) -> None:
         DrafterError: the drafter's RoPE is one that vpd does not compute.
     """
     rope = rope_parameters(config)
+    levels = config, config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+    thetas = [level["rope_theta"] for level in levels if level.get("rope_theta") is not None]
     theta, unknown = rope.get("rope_theta"), [key for key in rope if key not in ROPE_KEYS and rope[key] is not None]
     reasons = {
         f"RoPE of type {rope['rope_type']}": rope["rope_type"] != SUPPORTED_ROPE,
         "partial rotary embeddings": config.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)) != 1.0,
         f"rope_theta {theta!r:.40}": theta is not None and not is_positive(theta),
         f"RoPE with {', '.join(unknown)}": bool(unknown) and rope["rope_type"] == SUPPORTED_ROPE,
-        f"rope_theta {theta!r:.40} and {config.get('rope_theta')!r:.40} at once": config.get("rope_theta")
-        not in (None, theta),
+        f"rope_theta {' and '.join(f'{each!r:.40}' for each in thetas)} at once": any(each != theta for each in thetas),
     }
     found = [reason for reason, present in reasons.items() if present]
     if found:

@@ -127,7 +127,7 @@ def build(config: PretrainedConfig, trust_remote_code: bool) -> Architecture:
         )
     except TargetError:
         raise
-    except Exception as error:  # the class may be any code
+    except (Exception, SystemExit) as error:  # the class may be any code
         raise TargetError(
             f"the class of transformers for a target of type {config.model_type} can't be used: "
             f"{one_line(error)}. Check config.json, or choose another target."
@@ -176,8 +176,10 @@ def embedding_multiplier(architecture: Architecture, dtype: torch.dtype) -> floa
     return float(multiplier)
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: BaseException | str) -> str:
     """An error's text on one line, without its last full stop, cut where a library wrote a page."""
+    if isinstance(error, SystemExit):
+        return f"code that it needs ends the program (SystemExit {error.code})"
     text = " ".join(str(error).split()).rstrip(". ") or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]} ..."
 
@@ -207,7 +209,7 @@ def _run(model: Any, layers: Any, called: list[Any]) -> Tensor:
     """Logits of a pass whose layers give back what they get; classes differ in what a layer returns."""
     masks = [torch.ones(1, ROWS, dtype=torch.int64), torch.zeros(1, 1, ROWS, ROWS)]
     returns = [lambda states: states, lambda states: (states,), lambda states: (states, None)]
-    failures: list[Exception] = []
+    failures: list[BaseException] = []
     for returned, mask in product(returns, masks):
         called.clear()
         for layer in layers:
@@ -215,7 +217,7 @@ def _run(model: Any, layers: Any, called: list[Any]) -> Tensor:
         try:
             with torch.no_grad():
                 return model(input_ids=torch.arange(ROWS)[None], attention_mask=mask, use_cache=False).logits
-        except Exception as error:  # the class may be any code
+        except (Exception, SystemExit) as error:  # the class may be any code
             failures.append(error)
     raise failures[0]
 

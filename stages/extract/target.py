@@ -22,7 +22,7 @@ from ...data.cache.target_files import PIECE_FACTS, PIECES, store_target_files, 
 from ...data.errors import CacheCorruptError, StorageError, TargetError
 from ...data.hashing import hash_text
 from ..hub import find_model
-from .adapter import Adapter, load_adapter
+from .adapter import ADAPTER_CONFIG, Adapter, load_adapter
 from .architecture import Architecture, build, one_line
 from .fingerprint import FILE_HASHES
 from .pieces import Pieces, find_pieces
@@ -71,17 +71,21 @@ class Target:
         """Tokens that end an answer: those of the tokenizer, the config and the generation config, and further ones.
 
         Raises:
-            TargetError: the generation config is damaged, or names no token ids.
+            TargetError: the generation config is damaged, or a file names something else than tokens of the vocabulary.
         """
         path = self.folder / GENERATION_CONFIG
         generation = read_json_object(path) if path.is_file() else {}
         found = set(self.further_end_ids)
-        for ids in (self.tokenizer.eos_token_id, self.config.eos_token_id, generation.get("eos_token_id")):
+        for file, ids in (
+            ("tokenizer_config.json", self.tokenizer.eos_token_id),
+            ("config.json", self.config.eos_token_id),
+            (GENERATION_CONFIG, generation.get("eos_token_id")),
+        ):
             listed: list[Any] = ids if isinstance(ids, list) else [] if ids is None else [ids]
-            if not all(type(each) is int for each in listed):
+            if not all(type(each) is int and 0 <= each < self.vocab_size for each in listed):
                 raise TargetError(
-                    f"expected token ids (whole numbers) at eos_token_id in {path} and in config.json beside it, found "
-                    f"{ids!r:.80}. Correct these files."
+                    f"expected token ids, whole numbers in 0..{self.vocab_size - 1} (the vocabulary of config.json), "
+                    f"for the end of text in {self.folder / file}, found {ids!r:.80}. Correct eos_token_id there."
                 )
             found |= set(listed)
         return found
@@ -145,8 +149,7 @@ def load_target(
     """
     files = (*SMALL_FILES, *(["*.safetensors"] if weights else []), *(["*.py"] if trust_remote_code else []))
     folder = find_model(name, files, "target", TargetError)
-    if not (folder / "config.json").is_file():
-        raise TargetError(f"expected a model in {folder}, found no config.json. Give a transformers model folder.")
+    refuse_other_folders(folder)
     refuse_pointers(sorted(path for pattern in SMALL_FILES for path in folder.glob(pattern)))
     config = load_config(folder, trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code)
@@ -159,6 +162,25 @@ def load_target(
     return found
 
 
+def refuse_other_folders(folder: Path) -> None:
+    """
+    Raises:
+        TargetError: the folder holds no model, or one with an adapter, which only some engines would apply.
+    """
+    if not (folder / "config.json").is_file():
+        advice = "Give a transformers model folder."
+        if (folder / ADAPTER_CONFIG).is_file():
+            advice = f"This is an adapter: give its base model as the target, and set extract.adapter to {folder}."
+        elif snapshots := sorted(path.parent for path in folder.glob("snapshots/*/config.json")):
+            advice = f"This is a folder of the hub's local cache: give {snapshots[-1]}, or the model's id."
+        raise TargetError(f"expected a model in {folder}, found no config.json. {advice}")
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise TargetError(
+            f"expected a model alone in {folder}, found {ADAPTER_CONFIG} beside it: transformers would apply that "
+            "adapter, vLLM would not. Move the adapter into a folder of its own, and set extract.adapter to it."
+        )
+
+
 def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     """
     Raises:
@@ -168,7 +190,7 @@ def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         sizes = [getattr(config.get_text_config(), name) for name in ("num_hidden_layers", "hidden_size", "vocab_size")]
-    except Exception as error:  # the class may be any code
+    except (Exception, SystemExit) as error:  # the class may be any code
         if content.get("auto_map") and not trust_remote_code:
             raise remote_code_error(folder, "config.json") from None
         raise TargetError(
@@ -200,7 +222,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizer
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **args)
         tokenizer("fox")  # a setting of a wrong type fails with the first text
         return tokenizer
-    except Exception as error:  # tokenizers raises bare exceptions
+    except (Exception, SystemExit) as error:  # tokenizers raises bare exceptions
         if content.get("auto_map") and not trust_remote_code:
             raise remote_code_error(folder, settings.name) from None
         raise TargetError(

@@ -16,6 +16,7 @@ from ...data.errors import ConfigError, TargetError
 from .adapter import Adapter, can_apply
 from .architecture import auto_class, one_line, text_tower
 from .engine import Completion, EngineRequest, Sampling, engine_facts
+from .layer_outputs import LayerOutputs
 from .target import Target
 
 
@@ -51,16 +52,10 @@ class TransformersEngine:
         if self._batch_size < 1:
             raise ConfigError(f"expected a batch_size of at least 1, got {self._batch_size}.")
         self._model = load_model(target, dtype, **model_args)
-        if target.adapter is not None:
-            self._load_adapter(target.adapter, target.folder)
         cast(nn.Module, self._model).to(self._device).eval()
         self._sampling = sampling
         self._ends = [[token_id] for token_id in target.eos_token_ids]
-        self._captured: dict[int, Tensor] = {}
-        _, layers = text_tower(self._model, target.num_layers)
-        for layer_id in layer_ids:
-            layers[layer_id].register_forward_hook(self._hook(layer_id))
-        self._layer_ids = tuple(layer_ids)
+        self._outputs = LayerOutputs(self._model, target.num_layers, layer_ids)
         self._waiting: deque[EngineRequest] = deque()
         self.facts = engine_facts("transformers", self.version(), self._model.dtype, engine_args)
 
@@ -91,13 +86,8 @@ class TransformersEngine:
             out = self._model(
                 token_ids_BW, attention_mask=real_BW, position_ids=positions_BW, past_key_values=past, use_cache=True
             )
-            past = getattr(out, "past_key_values", None)
-            if past is None:
-                raise TargetError(
-                    f"expected a target with a key-value cache, found {type(self._model).__name__}, which gives none. "
-                    "Choose another target."
-                )
-            states.append(torch.stack([self._captured[i] for i in self._layer_ids], dim=2).bfloat16())
+            past = kept_past(out, self._model)
+            states.append(torch.stack(self._outputs.latest(), dim=2).bfloat16())
             argmax.append(out.logits.argmax(dim=-1))
             token_ids_BW = sample(out.logits[:, -1], self._sampling, generator)[:, None]
             real_BW = torch.cat([real_BW, torch.ones_like(real_BW[:, :1])], dim=1)
@@ -130,42 +120,23 @@ class TransformersEngine:
     def close(self) -> None:
         self._waiting.clear()
 
-    def _load_adapter(self, adapter: Adapter, target_folder: Path) -> None:
-        if not can_apply():
-            raise ConfigError(
-                f"extract.adapter: with --engine transformers, {adapter.folder} needs the package peft, "
-                "which is not installed. Install vpd[adapter], or choose --engine vllm."
-            )
-        try:
-            self._model.load_adapter(str(adapter.folder))
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise TargetError(
-                f"the adapter {adapter.folder} can't be applied to {target_folder}: {error}. "
-                "Check that it was trained on this target."
-            ) from error
-
-    def _hook(self, layer_id: int) -> Any:
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            self._captured[layer_id] = output[0] if isinstance(output, tuple) else output
-
-        return keep
-
 
 def load_model(target: Target, dtype: Any, **model_args: Any) -> Any:
-    """The target as transformers loads it.
+    """The target as transformers loads it, with its adapter.
 
     Args:
         model_args: arguments of `from_pretrained`.
 
     Raises:
-        TargetError: transformers can't load the target, or its weights lack a tensor.
+        ConfigError: the target has an adapter, and peft is not installed.
+        TargetError: transformers can't load the target, its weights lack a tensor, or the adapter does not fit.
     """
     args = {"trust_remote_code": target.trust_remote_code, **model_args}
     try:
         model, found = auto_class(target.model_config).from_pretrained(
             target.folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **args
         )
-    except Exception as error:  # the class may be any code, and a quantized target needs further packages
+    except (Exception, SystemExit) as error:  # the class may be any code, and a quantized target needs further packages
         raise TargetError(f"transformers can't load the target {target.folder}: {one_line(error)}.") from error
     absent = {*found["missing_keys"], *(each[0] for each in found["mismatched_keys"])}
     # What lies beside the text tower, such as a vision tower, has no part in a text.
@@ -177,7 +148,39 @@ def load_model(target: Target, dtype: Any, **model_args: Any) -> Any:
             f"{', '.join(missing[:4])}{f' and {len(missing) - 4} more' if len(missing) > 4 else ''}. The weights are "
             "of another model or incomplete: download config.json and the weights again."
         )
+    if target.adapter is not None:
+        _load_adapter(model, target.adapter, target.folder)
     return model
+
+
+def _load_adapter(model: Any, adapter: Adapter, target_folder: Path) -> None:
+    if not can_apply():
+        raise ConfigError(
+            f"extract.adapter: transformers needs the package peft for {adapter.folder}, which is not installed. "
+            "Install vpd[adapter], or choose --engine vllm."
+        )
+    try:
+        model.load_adapter(str(adapter.folder))
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise TargetError(
+            f"the adapter {adapter.folder} can't be applied to {target_folder}: {error}. "
+            "Check that it was trained on this target."
+        ) from error
+
+
+def kept_past(out: Any, model: Any) -> Any:
+    """What a model keeps of the tokens so far, as its pass has returned it.
+
+    Raises:
+        TargetError: the model keeps no such thing.
+    """
+    past = getattr(out, "past_key_values", None)
+    if past is None:
+        raise TargetError(
+            f"expected a target with a key-value cache, found {type(model).__name__}, which gives none. Choose another "
+            "target."
+        )
+    return past
 
 
 def pad_left(prompts: list[list[int]], device: str) -> tuple[Tensor, Tensor]:

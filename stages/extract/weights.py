@@ -43,6 +43,8 @@ class Weights:
                     self.files[name], self.dtypes[name] = path, found.get_dtype()
                     self.shapes[name] = tuple(found.get_shape())
         _require_indexed(folder, indexed, self.files)
+        if not indexed:
+            _refuse_duplicates(folder, self.files)
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor of this name."""
@@ -147,6 +149,22 @@ def _require_indexed(folder: Path, indexed: Mapping[str, str], found: Mapping[st
             raise TargetError(
                 f"{folder / INDEX}: expected the tensor {name} in {file}, found no such tensor there. The index and "
                 "the weights are of different models: download both again."
+            )
+
+
+def _refuse_duplicates(folder: Path, found: Mapping[str, Path]) -> None:
+    """vLLM reads all files of a folder without an index; transformers reads one.
+
+    Raises:
+        TargetError: another file than the model's has a tensor of the same name.
+    """
+    for path in sorted(set(folder.glob("*.safetensors")) - set(found.values())):
+        with _open(path) as file:
+            twice = next((name for name in file.keys() if name in found), None)  # noqa: SIM118
+        if twice is not None:
+            raise TargetError(
+                f"expected the tensor {twice} once in {folder}, found it in {found[twice].name} and in {path.name}, of "
+                "which engines load different ones. Remove the wrong file."
             )
 
 

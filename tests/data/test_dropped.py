@@ -40,6 +40,33 @@ def test_what_the_template_leaves_out_is_refused_even_if_the_text_has_the_same_w
             chat.conversation(messages)
 
 
+CHANGED = [
+    pytest.param(CHATML.replace("+ m.content", "+ m.content[:10]"), "name a dog now", "now", id="cut"),
+    pytest.param(CHATML.replace("+ m.content", "+ m.content.split('\n')[0]"), "name a\ndog", "dog", id="first-line"),
+    pytest.param(SPLITS, "what does </think> mean?", "what", id="thinking-mark-in-a-question"),
+]
+
+
+@pytest.mark.parametrize(("template", "question", "lost"), CHANGED)
+def test_a_word_of_a_question_that_the_template_leaves_out_is_named(template: str, question: str, lost: str):
+    with pytest.raises(DroppedByTemplate, match=f"a part of messages.0. .role user., '{lost}'"):
+        chat_format(template).conversation(talk(question, "one"))
+
+
+def test_a_switch_in_an_instruction_may_go():
+    template = CHATML.replace("m.content", "m.content.replace('/no_think', '')")
+    assert chat_format(template).render(talk("hi", system="be brief /no_think"), False)
+
+
+def test_each_argument_of_a_call_must_be_written():
+    first = "(m.tool_calls[0].function.name ~ m.tool_calls[0].function.arguments.a if m.tool_calls else '') + m.content"
+    call = {"function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
+    with pytest.raises(DroppedByTemplate, match="the argument b of a call"):
+        chat_format(CHATML.replace("m.content", first)).render(
+            [ASKED, Message("assistant", "", {"tool_calls": [call]})], False
+        )
+
+
 def test_functions_that_the_template_leaves_out_are_refused():
     with pytest.raises(DroppedByTemplate, match="functions"):
         chat_format(CHATML).with_tools([{"function": {"name": "hi"}}]).prompt_ids(talk("hi"))

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import support
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from vpd.data.chat import ChatFormat, TokenizedConversation
@@ -110,6 +112,7 @@ KNOWN = [
     ),
     Known("smollm3", IM, (f"one{IM}", f"two{IM}"), clock=True),
     Known("zephyr", "</s>", ("one</s>", "two</s>")),
+    Known("smolvlm", "<end_of_turn>", (" one<end_of_turn>", " two<end_of_turn>")),
     Known("command_r", "<|END_OF_TURN_TOKEN|>", ("one<|END_OF_TURN_TOKEN|>", "two<|END_OF_TURN_TOKEN|>")),
 ]
 
@@ -160,10 +163,12 @@ def supervised(found: TokenizedConversation) -> list[str]:
 def reference(known: Known, messages: list[Message], **more: Any) -> list[int]:
     """Ids by the tokenizer's own method, given the names that the template reads."""
     names = {REASONING: "thinking" if known.file == "gpt_oss" else REASONING}
-    dicts = [
+    dicts: list[Any] = [
         {"role": m.role, "content": m.content, **{names.get(key, key): m.extra[key] for key in m.extra}}
         for m in messages
     ]
+    if known.file == "smolvlm":
+        dicts = [each | {"content": [{"type": "text", "text": each["content"]}]} for each in dicts]
     clock = {"strftime_now": datetime.datetime(2026, 1, 31).strftime} if known.clock else {}
     return tokenizer_for(known).apply_chat_template(dicts, return_dict=False, **{**clock, **known.args, **more})  # pyright: ignore[reportReturnType]
 
@@ -238,3 +243,32 @@ def test_a_developers_message_is_rendered_or_refused(known: Known):
         return
     as_system = [Message("system", "be brief"), *messages[1:]]
     assert format_for(known).conversation(messages).token_ids == reference(known, as_system)
+
+
+@pytest.mark.parametrize("known", [known for known in KNOWN if known.thinking is not None], ids=str)
+def test_answers_whose_thinking_is_gone_are_supervised_to_their_ends(known: Known):
+    """Harmony ends a message inside of a conversation with a token that ends no answer."""
+    words = ("one", "one", "two")
+    turns = [[Message("user", "hi"), Message("assistant", word, {REASONING: THOUGHT})] for word in words]
+    messages = [message for turn in turns for message in turn]
+    found = format_for(known).conversation(messages)
+    assert found.token_ids == reference(known, messages)
+    assert supervised(found) == [known.answers[0], known.answers[0], known.thinking]
+
+
+def test_functions_before_the_last_question_do_not_hide_the_earlier_answers():
+    """Mistral's template moves the functions behind the first answers as soon as there is another question."""
+    known = next(each for each in KNOWN if each.file == "mistral_v3")
+    messages = [*calling(known), *calling(known)]
+    found = format_for(known).with_tools([TOOL]).conversation(messages)
+    assert found.token_ids == reference(known, messages, tools=[TOOL])
+    assert supervised(found) == [known.tools, "five</s>"] * 2
+
+
+@settings(deadline=None, max_examples=40)
+@given(contents=st.lists(st.text("ab [/INST]\n", min_size=1).map(lambda text: f"x{text}x"), min_size=6, max_size=6))
+def test_an_answer_before_moved_functions_is_found_whatever_it_says(contents: list[str]):
+    known = next(each for each in KNOWN if each.file == "mistral_v3")
+    messages = [Message(("user", "assistant")[i % 2], content) for i, content in enumerate(contents)]
+    found = format_for(known).with_tools([TOOL]).conversation(messages)
+    assert supervised(found) == [f"{content}</s>" for content in contents[1::2]]

@@ -285,6 +285,11 @@ DRAFTERS = [
         {"dflash_config": {"block_size": 8}, "rope_parameters": {"rope_theta": 1e6}},
         {"train.objective": "dflash", "drafter.block_size": 8, "drafter.rope_theta": 1e6},
     ),
+    Drafter(
+        "both-spellings-of-rope",
+        {"rope_scaling": {"type": "default"}, "rope_parameters": {"rope_theta": 1e6}},
+        {"train.objective": "dflash", "drafter.rope_theta": 1e6},
+    ),
 ]
 
 
@@ -314,6 +319,8 @@ def test_drafter_json_that_makes_no_sense(content: Any, words: str, tmp_path: Pa
         ([], "JSON object"),
         ({"dflash_config": {"projector_type": "domino"}}, "projector_type"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "yarn"),
+        ({"rope_scaling": {"rope_theta": 1e4}, "rope_parameters": {"rope_theta": 1e6}}, r"1000000\.0 and 10000\.0"),
+        ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}}, r"10000\.0 and 1000000\.0"),
         ({"num_hiden_layers": 5}, "num_hiden_layers: unknown key, nearest: num_hidden_layers"),
     ],
 )

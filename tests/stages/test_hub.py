@@ -91,3 +91,22 @@ def test_a_first_drafter_that_is_not_on_the_hub_is_named(hub: Path, drafted_cach
     outcome = run_vpd("train", drafted_cache, "--out", tmp_path, "--first-drafter", "owner/other", **settings)
     assert outcome.code == 1
     assert "expected a drafter: owner/other is neither" in outcome.message
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("{}/config.json", "It is a file: give its folder, {}."),
+        ("~/llama", "Write ~ out: {}."),
+        ("~nobody/llama", "Check the path"),
+        ("owner/llama@main", "hf download ID --revision REVISION"),
+        ("owner/llama", "Check the path"),
+    ],
+)
+def test_a_name_that_is_nearly_right_is_told_what_to_do(
+    name: str, advice: str, hub: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HOME", str(tiny_llama.parent))
+    with pytest.raises(TargetError) as caught:
+        load_target(name.format(tiny_llama))
+    assert advice.format(tiny_llama) in str(caught.value)

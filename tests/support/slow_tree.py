@@ -136,6 +136,31 @@ def slow_best_chain(tables: list[Table]) -> list[Path]:
     return found
 
 
+class ThirdLevel(NamedTuple):
+    """What the second drafter sees at the third level, and the candidates that it makes of this."""
+
+    shown: list[Path]
+    candidates: list[list[int]]
+
+
+def slow_third_level(ranked: Ranked, second: SlowDrafter, policy: str, k: int, anchor: int, token: int) -> ThirdLevel:
+    """Beginnings of completed branches that are likeliest to end right before a wrong token, completed anew."""
+    tables = slow_tables(ranked, second, policy, k, anchor, token)
+    launched = slow_launch(ranked, second, policy, k, anchor, token)
+    scored = []
+    for shown, excluded in list(zip(launched.shown, launched.excluded, strict=True))[:k]:
+        chain = second.complete(anchor, (token, *shown), excluded)
+        reached = 1.0
+        for i, drafted in enumerate(chain):
+            row = {each: prob for prob, each in next_tokens(tables, tuple(chain[:i]))}
+            prob = row.get(drafted, 0.0)
+            if i > len(shown):
+                scored.append((reached * (1 - prob), tuple(chain[:i])))
+            reached *= prob
+    chosen = [path for _, path in sorted(scored, key=lambda pair: -pair[0])[:k]]
+    return ThirdLevel(chosen, [second.complete(anchor, (token, *path)) for path in chosen])
+
+
 def accepted(paths: list[Path], continuation: list[int]) -> int:
     """Tokens of the continuation that a verified path covers."""
     return max((len(path) for path in paths if list(path) == continuation[: len(path)]), default=0)

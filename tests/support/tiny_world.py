@@ -40,7 +40,7 @@ from support.slow_decode import (
     slow_continued,
     slow_resampled,
 )
-from support.slow_tree import slow_best_chain, slow_tables, slow_tree, united
+from support.slow_tree import slow_best_chain, slow_tables, slow_third_level, slow_tree, united
 from support.tiny import SHAPE as ANY_SHAPE
 from support.tiny import append, make_manifest
 
@@ -110,8 +110,8 @@ class Recorder(ReplayReport):
 
 
 def is_unlimited(way: Way) -> bool:
-    """Ways that verify all of their candidates, which a slow decode finds quickly."""
-    return way.nodes is None and way.name != "best chain"
+    """The ways of the paper with all of their candidates, which a slow decode finds quickly."""
+    return way.nodes is None and way.name in ("chain", "resampled", "branches")
 
 
 def record(replay: Replay, wanted: Callable[[Way], bool] = is_unlimited) -> None:
@@ -213,10 +213,16 @@ class World:
         draft = [best[0][1] for best in ranked]
         if way.name in ("chain", "resampled"):
             return united([draft, *slow_resampled(ranked, anchor.position, way.k)])[: way.nodes]
-        if way.name == "branches":
+        if way.name in ("branches", "three levels"):
             candidates = slow_candidates(ranked, second, way.policy or "", anchor.position, anchor.token)
             continued = slow_continued(draft, second, anchor.position, anchor.token) if way.k else []
-            return united([draft, *continued, *candidates[1 : way.k + 1]])[: way.nodes]
+            third: list[list[int]] = []
+            if way.name == "three levels":
+                assert second is not None
+                third = slow_third_level(
+                    ranked, second, way.policy or "", way.k, anchor.position, anchor.token
+                ).candidates
+            return united([draft, *continued, *candidates[1 : way.k + 1], *third])[: way.nodes]
         tables = slow_tables(ranked, second, way.policy or "", way.k, anchor.position, anchor.token)
         return slow_best_chain(tables)[: way.nodes] if way.name == "best chain" else slow_tree(tables, way.nodes or 0)
 

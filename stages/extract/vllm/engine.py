@@ -21,6 +21,7 @@ from ..engine import ABORTED, Completion, EngineRequest, Sampling, engine_facts
 from ..target import Target
 from .argmax import ArgmaxHead
 from .backend import choose_backend
+from .error_log import ErrorLog
 from .receiver import CapturedStates, StateReceiver, socket_folder
 from .signals import shielded
 
@@ -128,12 +129,16 @@ class VllmEngine:
         if target.adapter is not None:
             args |= {"enable_lora": True, "max_lora_rank": supported_lora_rank(target.adapter.rank)}
             self._lora_request = LoRARequest("adapter", 1, str(target.adapter.folder))
+        self._errors = ErrorLog()
         try:
-            self._engine = start_engine(args)
+            with self._errors.written():
+                self._engine = start_engine(args)
         except (RuntimeError, TypeError, ValueError) as error:
+            reason = self._errors.first_error() or one_line(error)
             self._receiver.close()
+            self._errors.close()
             raise ExtractionError(
-                f"vLLM did not start on {target.folder}: {one_line(error)}. Its own messages above show the reason. "
+                f"vLLM did not start on {target.folder}: {reason}. Its own messages above say more. "
                 "Set engine arguments in extract.engine_args (on a CPU, kv_cache_memory_bytes bounds vLLM's memory). "
                 "If vLLM's class for this target does not give its layers' states (EAGLE-3's interface), choose "
                 "--engine transformers."
@@ -208,7 +213,7 @@ class VllmEngine:
             extra_args={"kv_transfer_params": captured} if captured else None,
         )
         self._requests[request.key] = request
-        with death_as_error():
+        with death_as_error(self._errors):
             self._engine.add_request(
                 request.key, {"prompt_token_ids": request.prompt_ids}, params, lora_request=self._lora_request
             )
@@ -230,7 +235,7 @@ class VllmEngine:
         running = self._engine.has_unfinished_requests()
         waiting = bool(self._finished) and not running
         if running or (waiting and self._is_in_process):
-            with death_as_error():
+            with death_as_error(self._errors):
                 outputs = self._engine.step()
             for output in outputs:
                 if output.finished:
@@ -242,6 +247,7 @@ class VllmEngine:
     def close(self) -> None:
         self._engine.engine_core.shutdown()
         self._receiver.close()
+        self._errors.close()
 
     def _has_states(self, key: str) -> bool:
         """Whether the connector sends the states of a finished request."""
@@ -304,8 +310,11 @@ def start_engine(args: dict[str, Any]) -> LLMEngine:
 
 
 @contextmanager
-def death_as_error() -> Iterator[None]:
+def death_as_error(errors: ErrorLog) -> Iterator[None]:
     """For calls of vLLM's engine.
+
+    Args:
+        errors: what the engine's processes have logged.
 
     Raises:
         EngineDiedError: the engine's processes have ended.
@@ -315,9 +324,11 @@ def death_as_error() -> Iterator[None]:
     try:
         yield
     except EngineDeadError as error:
+        reason = errors.first_error()
         raise EngineDiedError(
-            "vLLM's engine died. Its own messages above show the reason. If it ran out of memory, lower max_num_seqs "
-            "or gpu_memory_utilization (--engine-arg). What was finished is kept: run the same command again."
+            f"vLLM's engine died{f': {reason}' if reason else ''}. Its own messages above say more. If it ran out of "
+            "memory, lower max_num_seqs or gpu_memory_utilization (--engine-arg). What was finished is kept: repair "
+            "the reason, and run the same command again."
         ) from error
 
 

@@ -10,10 +10,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support.prompts import read_prompts
 from vpd.data.errors import PromptError
 from vpd.data.prompts.messages import Message
 from vpd.data.prompts.reading import Reading
-from vpd.data.prompts.records import PromptRecord, read_prompts
+from vpd.data.prompts.records import PromptRecord
 
 HELLO = {"text": "hello"}
 UNPAIRED = json.loads('"\\ud83d"')
@@ -200,6 +201,10 @@ BAD_FILES = [
     pytest.param("a.jsonl", b"\n \n", "no prompts in", id="blank"),
     pytest.param("a.jsonl.gz", gzip.compress(b""), "no prompts in", id="empty-gzip"),
     pytest.param("a.parquet", parquet_bytes(text=[]), "no prompts in", id="parquet-without-rows"),
+    pytest.param("a.jsonl", b"version https://git-lfs", "pointer of Git LFS", id="pointer"),
+    pytest.param("a.csv", b"prompt,response\nx,y\n", "begins with .*prompt,response", id="csv"),
+    pytest.param("a.tar", b"a.jsonl" + bytes(500) + b'{"text": "hello"}\n' * 3, "begins with .*a.jsonl", id="tar"),
+    pytest.param("a.jsonl", '{"text": "hello"}\n'.encode("utf-16-le"), "UTF-16", id="utf-16-without-mark"),
     pytest.param("a.jsonl", b"{}\n[]\n", "no prompts in .*2 bad records", id="nothing-remains"),
     pytest.param("a.jsonl.gz", gzip.compress(b'{"text": "hello"}')[:-9], "can't be read", id="cut-gzip"),
     pytest.param("a.parquet", TABLE[:-20], "can't be read", id="cut-parquet"),

@@ -43,6 +43,9 @@ COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
     "xz": lzma.compress,
     "zstd": with_arrow("zstd"),
     "lz4": with_arrow("lz4"),
+    "pzstd": lambda data: b"\x50\x2a\x4d\x18\x04\x00\x00\x00size" + with_arrow("zstd")(data),
+    "many-zstd": lambda data: with_arrow("zstd")(data[:9]) + with_arrow("zstd")(data[9:]),
+    "many-gzip": lambda data: gzip.compress(data[:9]) + gzip.compress(data[9:]) + bytes(9),
 }
 LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
 TEXTS = {

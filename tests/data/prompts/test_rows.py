@@ -7,10 +7,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support.prompts import read_prompts
 from support.tiny import write_jsonl
 from vpd.data.errors import ConfigError, PromptError
 from vpd.data.prompts.reading import Reading
-from vpd.data.prompts.records import read_prompts
 from vpd.data.prompts.rows import HubPart
 
 TEXTS = [f"text {i}" for i in range(40)]

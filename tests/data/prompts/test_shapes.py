@@ -82,7 +82,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "unknown-part": (
         {"messages": [{"role": "user", "content": [{"type": "tool_use", "id": "1"}]}]},
-        "its type is 'tool_use'",
+        "of the type 'tool_use'; write a call under tool_calls",
     ),
     "other-system": ({"messages": [SYSTEM, USER, ASSISTANT], "system": "be rude"}, "system"),
     "documents": ({"messages": [USER, ASSISTANT], "documents": [{"title": "x", "body": "dogs"}]}, "documents"),
@@ -100,6 +100,64 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "chosen-of-another-prompt": ({"prompt": "name a cat", "chosen": [USER, ASSISTANT]}, "chosen begins with another"),
     "chosen-text-alone": ({"chosen": "Lazy.", "rejected": "Rex."}, "chosen must be"),
+    "context-of-passages": (
+        {"question": "who?", "answer": "A fox.", "context": {"contexts": ["A fox runs."]}},
+        "context",
+    ),
+    "definition": ({"definition": "Name it.", "inputs": "a dog", "targets": "Lazy."}, "definition"),
+    "instances": ({"instruction": "name it", "instances": [{"input": "a dog", "output": "Lazy."}]}, "instances"),
+    "longer-prompt": ({"messages": [USER, ASSISTANT], "prompt": "Be rude and name a dog"}, "'prompt' could carry"),
+    "template-switches": ({"messages": [USER], "chat_template_kwargs": {"x": False}}, "chat_template_kwargs"),
+    "enable-thinking": ({"messages": [USER], "enable_thinking": False}, "enable_thinking: false"),
+    "numbers-of-a-tool": (
+        {"messages": [USER, ASSISTANT | {"tool_responses": [{"name": "add", "response": {"sum": 5}}]}]},
+        "tool_responses",
+    ),
+    "two-contents": ({"conversations": [HUMAN | {"content": "name a cat"}, GPT]}, r"conversations\[0\].value"),
+    "part-of-a-turn-not-to-learn": (
+        {"messages": [USER, ASSISTANT | {"train_detail": [{"train": False}]}]},
+        "train_detail",
+    ),
+    "harmony-channel": ({"messages": [USER, ASSISTANT | {"channel": "analysis"}, ASSISTANT]}, "channel is 'analysis'"),
+    **{
+        f"short-name-{name}": ({"messages": [USER, ASSISTANT], name: "Be rude."}, f"'{name}' could carry")
+        for name in ("sys", "sys_msg", "ctx", "scratchpad")
+    },
+    "refusal": ({"messages": [USER, ASSISTANT | {"content": "", "refusal": "No."}]}, "refusal"),
+    "interleaved-thinking": (
+        {
+            "messages": [
+                USER,
+                {"role": "assistant", "content": ["Lazy.", {"type": "thinking", "thinking": "Which one?"}]},
+            ]
+        },
+        r"content\[1\] is thinking after text",
+    ),
+    "part-of-thinking": (
+        {"messages": [USER, {"role": "assistant", "content": [{"type": "thinking", "thinking": ["a", 5]}, "Lazy."]}]},
+        r"thinking\[1\] must be a part",
+    ),
+    "gemini-call": (
+        {"contents": [{"role": "user", "parts": [{"functionCall": {"name": "add"}}]}]},
+        "no text .*functionCall",
+    ),
+    "records-in-one-object": ({"data": [{"prompt": "name a dog", "response": "Lazy."}]}, "data holds records"),
+    "call-without-arguments": (
+        {"messages": [USER, ASSISTANT | {"tool_calls": [{"name": "add", "payload": {"a": 2}}]}]},
+        r"tool_calls\[0\] must have its arguments under",
+    ),
+    "call-with-python-text": (
+        {"messages": [USER, ASSISTANT | {"tool_calls": [{"name": "add", "arguments": "{'a': 2}"}]}]},
+        "arguments must be JSON text",
+    ),
+    "call-with-huge-number": (
+        {"messages": [USER, ASSISTANT | {"tool_calls": [{"name": "add", "arguments": "9" * 5000}]}]},
+        "arguments must be JSON text",
+    ),
+    "call-with-a-key-twice": (
+        {"messages": [USER, ASSISTANT | {"tool_calls": [{"name": "add", "arguments": '{"a": 1, "a": 2}'}]}]},
+        "two values",
+    ),
     "role": ({"conversations": [{"from": "alice", "value": "hi"}]}, "extract.roles"),
 }
 
@@ -152,6 +210,8 @@ def test_roles_are_known_in_their_usual_spellings(role: str, name: str):
 def test_a_setting_names_other_roles():
     record = {"conversations": [{"from": "Alice", "value": "name a dog"}, {"from": "GPT-X", "value": "Lazy."}]}
     assert turns(parse_record(record, Reading(roles={"Alice": "user", "GPT-X": "gpt"}))) == ANSWERED
+    labels = {"messages": [USER | {"role": 0}, ASSISTANT | {"role": 1}]}
+    assert turns(parse_record(labels, Reading(roles={"0": "user", "1": "assistant"}))) == ANSWERED
     with pytest.raises(ConfigError, match=r"extract\.roles: expected Alice to be one of"):
         Reading(roles={"Alice": "wizard"})
 
@@ -161,6 +221,11 @@ def test_used_keys_and_left_out_keys_are_told():
     facts = parse_record(record).facts
     assert facts.used == ("Question", "response")
     assert facts.left_out == ("id", "source", "input", "system")
+
+
+def test_a_request_of_a_batch_file_tells_its_own_keys():
+    facts = parse_record({"custom_id": "1", "body": {"model": "m", "messages": [USER, ASSISTANT, USER]}}).facts
+    assert facts == (("body",), ("custom_id", "body.model"), ("ends with the user",))
 
 
 RULES = {
@@ -198,13 +263,23 @@ def test_functions_reach_the_template_in_one_form(name: str):
     assert parse_record(SHAPES[name][0]).tools == (TOOL,)
 
 
+@pytest.mark.parametrize("key", ["parameters", "input_schema", "inputSchema"])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_the_parameters_of_a_function_have_one_name(key: str, as_text: bool):
+    tool = {**ADD, key: json.dumps(PARAMETERS) if as_text else PARAMETERS}
+    if key != "parameters":
+        del tool["parameters"]
+    assert parse_record({"messages": [USER], "tools": [tool]}).tools == (TOOL,)
+
+
 ARGUMENTS = [
     pytest.param({"a": 2, "b": None}, {"a": 2}, id="null"),
     pytest.param('{"a": 2, "b": null}', {"a": 2, "b": None}, id="null-in-text"),
     pytest.param({"a": float("nan"), "b": 2}, {"b": 2}, id="nan"),
-    pytest.param("no object", "no object", id="text"),
-    pytest.param("[1]", "[1]", id="text-of-a-list"),
-    pytest.param('{"a": ' + "9" * 5000 + "}", '{"a": ' + "9" * 5000 + "}", id="text-with-huge-number"),
+    pytest.param("[1]", [1], id="text-of-a-list"),
+    pytest.param(json.dumps('{"a": 2}'), {"a": 2}, id="text-of-a-text"),
+    pytest.param(" ", {}, id="no-text"),
+    pytest.param(None, {}, id="absent"),
 ]
 
 

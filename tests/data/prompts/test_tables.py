@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.prompts import read_prompts
 from support.tiny import write_jsonl
 from vpd.data.errors import PromptError
-from vpd.data.prompts.records import BadRow, PromptRecord, PromptSource, read_prompts, shuffled
+from vpd.data.prompts.records import BadRow, PromptRecord, PromptSource, shuffled
 from vpd.data.prompts.rows import HubPart
 from vpd.data.prompts.tables import BLOCK_BYTES, BatchTable, LineTable, StreamTable, open_table
 
@@ -86,6 +87,37 @@ def test_rows_of_a_table_are_those_of_plain_reading(kind: str, group_rows: int, 
     for indices in ([0, 1, 2999], [1500], [6, 7, 8], [2998], [*range(1400, 1600)], [], [0]):
         expected = [(i, i + 1, {"text": f"text {i}", "other": None}) for i in indices]
         assert [(index, number, load()) for index, number, load in opened.read(indices)] == expected
+
+
+KINDS_OF_TEXT = {
+    "plain": pa.array(["a", "b", "a", None]),
+    "large": pa.array(["a", "b", "a", None], pa.large_string()),
+    "view": pa.array(["a", "b", "a", None], pa.string_view()),
+    "dictionary": pa.array(["a", "b", "a", None]).dictionary_encode(),
+    "run-ends": pa.RunEndEncodedArray.from_arrays(pa.array([1, 2, 3, 4], pa.int32()), pa.array(["a", "b", "a", None])),
+    "bytes": pa.array([b"a", b"b", b"a", None]),
+    "json": pa.ExtensionArray.from_storage(pa.json_(), pa.array(["a", "b", "a", None])),
+}
+"""Arrow's types for the texts a, b, a and nothing."""
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_TEXT)
+@pytest.mark.parametrize("rows", [[0, 1, 2, 3], [2], [0, 2, 3]], ids=str)
+def test_a_text_of_every_type_of_arrow_is_read(kind: str, rows: list[int], tmp_path: Path):
+    table = pa.table({"prompt": ["p"] * 4, "response": KINDS_OF_TEXT[kind]})
+    with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as file:
+        file.write_table(table)
+    found = [each for each in PromptSource([tmp_path / "a.arrow"]).read(rows) if isinstance(each, PromptRecord)]
+    expected = [["p", "a"], ["p", "b"], ["p", "a"], ["p"]]
+    assert [[message.content for message in each.messages] for each in found] == [expected[row] for row in rows]
+
+
+def test_bytes_that_are_no_text_are_a_bad_row(tmp_path: Path):
+    pq.write_table(pa.table({"text": [b"\xff\xfe", b"b"]}), tmp_path / "a.parquet")
+    bad, good = PromptSource([tmp_path / "a.parquet"]).read()
+    assert isinstance(bad, BadRow)
+    assert "text holds bytes that are no text in UTF-8" in bad.reason
+    assert isinstance(good, PromptRecord)
 
 
 @pytest.mark.parametrize("rows", [[3], [29, 0, 15, 14, 2], [*range(30)][::-1], [], [11, 12, 25]], ids=str)

@@ -1,7 +1,6 @@
 """Drafter checkpoints: the public form that other programs load, and refusals of unsupported variants."""
 
 # H hidden width
-import hashlib
 import json
 import re
 import resource
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.checkpoints import edit_weights, make_drafter, save
 from support.tiny import SHAPE, snapshot
 from transformers import Qwen3Config
 from vpd.data.cache.manifest import CacheManifest
@@ -25,8 +25,6 @@ from vpd.stages.drafter.checkpoint import (
     load_shape,
     save_drafter,
 )
-from vpd.stages.drafter.model import Drafter
-from vpd.stages.drafter.shape import DrafterShape
 from vpd.stages.train.checkpoints import find_drafter
 
 H = SHAPE.hidden_size
@@ -52,30 +50,6 @@ WEIGHT_SHAPES = {
         }.items()
     },
 }
-
-
-def make_drafter(shape: DrafterShape = SHAPE) -> Drafter:
-    drafter = Drafter(shape)
-    drafter.init_weights(torch.Generator().manual_seed(0))
-    return drafter
-
-
-def save(folder: Path, drafter: Drafter, **files: Any) -> Path:
-    config = drafter.shape.to_json(training_mode="vp_drafter", prefix_weight_base=0.9)
-    save_drafter(drafter.state_dict(), folder, config, files or None)
-    return folder
-
-
-def change_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    change(config)
-    path.write_text(json.dumps(config))
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    return save(tmp_path / "drafter", make_drafter())
 
 
 # Saving and loading
@@ -113,14 +87,14 @@ def test_the_config_holds_what_engines_read(saved: Path):
     config = json.loads((saved / "config.json").read_text())
     expected = {
         "architectures": ["DFlashDraftModel"],
-        "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
         "model_type": "qwen3",
         "layer_types": ["full_attention", "full_attention"],
-        "sliding_window": None,
+        "is_causal": False,
         "num_target_layers": 8,
         "block_size": 5,
     }
     assert {key: config[key] for key in expected} == expected
+    assert "auto_map" not in config  # The folder holds no code that the key could name.
     assert config["dflash_config"] == {
         "mask_token_id": 19,
         "target_layer_ids": [1, 3, 5],
@@ -154,12 +128,6 @@ def test_saving_replaces_the_folder_and_leaves_nothing_else(saved: Path):
     assert sorted(path.name for path in saved.iterdir()) == ["config.json", "model.safetensors", "state.pt"]
     assert torch.load(saved / "state.pt") == {"step": 3}
     assert [path.name for path in saved.parent.iterdir()] == ["drafter"]
-
-
-def edit_weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    weights = load_file(folder / "model.safetensors")
-    edit(weights)
-    save_file(weights, folder / "model.safetensors")
 
 
 def largest_file(num_bytes: int) -> None:
@@ -270,139 +238,6 @@ def test_an_embedding_of_the_mask_token_alone_is_refused(saved: Path):
     for read in (load_shape, load_drafter, drafter_fingerprint):
         with pytest.raises(DrafterError, match=r"mask_embedding\.pt: this drafter has an embedding of its own"):
             read(saved)
-
-
-# Copies of the target's weights
-
-
-def save_pieces(folder: Path, dtype: torch.dtype = torch.float32, tied: bool = False) -> dict[str, torch.Tensor]:
-    """The target's pieces as a cache holds them."""
-    generator = torch.Generator().manual_seed(3)
-    names = ["embed_tokens.weight"] if tied else ["embed_tokens.weight", "lm_head.weight"]
-    pieces = {name: torch.randn(20, H, generator=generator).to(dtype) for name in names}
-    pieces["norm.weight"] = torch.rand(H, generator=generator).to(dtype)
-    folder.mkdir()
-    save_file(pieces, folder / "pieces.safetensors")
-    return pieces
-
-
-COPIES = {"embed_tokens.weight": 0, "lm_head.weight": 1, "verifier_lm_head.weight": 1, "verifier_norm.weight": 2}
-"""Names in a checkpoint, and which of embedding, head and norm each is a copy of."""
-
-
-@pytest.mark.parametrize("tied", [False, True], ids=["head", "tied"])
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("copied", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_copies_of_the_targets_weights_are_left_out(
-    stored: torch.dtype, copied: torch.dtype, tied: bool, saved: Path, tmp_path: Path
-):
-    exact = [*save_pieces(tmp_path / "exact", tied=tied).values()]
-    if tied:
-        exact.insert(0, exact[0])
-    expected = load_drafter(saved).state_dict()
-    save_pieces(tmp_path / "target", stored, tied)
-    if copied != torch.float32:  # else the piece is a rounding of the copy
-        exact = [piece.to(stored) for piece in exact]
-    edit_weights(
-        saved, lambda weights: weights.update({name: exact[i].to(copied).clone() for name, i in COPIES.items()})
-    )
-    found = load_drafter(saved, target_folder=tmp_path / "target").state_dict()
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
-
-
-@pytest.mark.parametrize("name", COPIES)
-def test_other_weights_than_the_targets_are_refused_by_name(name: str, saved: Path, tmp_path: Path):
-    pieces = [*save_pieces(tmp_path / "target").values()]
-    other = pieces[COPIES[name]].clone()
-    other.view(-1)[3] += 0.01
-    copies = {key: pieces[i].clone() for key, i in COPIES.items()} | {name: other}
-    edit_weights(saved, lambda weights: weights.update(copies))
-    with pytest.raises(DrafterError, match=rf"model\.safetensors: {name}: expected a copy of the target's weight"):
-        load_drafter(saved, target_folder=tmp_path / "target")
-
-
-def test_a_copy_of_another_vocabulary_is_refused(saved: Path, tmp_path: Path):
-    pieces = save_pieces(tmp_path / "target")
-    edit_weights(saved, lambda weights: weights.update({"lm_head.weight": pieces["lm_head.weight"][:19].clone()}))
-    with pytest.raises(DrafterError, match=r"lm_head\.weight: expected a copy"):
-        load_drafter(saved, target_folder=tmp_path / "target")
-    with pytest.raises(DrafterError, match="Name the cache"):
-        load_drafter(saved)
-
-
-# Fingerprint
-
-
-def test_fingerprints_stay_those_of_earlier_caches(tmp_path: Path):
-    """First drafts of existing caches are found by it: a hash of this text and of the file of weights."""
-    described = (
-        "DrafterShape(num_layers=2, hidden_size=8, num_attention_heads=4, num_key_value_heads=2, head_dim=6, "
-        "intermediate_size=10, rms_norm_eps=1e-05, rope_theta=500.0, max_position_embeddings=64, vocab_size=20, "
-        "block_size=5, mask_token_id=19, target_layer_ids=(1, 3, 5), num_target_layers=8)"
-    )
-    saved = save(tmp_path / "drafter", make_drafter())
-    content = (saved / "model.safetensors").read_bytes()
-    assert drafter_fingerprint(saved) == hashlib.sha256(described.encode() + content).hexdigest()[:16]
-
-
-def test_the_fingerprint_covers_what_the_target_does_to_its_embedding(saved: Path, tmp_path: Path):
-    save_pieces(tmp_path / "target")
-    found = [drafter_fingerprint(saved), drafter_fingerprint(saved, tmp_path / "target")]
-    for facts in ({"embedding_multiplier": 2.0}, {"embedding_multiplier": 3.0}, {"logits_soft_cap": 30.0}):
-        (tmp_path / "target/pieces.json").write_text(json.dumps(facts))
-        found.append(drafter_fingerprint(saved, tmp_path / "target"))
-    assert found[0] == found[1]
-    assert len({*found}) == 4
-
-
-def test_the_fingerprint_is_that_of_the_content(saved: Path, tmp_path: Path):
-    fingerprint = drafter_fingerprint(saved)
-    assert len(fingerprint) == 16
-    assert int(fingerprint, 16) >= 0
-    assert drafter_fingerprint(save(tmp_path / "elsewhere", make_drafter())) == fingerprint
-
-
-@pytest.mark.parametrize("place", [-1, -1001], ids=["last-weight", "inner-weight"])
-def test_one_weight_changes_the_fingerprint(saved: Path, place: int):
-    before = drafter_fingerprint(saved)
-    # Cloned, since `load_file` may return views of the file.
-    weights = {name: value.clone() for name, value in load_file(saved / "model.safetensors").items()}
-    content = bytearray((saved / "model.safetensors").read_bytes())
-    content[place] ^= 1
-    (saved / "model.safetensors").write_bytes(content)
-    changed = load_file(saved / "model.safetensors")
-    assert sum(int((changed[name] != value).sum()) for name, value in weights.items()) == 1
-    assert drafter_fingerprint(saved) != before
-
-
-def test_the_fingerprint_covers_large_files_to_their_end(saved: Path):
-    content = bytearray(3 << 20)
-    fingerprints = set()
-    for place in (0, 1 << 20, -1):
-        content[place] += 1
-        (saved / "model.safetensors").write_bytes(content)
-        fingerprints.add(drafter_fingerprint(saved))
-    assert len(fingerprints) == 3
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        pytest.param(lambda config: config["dflash_config"].update(mask_token_id=18), id="mask-token"),
-        pytest.param(lambda config: config["dflash_config"].update(target_layer_ids=[1, 3, 6]), id="context-layers"),
-        pytest.param(lambda config: config.update(block_size=4), id="block-size"),
-        pytest.param(
-            lambda config: config.update(rope_theta=600.0, rope_parameters={"rope_theta": 600.0}), id="rope-theta"
-        ),
-        pytest.param(lambda config: config.update(rms_norm_eps=1e-6), id="norm-eps"),
-        pytest.param(lambda config: config.update(num_attention_heads=2, num_key_value_heads=1), id="heads"),
-    ],
-)
-def test_a_setting_that_decides_drafts_changes_the_fingerprint(saved: Path, change: Callable[..., object]):
-    before = drafter_fingerprint(saved)
-    change_config(saved, change)
-    assert drafter_fingerprint(saved) != before
 
 
 # Fit to a cache

@@ -140,7 +140,6 @@ TOP_KEYS = [
     "max_position_embeddings",
     "vocab_size",
     "block_size",
-    "num_target_layers",
 ]
 
 
@@ -150,6 +149,11 @@ def test_a_key_of_null_is_a_missing_key(tmp_path: Path, key: str):
     config = PUBLISHED | ({"dflash_config": {**dflash, key: None}} if key in dflash else {key: None})
     with pytest.raises(DrafterError, match=f"expected the key '{key}'"):
         load_shape(write_config(tmp_path, config))
+
+
+def test_the_number_of_the_targets_layers_may_be_missing(tmp_path: Path):
+    config = {name: value for name, value in PUBLISHED.items() if name != "num_target_layers"}
+    assert load_shape(write_config(tmp_path, config)).num_target_layers is None
 
 
 @pytest.mark.parametrize("key", TOP_KEYS)
@@ -289,7 +293,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "two-block-sizes": (with_dflash(block_size=8), "block_size: found 16, and 8 in dflash_config"),
     "two-rope-thetas": (
         {"rope_theta": 1e6, "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}},
-        "rope_theta 10000.0 and 1000000.0 at once",
+        "rope_theta 1000000.0 and 10000.0 at once",
     ),
     "rope-of-text": ({"rope_parameters": "default"}, "rope_parameters"),
 }

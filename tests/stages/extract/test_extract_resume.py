@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 from support.extracting import by_row, no_engine, run, tokens
+from support.prompts import read_prompts
 from support.tiny import EXTRACT, PROMPTS, skipped_by_unit, snapshot, vpd, write_jsonl
 from vpd.data.cache.cache import Cache
 from vpd.data.cache.maintenance.quarantine import LISTS, read_quarantined
 from vpd.data.errors import ExtractionError
-from vpd.data.prompts.records import read_prompts
 from vpd.stages.extract.engine import ABORTED, Completion, Engine, EngineRequest
 
 

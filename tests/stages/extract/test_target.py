@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.own_code import save_own_code
 from support.tiny import END, HIDDEN, NUM_LAYERS, VOCAB, Damage, save_target, snapshot
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from vpd.data.cache.storage.local import LocalStorage
@@ -111,6 +112,16 @@ def test_ends_of_the_generation_config_count_too(ids: Any, folder: Path):
     assert load_target(str(folder)).eos_token_ids == {1, 7, *(ids if isinstance(ids, list) else [])}
 
 
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("ids", [-1, VOCAB, [1, VOCAB + 7], "</s>", True])
+def test_ends_outside_the_vocabulary_are_refused_by_file(file: str, ids: Any, folder: Path):
+    path = folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": ids}))
+    with pytest.raises(TargetError, match=re.escape(str(path))) as caught:
+        load_target(str(folder))
+    assert "eos_token_id" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("gone", "words"),
     [
@@ -127,6 +138,22 @@ def test_a_folder_without_a_file_names_what_is_missing(gone: str, words: list[st
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_an_adapter_in_the_targets_folder_is_named(is_whole: bool, folder: Path):
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    if not is_whole:
+        (folder / "config.json").unlink()
+    with pytest.raises(TargetError, match=r"extract\.adapter to") as caught:
+        load_target(str(folder))
+    assert str(folder) in str(caught.value)
+
+
+def test_a_folder_of_the_hubs_cache_names_its_snapshot(folder: Path, tmp_path: Path):
+    snapshot = shutil.move(folder, tmp_path / "models--a--b/snapshots/abc")
+    with pytest.raises(TargetError, match=rf"hub's local cache: give {re.escape(str(snapshot))}"):
+        load_target(str(tmp_path / "models--a--b"))
+
+
 def test_config_and_tokenizer_are_enough_without_weights(folder: Path):
     (folder / "model.safetensors").unlink()
     target = load_target(str(folder), weights=False)
@@ -138,32 +165,22 @@ def test_config_and_tokenizer_are_enough_without_weights(folder: Path):
 # Code of the target
 
 
-CODE = {
-    "configuration_own.py": "from transformers import LlamaConfig\n\nclass OwnConfig(LlamaConfig):\n"
-    '    model_type = "own"\n',
-    "modeling_own.py": "from transformers import LlamaForCausalLM\n\nfrom .configuration_own import OwnConfig\n\n"
-    "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n",
-}
-
-
 @pytest.fixture
 def own_code(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A target whose class is in its folder."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr("builtins.input", lambda text: pytest.fail(f"a question on the terminal: {text}"))
-    folder = shutil.copytree(tiny_llama, tmp_path / "own")
-    for name, content in CODE.items():
-        (folder / name).write_text(content)
-    classes = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
-    path = folder / "config.json"
-    config = json.loads(path.read_text()) | {"model_type": "own", "auto_map": classes}
-    path.write_text(json.dumps(config | {"architectures": ["OwnForCausalLM"]}))
-    return folder
+    return save_own_code(tiny_llama, tmp_path, monkeypatch)
 
 
 def test_code_of_the_target_runs_only_with_leave(own_code: Path):
     with pytest.raises(TargetError, match=r"own code \(auto_map in .*own/config\.json\).*extract\.trust_remote_code"):
         load_target(str(own_code))
+
+
+@pytest.mark.parametrize("file", ["configuration_own.py", "modeling_own.py"])
+def test_code_that_ends_the_program_is_an_error(file: str, own_code: Path):
+    path = own_code / file
+    path.write_text(path.read_text() + "\nraise SystemExit(0)\n")
+    with pytest.raises(TargetError, match="ends the program"):
+        load_target(str(own_code), trust_remote_code=True)
 
 
 def test_code_of_the_target_reaches_config_and_engine_but_not_the_cache(

@@ -123,6 +123,17 @@ def test_two_sets_of_weights_are_refused(tiny_tokenizer: PreTrainedTokenizerFast
         load_target(str(folder))
 
 
+def test_a_second_file_may_add_tensors_but_not_give_one_twice(tiny_llama: Path, tmp_path: Path):
+    folder = shutil.copytree(tiny_llama, tmp_path / "target")
+    save_file({"momentum": torch.zeros(2)}, folder / "optimizer.safetensors")
+    load_target(str(folder))
+    save_file({"model.norm.weight": torch.zeros(2)}, folder / "extra.safetensors")
+    with pytest.raises(
+        TargetError, match=r"model\.norm\.weight once in .*model\.safetensors and in extra\.safetensors"
+    ):
+        load_target(str(folder))
+
+
 def test_no_cache_is_begun_for_a_damaged_target(tiny_llama: Path, tmp_path: Path):
     folder = shutil.copytree(tiny_llama, tmp_path / "llama")
     (folder / "model.safetensors").write_bytes(POINTER)

@@ -188,7 +188,10 @@ def test_why_an_engine_does_not_start_is_reported_and_standard_output_stays_clea
     done = subprocess.run([*map(str, command), *flags, *arguments], capture_output=True, text=True, timeout=200)
     assert done.returncode == 1
     assert done.stdout == ""
-    assert "eagle" in done.stderr.lower().rpartition("vpd: error:")[0]
+    messages, _, paragraph = done.stderr.rpartition("vpd: error:")
+    assert "eagle" in messages.lower()
+    assert "eagle" in paragraph.partition("Its own messages")[0].lower()  # the engine's reason, in vpd's own words too
+    assert "--engine transformers" in paragraph
 
 
 @pytest.mark.parametrize("name", ["enable_prefix_caching", "max_model_len", "speculative_config"])
