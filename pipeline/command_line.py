@@ -63,6 +63,15 @@ class VpdGroup(click.Group):
             where = error.filename or "a file (--debug shows which)"
             click.echo(f"vpd: error: {where}: {error.strerror}. Repair that, or choose another place.", err=True)
             code = 1
+        except SystemExit as error:
+            if DEBUG in ctx.meta:
+                raise
+            click.echo(
+                f"vpd: error: code outside vpd, such as that of the target or of a plugin, ended the program "
+                f"(SystemExit {error.code}). --debug shows which.",
+                err=True,
+            )
+            code = 1
         except Stopped as stopped:
             code = stopped.exit_code
         except KeyboardInterrupt:
@@ -93,6 +102,16 @@ def codecs() -> list[click.Parameter]:
 
     return [
         click.Option(["--codec"], required=True, type=click.Choice([*CODECS]), help="How the states of OUT are stored.")
+    ]
+
+
+def forms() -> list[click.Parameter]:
+    """The option `--format`, whose choices are the forms of an exported drafter."""
+    from ..stages.export.forms import FORMS
+
+    text = "dflash = what vLLM and SGLang load; speculators = what that library and vLLM load."
+    return [
+        click.Option(["--format", "form"], type=click.Choice([*FORMS]), default="dflash", show_default=True, help=text)
     ]
 
 

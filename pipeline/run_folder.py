@@ -129,6 +129,8 @@ def provenance(cache: Cache) -> dict[str, Any]:
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "cache": cache.place,
         "cache_fingerprint": cache.fingerprint,
+        "num_sequences": len(cache),
+        "num_tokens": cache.num_tokens,
         "target": cache.manifest.target,
         "target_fingerprint": cache.manifest.target_fingerprint,
         "python": platform.python_version(),

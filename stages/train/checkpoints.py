@@ -65,9 +65,19 @@ def write_result(checkpoint: Path, result: CheckpointResult) -> None:
 
 
 def read_result(checkpoint: Path) -> CheckpointResult | None:
-    """None if the checkpoint was not evaluated."""
+    """None if the checkpoint was not evaluated.
+
+    Raises:
+        DrafterError: the file is damaged.
+    """
     path = checkpoint / ALPHA
-    return CheckpointResult(**json.loads(path.read_text())) if path.is_file() else None
+    try:
+        return CheckpointResult(**json.loads(path.read_text())) if path.is_file() else None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DrafterError(
+            f"{path}: expected the result of a checkpoint's evaluation: {error}. Remove the file; the checkpoint then "
+            "counts as one that was not evaluated."
+        ) from None
 
 
 def best_checkpoints(run: Path) -> list[Path]:
