@@ -50,17 +50,18 @@ def draft_all(
     anchors_N: Tensor,
     anchor_ids_N: Tensor,
     blocks_per_pass: int,
+    num_alternatives: int = NUM_ALTERNATIVES,
 ) -> tuple[Tensor, Tensor]:
     """First drafts at all anchors, pass by pass: tokens [N, J, A], best first, and their probabilities (float32).
 
     Args:
         sequence_N: the number of each anchor's sequence in the context, ascending.
     """
-    shape = len(anchors_N), drafter.shape.block_size - 1, NUM_ALTERNATIVES
+    shape = len(anchors_N), drafter.shape.block_size - 1, num_alternatives
     tokens_NJA, probs_NJA = anchor_ids_N.new_zeros(shape), torch.zeros(shape, device=anchor_ids_N.device)
     for chunk, num_blocks in cut_into_passes(sequence_N, len(context.num_tokens), blocks_per_pass):
         tokens_NJA[chunk], probs_NJA[chunk] = draft_pass(
-            drafter, pieces, context, num_blocks, anchors_N[chunk], anchor_ids_N[chunk], NUM_ALTERNATIVES
+            drafter, pieces, context, num_blocks, anchors_N[chunk], anchor_ids_N[chunk], num_alternatives
         )
     return tokens_NJA, probs_NJA
 
@@ -103,14 +104,21 @@ def complete_branches(
     Args:
         num_blocks: branches of each sequence in the context, one sequence after another; None: one sequence.
     """
-    tokens_RJA, _ = redraft(drafter, pieces, context, num_blocks, branches, 1)
-    return completed(branches.shown_RJ, branches.visible_len_R, tokens_RJA)
+    tokens_RJA, _ = redraft(drafter, pieces, context, num_blocks, branches, 2)
+    return completed(branches.shown_RJ, branches.visible_len_R, branches.excluded_R, tokens_RJA)
 
 
-def completed(shown: Tensor, visible_len: Tensor, tokens: Tensor) -> Tensor:
-    """Candidates [..., J]: the visible tokens [..., J'], then the likeliest ones of the redraft [..., J, A]."""
+def completed(shown: Tensor, visible_len: Tensor, excluded: Tensor, tokens: Tensor) -> Tensor:
+    """Candidates [..., J]: the visible tokens [..., J'], then the likeliest ones of the redraft [..., J, A].
+
+    Right after the visible tokens, the second likeliest token comes if the likeliest one is excluded.
+    """
     j_J = torch.arange(tokens.shape[-2], device=tokens.device)
-    return torch.where(j_J < visible_len[..., None], _widened(shown, len(j_J)), tokens[..., 0])
+    best, second = tokens[..., 0], tokens[..., 1]
+    is_next = j_J == visible_len[..., None]
+    ruled_out = is_next & (best == excluded[..., None]) & (excluded[..., None] != NO_TOKEN)
+    proposed = torch.where(ruled_out, second, best)
+    return torch.where(j_J < visible_len[..., None], _widened(shown, len(j_J)), proposed)
 
 
 def redraft(
@@ -124,7 +132,7 @@ def redraft(
     """The likeliest tokens [R, J, A] at the positions after the visible ones, best first, and their probabilities.
 
     J is the larger one of the branches' J and the drafter's own. Visible positions and those past the drafter's block
-    hold `NO_TOKEN` with probability 0. The excluded token is left out.
+    hold `NO_TOKEN` with probability 0. Excluded tokens are among the likeliest like any others.
 
     Args:
         num_blocks: branches of each sequence in the context, one sequence after another; None: one sequence.
@@ -132,66 +140,19 @@ def redraft(
     G = drafter.shape.block_size
     shown_RJ = _widened(branches.shown_RJ, G - 1)
     k_J = torch.arange(1, shown_RJ.shape[1] + 1, device=shown_RJ.device)
-    visible_len_R1 = branches.visible_len_R[:, None]
-    wanted_RJ = (k_J > visible_len_R1)[:, : G - 1]
-    tokens_RJA, probs_RJA = _fill_branches(
-        drafter, pieces, context, num_blocks, branches, shown_RJ, wanted_RJ, num_alternatives + 1
-    )
-    excluded_R11 = branches.excluded_R[:, None, None]
-    is_next_RJ1 = (k_J[: G - 1] == visible_len_R1 + 1)[..., None]
-    ruled_out_RJA = is_next_RJ1 & (tokens_RJA == excluded_R11) & (excluded_R11 != NO_TOKEN)
-    order_RJA = ruled_out_RJA.byte().sort(dim=2, stable=True).indices[..., :num_alternatives]
-    tokens_RJA = tokens_RJA.masked_fill(~wanted_RJ[..., None], NO_TOKEN).gather(2, order_RJA)
-    past_block = (0, 0, 0, shown_RJ.shape[1] - (G - 1))
-    return pad(tokens_RJA, past_block, value=NO_TOKEN), pad(probs_RJA.gather(2, order_RJA), past_block)
-
-
-def rank_next(
-    drafter: Drafter,
-    pieces: TargetPieces,
-    context: Context,
-    num_blocks: Sequence[int] | None,
-    branches: OpenBranches,
-    num_alternatives: int,
-) -> tuple[Tensor, Tensor]:
-    """The likeliest tokens [R, A] that follow the visible ones, best first, and their probabilities.
-
-    Where the visible tokens reach the end of the drafter's block: `NO_TOKEN` with probability 0.
-    """
-    k_J = torch.arange(1, drafter.shape.block_size, device=branches.shown_RJ.device)
-    wanted_RJ = k_J == branches.visible_len_R[:, None] + 1
-    shown_RJ = _widened(branches.shown_RJ, drafter.shape.block_size - 1)
-    tokens_RJA, probs_RJA = _fill_branches(
-        drafter, pieces, context, num_blocks, branches, shown_RJ, wanted_RJ, num_alternatives
-    )
-    # All other positions hold zeros.
-    tokens_RA = tokens_RJA.sum(dim=1).masked_fill(~wanted_RJ.any(dim=1)[:, None], NO_TOKEN)
-    return tokens_RA, probs_RJA.sum(dim=1)
-
-
-def _widened(tokens: Tensor, width: int) -> Tensor:
-    """At least `width` columns, the new ones filled with `NO_TOKEN`."""
-    return pad(tokens, (0, max(0, width - tokens.shape[-1])), value=NO_TOKEN)
-
-
-def _fill_branches(
-    drafter: Drafter,
-    pieces: TargetPieces,
-    context: Context,
-    num_blocks: Sequence[int] | None,
-    branches: OpenBranches,
-    shown_RJ: Tensor,
-    wanted_RJ: Tensor,
-    num_alternatives: int,
-) -> tuple[Tensor, Tensor]:
-    """Tokens and probabilities [R, G-1, A] at the wanted positions of the drafter's block, zeros elsewhere."""
-    G = drafter.shape.block_size
-    k_J = torch.arange(1, shown_RJ.shape[1] + 1, device=shown_RJ.device)
     masked_RJ = k_J > branches.visible_len_R[:, None]
+    wanted_RJ = masked_RJ[:, : G - 1]
     inside_RJ = torch.where(masked_RJ, drafter.shape.mask_token_id, shown_RJ)[:, : G - 1]
     block_ids_RG = torch.cat([branches.anchor_ids_R[:, None], inside_RJ], dim=1)
     wanted_RG = pad(wanted_RJ, (1, 0), value=False)
     tokens_RGA, probs_RGA = fill_blocks(
         drafter, pieces, context, block_ids_RG, branches.anchors_R, wanted_RG, num_alternatives, num_blocks
     )
-    return tokens_RGA[:, 1:], probs_RGA[:, 1:]
+    past_block = (0, 0, 0, shown_RJ.shape[1] - (G - 1))
+    tokens_RJA = tokens_RGA[:, 1:].masked_fill(~wanted_RJ[..., None], NO_TOKEN)
+    return pad(tokens_RJA, past_block, value=NO_TOKEN), pad(probs_RGA[:, 1:], past_block)
+
+
+def _widened(tokens: Tensor, width: int) -> Tensor:
+    """At least `width` columns, the new ones filled with `NO_TOKEN`."""
+    return pad(tokens, (0, max(0, width - tokens.shape[-1])), value=NO_TOKEN)

@@ -116,6 +116,34 @@ def best_chain(conditionals: Conditionals) -> Tensor:
     return torch.cat(tokens, dim=1)
 
 
+def path_probs(conditionals: Conditionals, paths_NBJ: Tensor) -> Tensor:
+    """The probability [N, B, J] of each token of some paths after the tokens before it; 0 for an unlikely token."""
+    root = _root(conditionals)
+    N, B, J = paths_NBJ.shape
+    tables_NB, alive_NBC = root.tables_NF.expand(N, B), root.alive_NFC.expand(N, B, -1)
+    found = []
+    for depth in range(1, J + 1):
+        at_NBA = tables_NB[..., None].expand(-1, -1, conditionals.tokens_NCJA.shape[3])
+        token_NB = paths_NBJ[..., depth - 1]
+        is_token_NBA = conditionals.tokens_NCJA[:, :, depth - 1].gather(1, at_NBA) == token_NB[..., None]
+        found.append((conditionals.probs_NCJA[:, :, depth - 1].gather(1, at_NBA) * is_token_NBA).sum(dim=2))
+        tables_NB, alive_NBC = _follow(conditionals, token_NB, depth, tables_NB, alive_NBC)
+    return torch.stack(found, dim=2)
+
+
+def _follow(
+    conditionals: Conditionals, tokens_NF: Tensor, depth: int, tables_NF: Tensor, alive_NFC: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The table after one more token of each path, and which tables the path still follows.
+
+    Args:
+        tables_NF: the table before the token.
+    """
+    alive_NFC = alive_NFC & (tokens_NF[..., None] == conditionals.shown_NCJ[:, None, :, depth - 1])
+    begun_NFC = alive_NFC & (conditionals.visible_len_NC[:, None] == depth)
+    return _deepest(begun_NFC, tables_NF), alive_NFC
+
+
 def _root(conditionals: Conditionals) -> _Level:
     visible_len_NC = conditionals.visible_len_NC
     zeros_N1 = visible_len_NC.new_zeros(len(visible_len_NC), 1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..draft.passes import OpenBranches
-from .branches import Branches
+from .branches import Shown
 from .slices import Response
 
 
@@ -41,14 +41,14 @@ class Batch:
         return torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
 
 
-def open_branches(batch: Batch, shown_NBJ: Tensor, branches: Branches, n: Tensor, b: Tensor) -> OpenBranches:
-    """The branches with indices `n` (anchor) and `b` (place), both int64 [R]."""
+def open_branches(batch: Batch, shown: Shown, n: Tensor, b: Tensor) -> OpenBranches:
+    """The blocks with indices `n` (anchor) and `b` (place), both int64 [R]."""
     return OpenBranches(
         batch.anchors_N[n],
         batch.anchor_ids_N[n],
-        shown_NBJ[n, b],
-        branches.visible_len_NB[n, b],
-        branches.excluded_NB[n, b],
+        shown.tokens_NBJ[n, b],
+        shown.visible_len_NB[n, b],
+        shown.excluded_NB[n, b],
     )
 
 

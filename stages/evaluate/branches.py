@@ -153,11 +153,22 @@ def with_whole_draft(branches: Branches, num_positions: int, second_block_size: 
     )
 
 
-def show_branches(draft_NJ: Tensor, branches: Branches) -> Tensor:
-    """The first draft with each branch's alternative in place, [N, B, J]."""
+class Shown(NamedTuple):
+    """Tokens that the second drafter sees after the anchor, for blocks that it fills."""
+
+    tokens_NBJ: Tensor
+    """Only the first `visible_len_NB` of them are seen."""
+    visible_len_NB: Tensor
+    excluded_NB: Tensor
+    """Token that must not follow the visible ones; `NO_TOKEN`: any may."""
+
+
+def show_branches(draft_NJ: Tensor, branches: Branches) -> Shown:
+    """The first draft with each branch's alternative in place."""
     shown_NBJ = draft_NJ[:, None, :].repeat(1, branches.prefix_len_NB.shape[1], 1)
     # A branch that keeps the whole draft has no alternative.
     replaced_NB1 = branches.prefix_len_NB[..., None].clamp(max=draft_NJ.shape[1] - 1)
     alternative_NB1 = branches.alternative_NB[..., None]
     kept_NB1 = shown_NBJ.gather(2, replaced_NB1)
-    return shown_NBJ.scatter(2, replaced_NB1, torch.where(alternative_NB1 == NO_TOKEN, kept_NB1, alternative_NB1))
+    tokens_NBJ = shown_NBJ.scatter(2, replaced_NB1, torch.where(alternative_NB1 == NO_TOKEN, kept_NB1, alternative_NB1))
+    return Shown(tokens_NBJ, branches.visible_len_NB, branches.excluded_NB)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,12 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from ...data.cache.arrays import NUM_ALTERNATIVES
 from ...data.cache.cache import Cache
 from ...data.cache.index import SequenceRow
 from ...data.errors import CacheNotFoundError
 from ..devices import choose_device, choose_dtype
 from ..draft.conditionals import marginals
-from ..draft.passes import OpenBranches, draft_pass, rank_next, redraft
+from ..draft.passes import OpenBranches, draft_pass, redraft
 from ..draft.tree import ABSENT, ROOT, Conditionals, best_chain, grow
 from ..drafter.blocks import NO_TOKEN
 from ..drafter.checkpoint import check_drafter, load_drafter
@@ -29,9 +27,9 @@ from ..drafter.model import Drafter
 from ..drafter.target_pieces import TargetPieces
 from ..extract.layer_outputs import LayerOutputs
 from ..extract.transformers_engine import kept_past
-from .branches import POLICIES, Branches, CycleFacts, show_branches
+from .branches import POLICIES, CycleFacts, Shown
 from .config import EvalConfig
-from .second_drafts import draft_second
+from .second_drafts import TREE_ALTERNATIVES, draft_second
 from .ways import BEST_CHAIN, BRANCHES, TWO_DRAFTER_TREE
 
 KEY_VALUE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -113,31 +111,25 @@ class LiveDecoder:
         anchor_id_N = torch.tensor([tokens[-1]], device=features_TD.device)
         context = self.first.context(features_TD)
         tokens_NJA, probs_NJA = draft_pass(
-            self.first, self.pieces, context, None, anchor_N, anchor_id_N, NUM_ALTERNATIVES
+            self.first, self.pieces, context, None, anchor_N, anchor_id_N, TREE_ALTERNATIVES
         )
         draft_NJ = tokens_NJA[..., 0]
         if not self.config.k:
             return draft_NJ if self.config.way != TWO_DRAFTER_TREE else self.leaves(marginals(tokens_NJA, probs_NJA))
         second_context = self.second.context(features_TD)
 
-        def in_one_pass(fill: Callable[..., tuple[Tensor, Tensor]], branches: Branches) -> tuple[Tensor, Tensor]:
-            num_branches = branches.prefix_len_NB.shape[1]
-            opened = OpenBranches(
-                anchor_N.expand(num_branches),
-                anchor_id_N.expand(num_branches),
-                show_branches(draft_NJ, branches)[0],
-                branches.visible_len_NB[0],
-                branches.excluded_NB[0],
-            )
-            tokens, probs = fill(self.second, self.pieces, second_context, None, opened)
+        def fill(shown: Shown) -> tuple[Tensor, Tensor]:
+            (num_blocks,) = shown.visible_len_NB[0].shape
+            anchors = anchor_N.expand(num_blocks), anchor_id_N.expand(num_blocks)
+            opened = OpenBranches(*anchors, *(each[0] for each in shown))
+            tokens, probs = redraft(self.second, self.pieces, second_context, None, opened, TREE_ALTERNATIVES)
             return tokens[None], probs[None]
 
         drafts = draft_second(
             CycleFacts(tokens_NJA, probs_NJA, self.config.k),
             POLICIES[self.config.policies[0]],
             self.second.shape.block_size,
-            partial(in_one_pass, partial(rank_next, num_alternatives=NUM_ALTERNATIVES + 1)),
-            partial(in_one_pass, partial(redraft, num_alternatives=NUM_ALTERNATIVES)),
+            fill,
         )
         if self.config.way == BRANCHES:
             return drafts.candidates()[0]

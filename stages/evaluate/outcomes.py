@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...data.cache.arrays import NUM_ALTERNATIVES
 from ..draft.conditionals import marginals
 from ..draft.tree import Conditionals, best_chain, grow
 from .nodes import TreeOutcomes, UnitedOutcomes, chain_within
 from .resampled import resampled_drafts
-from .second_drafts import SecondDrafts
-from .ways import BEST_CHAIN, BRANCHES, CHAIN, RESAMPLED, TREE, TWO_DRAFTER_TREE, Way
+from .second_drafts import Blocks, Redraft, SecondDrafts, show_second_drafts
+from .ways import BEST_CHAIN, BRANCHES, CHAIN, RESAMPLED, THREE_LEVELS, TREE, TWO_DRAFTER_TREE, Way
 
 COSTS = ("verified", "second_blocks", "head_rows")
 """What a cycle costs beside the first drafter's block: verified nodes; blocks of the second drafter, also those in
@@ -39,7 +40,8 @@ class Outcomes:
         for way in self._named(CHAIN):
             self._found[way] = *chain_within(draft_NJ, self._recorded_NJ, way.nodes), *passes
         if resampled := self._named(RESAMPLED):
-            drawn_NBJ = resampled_drafts(tokens_NJA, probs_NJA, anchors_N, max(way.k for way in resampled))
+            stored = tokens_NJA[..., :NUM_ALTERNATIVES], probs_NJA[..., :NUM_ALTERNATIVES]
+            drawn_NBJ = resampled_drafts(*stored, anchors_N, max(way.k for way in resampled))
             united = UnitedOutcomes(torch.cat([draft_NJ[:, None], drawn_NBJ], dim=1), self._recorded_NJ)
             for way in resampled:
                 self._found[way] = *united.within(1 + way.k, way.nodes), *passes
@@ -61,6 +63,20 @@ class Outcomes:
                 chain_NJ = best_chain(conditionals)
                 for way in chains:
                     self._found[way] = *chain_within(chain_NJ, self._recorded_NJ, way.nodes), *passes
+
+    def add_third(self, second: str, policy: str, drafts: SecondDrafts, redraft: Redraft) -> None:
+        """The ways with a third level of drafts; it costs one more pass of the second drafter."""
+        ways = self._named(THREE_LEVELS, second, policy)
+        for k in sorted({way.k for way in ways}):
+            shown = show_second_drafts(drafts, k)
+            third = Blocks(shown, *redraft(shown))
+            third_NBJ, rows_NB = third.completed(), third.num_rows()
+            second_NBJ = drafts.candidates()[:, : drafts.num_candidates(k)]
+            united = UnitedOutcomes(torch.cat([second_NBJ, third_NBJ], dim=1), self._recorded_NJ)
+            blocks_N, rows_N = drafts.passes(k)
+            passes = blocks_N + (rows_NB > 0).sum(dim=1), rows_N + rows_NB.sum(dim=1)
+            for way in self._named(THREE_LEVELS, second, policy, k):
+                self._found[way] = *united.within(second_NBJ.shape[1] + third_NBJ.shape[1], way.nodes), *passes
 
     def accept_lens(self) -> np.ndarray:
         """Accept lengths [N, C]."""

@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...data.cache.arrays import NUM_ALTERNATIVES
 from ...data.cache.cache import Cache
 from ...data.cache.drafts import FirstDrafts
 from ...data.cache.index import SequenceRow
@@ -26,20 +25,20 @@ from ...data.cache.reader import CachedSequence, Request, read_ahead
 from ...data.errors import CacheNotFoundError, DrafterError
 from ..config import ReadConfig
 from ..devices import choose_device, choose_dtype
-from ..draft.passes import cut_into_passes, draft_all, rank_next, redraft
+from ..draft.passes import cut_into_passes, draft_all, redraft
 from ..drafter.checkpoint import check_drafter, load_drafter
 from ..drafter.model import Context, Drafter
 from ..drafter.target_pieces import TargetPieces
 from ..trained_on import read_record, was_trained_on
 from .batch import Batch, join, open_branches
-from .branches import POLICIES, Branches, CycleFacts, paper, runner_up, show_branches
+from .branches import POLICIES, Branches, CycleFacts, Shown, paper, runner_up
 from .config import EvalConfig
 from .nodes import leading_right
 from .outcomes import Outcomes
 from .pair import check_pair
 from .report import FirstDraftOutcomes, ReplayReport
 from .responses import find_responses, recorded_after, replayable_responses
-from .second_drafts import draft_second
+from .second_drafts import TREE_ALTERNATIVES, draft_second
 from .slices import Response
 from .ways import D2SD, FIRST_AS_SECOND, all_ways, reported_ways
 
@@ -218,13 +217,11 @@ class Replay:
         outcomes = Outcomes(self.ways, batch.recorded_NJ)
         outcomes.add_first(tokens_NJA, probs_NJA, batch.anchors_N)
         for name, drafter in self.seconds.items():
-            ask, fill = (
-                partial(passes, batch, tokens_NJA[..., 0], drafter, contexts[drafter])
-                for passes in (self.next_tokens, self.redraft)
-            )
+            fill = partial(self.redraft, batch, drafter, contexts[drafter])
             for policy in sorted({way.policy for way in self.ways if way.policy is not None}):
-                drafts = draft_second(facts, POLICIES[policy], drafter.shape.block_size, ask, fill)
+                drafts = draft_second(facts, POLICIES[policy], drafter.shape.block_size, fill)
                 outcomes.add_second(name, policy, drafts)
+                outcomes.add_third(name, policy, drafts, fill)
         self.report.add(
             outcomes.accept_lens(), outcomes.costs(), batch.responses, self.first_draft_outcomes(batch, facts)
         )
@@ -252,39 +249,18 @@ class Replay:
             batch.anchors_N,
             batch.anchor_ids_N,
             BLOCKS_PER_PASS,
+            TREE_ALTERNATIVES,
         )
 
-    def redraft(
-        self, batch: Batch, draft_NJ: Tensor, drafter: Drafter, context: Context, branches: Branches
-    ) -> tuple[Tensor, Tensor]:
-        """A drafter's likeliest tokens [N, B, J, A] after each branch's visible tokens, and their probabilities."""
-        fill = partial(redraft, num_alternatives=NUM_ALTERNATIVES)
-        return self._in_passes(fill, batch, draft_NJ, drafter, context, branches)
-
-    def next_tokens(
-        self, batch: Batch, draft_NJ: Tensor, drafter: Drafter, context: Context, branches: Branches
-    ) -> tuple[Tensor, Tensor]:
-        """A drafter's likeliest tokens [N, B, A] after each branch's visible tokens, and their probabilities."""
-        fill = partial(rank_next, num_alternatives=NUM_ALTERNATIVES + 1)
-        return self._in_passes(fill, batch, draft_NJ, drafter, context, branches)
-
-    def _in_passes(
-        self,
-        fill: Callable[..., tuple[Tensor, Tensor]],
-        batch: Batch,
-        draft_NJ: Tensor,
-        drafter: Drafter,
-        context: Context,
-        branches: Branches,
-    ) -> tuple[Tensor, Tensor]:
-        N, B = branches.prefix_len_NB.shape
-        shown_NBJ = show_branches(draft_NJ, branches)
+    def redraft(self, batch: Batch, drafter: Drafter, context: Context, shown: Shown) -> tuple[Tensor, Tensor]:
+        """A drafter's likeliest tokens [N, B, J, A] after the visible ones, and their probabilities."""
+        N, B = shown.visible_len_NB.shape
         rows_R = torch.arange(N, device=self.device).repeat_interleave(B)
         columns_R = torch.arange(B, device=self.device).repeat(N)
         found = []
         for chunk, num_blocks in cut_into_passes(batch.sequence_N[rows_R], len(batch.num_tokens), BLOCKS_PER_PASS):
-            chosen = open_branches(batch, shown_NBJ, branches, rows_R[chunk], columns_R[chunk])
-            found.append(fill(drafter, self.pieces, context, num_blocks, chosen))
+            chosen = open_branches(batch, shown, rows_R[chunk], columns_R[chunk])
+            found.append(redraft(drafter, self.pieces, context, num_blocks, chosen, TREE_ALTERNATIVES))
         tokens, probs = (torch.cat(parts) for parts in zip(*found, strict=True))
         return tokens.view(N, B, *tokens.shape[1:]), probs.view(N, B, *probs.shape[1:])
 

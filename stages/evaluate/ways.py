@@ -8,7 +8,8 @@ from typing import NamedTuple
 from .config import EvalConfig
 
 CHAIN, RESAMPLED, TREE = "chain", "resampled", "tree"
-BRANCHES, TWO_DRAFTER_TREE, BEST_CHAIN = "branches", "two-drafter tree", "best chain"
+BRANCHES, THREE_LEVELS = "branches", "three levels"
+TWO_DRAFTER_TREE, BEST_CHAIN = "two-drafter tree", "best chain"
 FIRST_AS_SECOND, D2SD = "first_as_second", "d2sd"
 NODES = (8, 16, 32, 64, 128)
 """Numbers of verified nodes at which all ways are compared."""
@@ -24,8 +25,8 @@ class Way(NamedTuple):
 
     `chain`: the first draft. `resampled`: the first draft, and others that are drawn from its probabilities. `tree`:
     a tree of the first drafter's probabilities. `branches`: the first draft, and branches that the second drafter
-    completes. `two-drafter tree`: a tree of both drafters' probabilities. `best chain`: the one path that takes the
-    likeliest token by both drafters' probabilities.
+    completes. `three levels`: these, and as many branches of the completed ones. `two-drafter tree`: a tree of both
+    drafters' probabilities. `best chain`: the one path that takes the likeliest token by both drafters' probabilities.
     """
     second: str | None = None
     """Who drafts second: `first_as_second` (the first drafter again), `d2sd` (the second drafter), or nobody."""
@@ -62,3 +63,5 @@ def all_ways(config: EvalConfig, seconds: list[str]) -> Iterator[Way]:
             yield from (Way(BEST_CHAIN, second, policy, k) for k in several_k)
             for name in (BRANCHES, TWO_DRAFTER_TREE, BEST_CHAIN):
                 yield from (Way(name, second, policy, k, nodes) for k in several_k for nodes in budgets)
+            if config.k:
+                yield from (Way(THREE_LEVELS, second, policy, config.k, nodes) for nodes in (None, *budgets))

@@ -99,13 +99,13 @@ class LiveDecoder:
         return leaves(slow_tree(tables, self.config.nodes))
 
     def ranked(self, drafter: Drafter, features: Tensor, position: int, visible: tuple[int, ...]) -> Ranked:
-        """The six likeliest tokens after the visible ones, with probabilities; the context ends before the anchor."""
+        """The eight likeliest tokens after the visible ones, with probabilities; the context ends before the anchor."""
         assert len(features) == position
         shape = drafter.shape
         block = [*visible, *[shape.mask_token_id] * (shape.block_size - len(visible))]
         embedded = self.pieces.embed_VH[torch.tensor([block])]
         hidden = drafter(embedded, torch.tensor([position]), drafter.context(features))[0]
-        best = (hidden[len(visible) :] @ self.pieces.head_VH.T).softmax(dim=-1).topk(6, dim=-1)
+        best = (hidden[len(visible) :] @ self.pieces.head_VH.T).softmax(dim=-1).topk(8, dim=-1)
         return [list(zip(*row, strict=True)) for row in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
 
 

@@ -8,7 +8,6 @@ from itertools import count
 from typing import NamedTuple
 
 from support.slow_decode import (
-    NUM_ALTERNATIVES,
     NUM_ASKED,
     Ranked,
     SlowDrafter,
@@ -16,6 +15,7 @@ from support.slow_decode import (
     slow_posterior,
 )
 
+TREE_ALTERNATIVES = 8
 Path = tuple[int, ...]
 Row = list[tuple[float, int]]
 """Probabilities and tokens, best first."""
@@ -35,16 +35,6 @@ def united(candidates: Iterable[list[int]]) -> list[Path]:
         for length in range(1, len(candidate) + 1):
             found.setdefault(tuple(candidate[:length]))
     return list(found)
-
-
-def mean_row(first: Row, second: Row) -> Row:
-    """The mean of two drafters' probabilities; a token that is not among a drafter's likeliest has 0 there."""
-    if not first or not second:
-        return first or second
-    of_first, of_second = ({token: prob for prob, token in row} for row in (first, second))
-    tokens = [*of_first, *(token for token in of_second if token not in of_first)]
-    found = [((of_first.get(token, 0.0) + of_second.get(token, 0.0)) / 2, token) for token in tokens]
-    return sorted(found, key=lambda pair: -pair[0])[:NUM_ALTERNATIVES]
 
 
 class Launched(NamedTuple):
@@ -81,22 +71,15 @@ def slow_tables(
 ) -> list[Table]:
     """The first drafter's table, then those of asked lengths and of k branches; none of the latter two for k = 0."""
     draft = [best[0][1] for best in ranked]
-    of_first = [best[:NUM_ALTERNATIVES] for best in ranked]
+    of_first = [best[:TREE_ALTERNATIVES] for best in ranked]
     found = [Table((), of_first)]
     if second is None or not k:
         return found
     launched = slow_launch(ranked, second, policy, k, anchor, token)
-    for i in launched.asked:
-        rows = [*of_first]
-        for row in ask(second, anchor, token, tuple(draft[:i]))[:1]:
-            rows[i] = mean_row(rows[i], row[:NUM_ALTERNATIVES])
-        found.append(Table(tuple(draft[:i]), rows))
-    for shown, excluded in zip(launched.shown, launched.excluded, strict=True):
+    for shown in (*(tuple(draft[:i]) for i in launched.asked), *launched.shown):
         rows = [*of_first, *[[]] * (max(len(draft), second.block_size - 1) - len(draft))]
         for place, answer in enumerate(ask(second, anchor, token, shown), len(shown)):
-            row = [pair for pair in answer if place > len(shown) or pair[1] != excluded][:NUM_ALTERNATIVES]
-            is_after_draft = place == len(shown) and shown == tuple(draft[: len(shown)])
-            rows[place] = mean_row(rows[place], row) if is_after_draft else row
+            rows[place] = answer[:TREE_ALTERNATIVES]
         found.append(Table(shown, rows))
     return found
 

@@ -8,8 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.slow_tree import Table, next_tokens, slow_best_chain, slow_tree
-from torch import Tensor
-from vpd.stages.draft.conditionals import marginals, mean_of_both
+from vpd.stages.draft.conditionals import marginals
 from vpd.stages.draft.tree import ABSENT, ROOT, Conditionals, Tree, best_chain, grow
 from vpd.stages.drafter.blocks import NO_TOKEN
 
@@ -102,24 +101,3 @@ def test_one_drafter_alone_has_one_table():
     paths = paths_of(grow(marginals(tokens_NJA, probs_NJA), 4), 0)
     # 0.6, 0.36, 0.3, then 0.216.
     assert paths == [(0,), (0, 3), (1,), (0, 3, 6)]
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.lists(st.tuples(st.permutations(range(V)), st.permutations(range(V))), min_size=1, max_size=4), st.data())
-def test_the_mean_of_two_drafters(rows: list[tuple[list[int], list[int]]], data: st.DataObject):
-    weights = st.lists(st.integers(1, 20), min_size=A, max_size=A)
-
-    def draw() -> Tensor:
-        return torch.tensor([sorted(data.draw(weights), reverse=True) for _ in rows]) / 64
-
-    first, second = (torch.tensor([row[i][:A] for row in rows]) for i in range(2))
-    first_probs, second_probs = draw(), draw()
-    tokens, probs = mean_of_both(first, first_probs, second, second_probs)
-    for i in range(len(rows)):
-        mean = dict.fromkeys(range(V), 0.0)
-        for of_drafter, probs_of_drafter in ((first, first_probs), (second, second_probs)):
-            for token, prob in zip(of_drafter[i].tolist(), probs_of_drafter[i].tolist(), strict=True):
-                mean[token] += prob / 2
-        assert probs[i].tolist() == sorted(mean.values(), reverse=True)[:A]
-        assert [mean[token] for token in tokens[i].tolist()] == probs[i].tolist()
-        assert len(set(tokens[i].tolist())) == A

@@ -121,7 +121,7 @@ def test_a_branch_shows_the_draft_with_its_alternative(policy: str):
     tokens_NJA, probs_NJA = random_drafts(5, 4, 3)
     draft_NJ = tokens_NJA[..., 0].clone()
     branches = POLICIES[policy](CycleFacts(tokens_NJA, probs_NJA, 6))
-    shown_NBJ = show_branches(draft_NJ, branches)
+    shown_NBJ = show_branches(draft_NJ, branches).tokens_NBJ
     assert torch.equal(draft_NJ, tokens_NJA[..., 0])
     for n, draft in enumerate(draft_NJ.tolist()):
         expected = []

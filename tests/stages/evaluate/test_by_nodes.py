@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from support.slow_decode import POLICIES, SlowDrafter
-from support.slow_tree import accepted, slow_launch
+from support.slow_tree import accepted, slow_launch, slow_third_level
 from support.tiny_world import SECONDS, Anchor, Recorder, World
 from vpd.stages.evaluate.ways import NODES, Way
 
@@ -27,8 +27,11 @@ def slow_costs(world: World, way: Way, second: SlowDrafter, anchor: Anchor) -> l
     ranked, rows = world.ranked(anchor), []
     if way.second is not None and way.k:
         launched = slow_launch(ranked, second, way.policy or "", way.k, anchor.position, anchor.token)
-        left = [second.block_size - 1 - len(shown) for shown in launched.shown]
-        rows = [*left, *(1 for num_kept in launched.asked if num_kept < second.block_size - 1)]
+        seen = [*launched.asked, *map(len, launched.shown)]
+        rows = [second.block_size - 1 - visible_len for visible_len in seen]
+        if way.name == "three levels":
+            third = slow_third_level(ranked, second, way.policy or "", way.k, anchor.position, anchor.token)
+            rows += [second.block_size - 1 - len(shown) for shown in third.shown]
     rows = [number for number in rows if number > 0]
     return [len(rows), len(ranked) + sum(rows)]
 
@@ -79,10 +82,7 @@ def test_the_ways_differ(replayed: tuple[str, Recorder]):
     _, report = replayed
     found = report.by_way()
     ways = [Way("chain", nodes=32), Way("tree", nodes=32), Way("best chain", "d2sd", "reranked", 4, 32)]
-    ways += [
-        Way(name, "d2sd", policy, k, 32)
-        for name in ("branches", "two-drafter tree")
-        for policy in ("paper", "reranked")
-        for k in (1, 4)
-    ]
+    ways += [Way("branches", "d2sd", policy, k, 32) for policy in ("paper", "reranked") for k in (1, 4)]
+    ways += [Way("two-drafter tree", "d2sd", *drafted, 32) for drafted in (("paper", 1), ("paper", 4), ("reranked", 4))]
+    ways.append(Way("three levels", "d2sd", "reranked", 3, 32))
     assert len({tuple(found[way]) for way in ways}) == len(ways)
