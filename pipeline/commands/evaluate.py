@@ -14,9 +14,10 @@ from ...data.cache.cache import Cache
 from ...data.cache.index import SequenceIndex
 from ...data.cache.storage.files import write_text_durably
 from ...data.errors import TargetError
-from ...stages.drafter.checkpoint import drafter_fingerprint
+from ...stages.drafter.checkpoint import CONFIG, drafter_fingerprint, load_shape, read_json
 from ...stages.evaluate.live import decode_prompts, single_responses
 from ...stages.evaluate.plan import plan_replay
+from ...stages.evaluate.speed import compare_speeds, cost_model
 from ...stages.extract.target import Target, load_target, target_facts
 from ...stages.extract.transformers_engine import load_model
 from ...stages.holdout import held_out_rows
@@ -46,6 +47,7 @@ def run_evaluate(
     cache = open_for_reading(place, config.read)
     first = find_drafter(first_drafter)
     second = find_drafter(drafter) if drafter is not None else None
+    model = cost_model(config.eval, read_json(cache.target_folder / CONFIG), load_shape(first))
     live_target = load_cached_target(cache, target, config) if target is not None else None
     rows = held_out_rows(cache, [each for each in (first, second) if each is not None], config.eval.holdout)
     plan = plan_replay(cache, rows, first, config.eval, config.read)
@@ -53,6 +55,8 @@ def run_evaluate(
         result = plan.run(second, progress.advance).to_json()
     drafters = {"first": first} if second is None else {"first": first, "second": second}
     result["drafters"] = {name: drafter_fingerprint(folder) for name, folder in drafters.items()}
+    if model is not None:
+        result["speed"] = compare_speeds(model, config.eval, result["by_nodes"])
     if live_target is not None:
         result["live"] = check_live(cache, live_target, (first, second or first), rows, config)
     if out is not None:
@@ -101,7 +105,7 @@ def describe_evaluation(result: dict[str, Any]) -> str:
         "alpha is pooled over all cycles (Eq. 1 of the paper); the mean of answers, which public benchmarks print, "
         "counts every answer alike"
     )
-    lines += ["", *describe_nodes(result), *describe_slices(result), ""]
+    lines += ["", *describe_nodes(result), *describe_slices(result), *describe_speed(result), ""]
     lines.append(
         f"{result['way']}, policy {result['policy']}, k {result['k']}, {result['nodes']} nodes, block size "
         f"{result['block_size']}; {result['num_tokens']} tokens "
@@ -143,6 +147,28 @@ def describe_slices(result: dict[str, Any]) -> list[str]:
         label = f"{each['by']} {each['slice']} ({each['num_sequences']} sequences)"
         lines.append(f"{label:40s}" + "".join(f"{'-' if x is None else format(x, '.3f'):>17s}" for x in alphas))
     return lines
+
+
+def describe_speed(result: dict[str, Any]) -> list[str]:
+    """For each batch size, the best way of decoding on a GPU, and the best one without a second drafter."""
+    if "speed" not in result:
+        return []
+    speed = result["speed"]
+    lines = [f"speed against plain decoding, {speed['gpu']}, target {speed['target']}, {speed['source']}"]
+    for each in speed["by_batch"]:
+        alone = next(row for row in each["ways"] if row["second"] is None)
+        best = describe_way(each["ways"][0])
+        lines.append(f"  batch {each['batch']:3d}: {best}; without a second drafter {describe_way(alone)}")
+    return lines
+
+
+def describe_way(row: dict[str, Any]) -> str:
+    """`2.31 x with two-drafter tree (d2sd, k 4), 64 nodes`."""
+    if row["speedup"] < 1:
+        return "plain decoding"
+    second = f" ({row['second']}, {row['policy']}, k {row['k']})" if row["second"] else ""
+    nodes = "" if row["nodes"] is None else f", {row['nodes']} nodes"
+    return f"{row['speedup']:.2f} x with {row['way']}{second}{nodes}"
 
 
 def describe_holdout(result: dict[str, Any]) -> str:

@@ -21,6 +21,12 @@ class EvalConfig(Section):
     """Branch policies, which choose the branches; the first gives alpha, the others are listed beside it."""
     max_k: Branches = 4
     """Alpha is also listed for every number of branches up to this (or up to k); in 0..64."""
+    gpu: Literal["a100", "h100", "h200", "l40s"] | None = None
+    """GPU whose data sheet gives tokens per second at several batch sizes; none = no such figures."""
+    speed_target: Literal["qwen3-4b", "qwen3-8b", "qwen3-32b", "llama-3.1-8b"] | None = None
+    """Target whose sizes count for these figures; none = the cache's."""
+    speed_context: Count = 1024
+    """Tokens of each request in the KV cache, for these figures; >= 1."""
     live_prompts: Count = 4
     """Held-out prompts that are decoded with the real target, if one is given; >= 1."""
     holdout: Share | None = None

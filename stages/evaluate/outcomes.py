@@ -17,9 +17,9 @@ from .resampled import resampled_drafts
 from .second_drafts import Blocks, Redraft, SecondDrafts, show_second_drafts
 from .ways import BEST_CHAIN, BRANCHES, CHAIN, RESAMPLED, THREE_LEVELS, TREE, TWO_DRAFTER_TREE, Way
 
-COSTS = ("verified", "second_blocks", "head_rows")
-"""What a cycle costs beside the first drafter's block: verified nodes; blocks of the second drafter, also those in
-which a policy asks for one token; positions of both drafters that need a row of the head."""
+COSTS = ("verified", "second_passes", "second_blocks", "head_rows")
+"""What a cycle costs beside the first drafter's block: verified nodes; passes of the second drafter one after another;
+blocks in these passes; positions of both drafters that need a row of the head."""
 
 
 class Outcomes:
@@ -35,7 +35,8 @@ class Outcomes:
         Args:
             anchors_N: positions in their sequences.
         """
-        passes = torch.zeros_like(anchors_N), torch.full_like(anchors_N, tokens_NJA.shape[1])
+        none_N = torch.zeros_like(anchors_N)
+        passes = none_N, none_N, torch.full_like(anchors_N, tokens_NJA.shape[1])
         draft_NJ = tokens_NJA[..., 0]
         for way in self._named(CHAIN):
             self._found[way] = *chain_within(draft_NJ, self._recorded_NJ, way.nodes), *passes
@@ -73,8 +74,8 @@ class Outcomes:
             third_NBJ, rows_NB = third.completed(), third.num_rows()
             second_NBJ = drafts.candidates()[:, : drafts.num_candidates(k)]
             united = UnitedOutcomes(torch.cat([second_NBJ, third_NBJ], dim=1), self._recorded_NJ)
-            blocks_N, rows_N = drafts.passes(k)
-            passes = blocks_N + (rows_NB > 0).sum(dim=1), rows_N + rows_NB.sum(dim=1)
+            passes_N, blocks_N, rows_N = drafts.passes(k)
+            passes = passes_N + 1, blocks_N + (rows_NB > 0).sum(dim=1), rows_N + rows_NB.sum(dim=1)
             for way in self._named(THREE_LEVELS, second, policy, k):
                 self._found[way] = *united.within(second_NBJ.shape[1] + third_NBJ.shape[1], way.nodes), *passes
 
@@ -87,7 +88,7 @@ class Outcomes:
         costs = [torch.stack(self._found[way][1:], dim=1) for way in self._ways]
         return torch.stack(costs, dim=1).cpu().numpy()
 
-    def _add_trees(self, ways: Sequence[Way], conditionals: Conditionals, passes: tuple[Tensor, Tensor]) -> None:
+    def _add_trees(self, ways: Sequence[Way], conditionals: Conditionals, passes: tuple[Tensor, ...]) -> None:
         """One growth serves all numbers of nodes."""
         if ways:
             grown = TreeOutcomes(grow(conditionals, max(way.nodes or 0 for way in ways)), self._recorded_NJ)

@@ -175,11 +175,11 @@ class ReplayReport:
                 "k": way.k,
                 "nodes": way.nodes,
                 "verified": verified,
-                "passes": {"first_drafts": 1, "second_blocks": second_blocks, "head_rows": head_rows},
+                "passes": {"first_drafts": 1, **dict(zip(COSTS[1:], passes, strict=True))},
                 "alpha": alpha,
                 "interval": [low, high],
             }
-            for way, (verified, second_blocks, head_rows), alpha, low, high in zip(
+            for way, (verified, *passes), alpha, low, high in zip(
                 self.ways, costs_CX.tolist(), self.alphas().tolist(), low_C, high_C, strict=True
             )
         ]

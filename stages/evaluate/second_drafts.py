@@ -100,14 +100,15 @@ class SecondDrafts(NamedTuple):
             found = with_second(found, shown_NBJ, shown.visible_len_NB, tokens_NBJA, probs_NBJA)
         return found
 
-    def passes(self, k: int) -> tuple[Tensor, Tensor]:
-        """Blocks of the second drafter and head rows of both drafters [N] with k branches."""
-        num_blocks_N = torch.zeros_like(self.tokens_NJA[:, 0, 0])
+    def passes(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Passes and blocks of the second drafter, and head rows of both drafters, [N] each, with k branches."""
+        num_passes_N = num_blocks_N = torch.zeros_like(self.tokens_NJA[:, 0, 0])
         num_rows_N = (self.tokens_NJA[..., 0] != NO_TOKEN).sum(dim=1)
         for blocks in self.blocks(k):
             rows_NB = blocks.num_rows()
-            num_blocks_N, num_rows_N = num_blocks_N + (rows_NB > 0).sum(dim=1), num_rows_N + rows_NB.sum(dim=1)
-        return num_blocks_N, num_rows_N
+            num_passes_N, num_blocks_N = num_passes_N + 1, num_blocks_N + (rows_NB > 0).sum(dim=1)
+            num_rows_N = num_rows_N + rows_NB.sum(dim=1)
+        return num_passes_N, num_blocks_N, num_rows_N
 
 
 def draft_second(facts: CycleFacts, policy: Policy, second_block_size: int, redraft: Redraft) -> SecondDrafts:

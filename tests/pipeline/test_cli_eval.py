@@ -64,9 +64,18 @@ def test_decoding_with_the_target_commits_the_cached_tokens_at_the_replayed_rate
 
 
 def test_people_get_the_same_in_words(place: Place):
-    outcome = run_vpd(*place.evaluate("--holdout", 1, "--target", place.llama, "--live-prompts", 2))
+    outcome = run_vpd(*place.evaluate("--holdout", 1, "--target", place.llama, "--live-prompts", 2, "--gpu", "h100"))
     assert outcome.code == 0
-    for words in ("alpha first ", "alpha first_tree ", "reranked", "2 of 2 responses equal the cached ones"):
+    for words in (
+        "alpha by verified nodes",
+        "alpha by slice",
+        "batch  64: ",
+        "H100 SXM data sheet",
+        "alpha first ",
+        "alpha first_tree ",
+        "reranked",
+        "2 of 2 responses equal the cached ones",
+    ):
         assert words in outcome.out
 
 

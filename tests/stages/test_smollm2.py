@@ -35,5 +35,5 @@ def test_smollm2_generated_states_equal_a_reforward(smollm2_run: dict[str, Any])
 
 @pytest.mark.parametrize("policy", ["paper", "runner-up"])
 def test_smollm2(smollm2_run: dict[str, Path], policy: str):
-    alpha = check_replay_equals_decoding(**smollm2_run, policy=policy, num_sequences=2, max_new_tokens=24)
+    alpha = check_replay_equals_decoding(smollm2_run, policy=policy, num_sequences=2, max_new_tokens=24)
     assert alpha["first"] > 1.1

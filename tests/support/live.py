@@ -127,16 +127,18 @@ WAYS = ("first", "first_tree", "first_as_second", "d2sd")
 
 
 def check_replay_equals_decoding(
-    target_folder: Path,
-    cache_folder: Path,
-    first: Path,
-    vp: Path,
+    run: dict[str, Path],
+    way: str = "two-drafter tree",
     *,
     policy: str,
     num_sequences: int,
     max_new_tokens: int,
-    way: str = "two-drafter tree",
 ) -> dict[str, float]:
+    """
+    Args:
+        run: the target's folder, the cache's, the first drafter's run, and the VP-Drafter's.
+    """
+    target_folder, cache_folder, first, vp = (run[name] for name in ("target_folder", "cache_folder", "first", "vp"))
     cache = Cache.open(cache_folder)
     # Only sequences with a single response can be decoded from their prompt.
     single = [row for row in cache.rows if row.num_supervised == row.num_tokens + 1 - row.prompt_len]

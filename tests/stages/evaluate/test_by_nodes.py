@@ -15,7 +15,7 @@ EVERY = 3
 MAX_K = 4
 
 
-@pytest.fixture(scope="module", params=SECONDS.values(), ids=SECONDS)
+@pytest.fixture(scope="module", params=SECONDS.values(), ids=list(SECONDS))
 def replayed(world: World, request: pytest.FixtureRequest) -> tuple[str, Recorder]:
     """A second drafter, and the replay of all ways beside it."""
     settings = {"k": 3, "max_k": MAX_K, "way": "two-drafter tree", "nodes": 11}

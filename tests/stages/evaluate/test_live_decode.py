@@ -22,8 +22,7 @@ from vpd.stages.train.checkpoints import find_drafter
     ],
 )
 def test_tiny_target(tiny_target_run: dict[str, Path], way: str, policy: str):
-    sizes = {"num_sequences": 7, "max_new_tokens": 24}
-    alpha = check_replay_equals_decoding(**tiny_target_run, **sizes, policy=policy, way=way)
+    alpha = check_replay_equals_decoding(tiny_target_run, way, policy=policy, num_sequences=7, max_new_tokens=24)
     # Some drafts were accepted, and the second draft gained tokens; else the comparison shows little.
     assert alpha["first"] > 1.1
     assert alpha["d2sd"] > alpha["first"]
@@ -36,7 +35,7 @@ def test_a_second_drafter_of_another_block_size(tiny_target_run: dict[str, Path]
     config = json.loads((vp / CONFIG).read_text())
     (vp / CONFIG).write_text(json.dumps(config | {"block_size": block_size}))
     run = tiny_target_run | {"vp": vp}
-    alpha = check_replay_equals_decoding(**run, policy="reranked", num_sequences=5, max_new_tokens=24)
+    alpha = check_replay_equals_decoding(run, policy="reranked", num_sequences=5, max_new_tokens=24)
     assert alpha["d2sd"] > alpha["first"]
     flags = {"first_drafter": run["first"], "drafter": vp, "target": run["target_folder"]}
     for way in ("two-drafter tree", "branches", "best chain"):
