@@ -33,7 +33,7 @@ class SliceCounts:
     """Committed tokens and cycles of some ways of decoding, by slice and sequence."""
 
     def __init__(self) -> None:
-        self._counts: defaultdict[tuple[str, str], defaultdict[int, np.ndarray]] = defaultdict(lambda: defaultdict(int))
+        self._counts: defaultdict[tuple[str, str], defaultdict[int, Any]] = defaultdict(lambda: defaultdict(int))
         """By slice and sequence: tokens and cycles [2, C]."""
 
     def add(self, sequence: int, response: Response, visited_NC: np.ndarray) -> None:

@@ -63,5 +63,5 @@ def all_ways(config: EvalConfig, seconds: list[str]) -> Iterator[Way]:
             yield from (Way(BEST_CHAIN, second, policy, k) for k in several_k)
             for name in (BRANCHES, TWO_DRAFTER_TREE, BEST_CHAIN):
                 yield from (Way(name, second, policy, k, nodes) for k in several_k for nodes in budgets)
-            if config.k:
+            if config.k and second == D2SD:
                 yield from (Way(THREE_LEVELS, second, policy, config.k, nodes) for nodes in (None, *budgets))

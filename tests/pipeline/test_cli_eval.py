@@ -41,7 +41,7 @@ def test_every_way_is_listed_by_branches_and_nodes(result: dict):
             expected |= {("best chain", second, policy, k, nodes) for k in (1, 2, 4) for nodes in limits}
             expected |= {("branches", second, policy, k, nodes) for k in (1, 2, 4) for nodes in limits[1:]}
             expected |= {("two-drafter tree", second, policy, k, nodes) for k in (1, 2, 4) for nodes in limits[1:]}
-            expected |= {("three levels", second, policy, 4, nodes) for nodes in limits}
+            expected |= {("three levels", "d2sd", policy, 4, nodes) for nodes in limits}
     assert set(ways) == expected
     assert result["alpha"] == {
         "first": ways["chain", None, None, 0, None],
