@@ -129,7 +129,7 @@ def describe_nodes(result: dict[str, Any]) -> list[str]:
         chosen = each["policy"] in (None, result["policy"]) and each["k"] == (result["k"] if each["second"] else 0)
         if chosen and each["nodes"] is not None:
             rows.setdefault((each["way"], each["second"]), {})[each["nodes"]] = each["alpha"]
-    budgets = list(next(iter(rows.values())))
+    budgets = sorted(next(iter(rows.values())))
     lines = [f"{'alpha by verified nodes':40s}" + "".join(f"{nodes:8d}" for nodes in budgets)]
     for (way, second), alphas in rows.items():
         name = way if second is None else f"{way} ({second}, k {result['k']})"

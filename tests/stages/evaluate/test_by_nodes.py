@@ -23,17 +23,18 @@ def replayed(world: World, request: pytest.FixtureRequest) -> tuple[str, Recorde
 
 
 def slow_costs(world: World, way: Way, second: SlowDrafter, anchor: Anchor) -> list[int]:
-    """Blocks of the second drafter, and rows of the head."""
-    ranked, rows = world.ranked(anchor), []
+    """Passes and blocks of the second drafter, and rows of the head."""
+    ranked, rows, num_passes = world.ranked(anchor), [], 0
     if way.second is not None and way.k:
         launched = slow_launch(ranked, second, way.policy or "", way.k, anchor.position, anchor.token)
+        num_passes = 1 + bool(launched.asked) + (way.name == "three levels")
         seen = [*launched.asked, *map(len, launched.shown)]
         rows = [second.block_size - 1 - visible_len for visible_len in seen]
         if way.name == "three levels":
             third = slow_third_level(ranked, second, way.policy or "", way.k, anchor.position, anchor.token)
             rows += [second.block_size - 1 - len(shown) for shown in third.shown]
     rows = [number for number in rows if number > 0]
-    return [len(rows), len(ranked) + sum(rows)]
+    return [num_passes, len(rows), len(ranked) + sum(rows)]
 
 
 def test_accept_lengths_and_costs(world: World, replayed: tuple[str, Recorder]):
