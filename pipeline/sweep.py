@@ -175,4 +175,4 @@ def collect(runs: Sequence[SweepRun]) -> list[dict[str, Any]]:
         lines = map(json.loads, (run.folder / METRICS).read_text().splitlines())
         *_, loss = (line["loss"] for line in lines if "loss" in line)
         results.append({"run": run.name, "loss": loss, **evaluation})
-    return sorted(results, key=lambda result: -[*result["alpha"].values()][-1])
+    return sorted(results, key=lambda result: -result["alpha"].get("d2sd", result["alpha"]["first"]))

@@ -182,7 +182,7 @@ def test_first_drafters_are_ranked_by_their_own_alpha(drafted_cache: Path, tmp_p
     changes = {"train.objective": "dflash"}
     results = run_sweep(drafted_cache, tmp_path / "sweep", vary=["train.lr=[1e-2,1e-5]"], **changes)
     assert {each["run"] for each in results} == {"lr=1e-2", "lr=1e-5"}
-    alphas = [[*each["alpha"].values()][-1] for each in results]
+    alphas = [each["alpha"]["first"] for each in results]
     assert alphas == sorted(alphas, reverse=True)
     for each in results:
         found = vpd("eval", drafted_cache, "--first-drafter", tmp_path / "sweep" / each["run"])["alpha"]
