@@ -25,8 +25,8 @@ class Way(NamedTuple):
 
     `chain`: the first draft. `resampled`: the first draft, and others that are drawn from its probabilities. `tree`:
     a tree of the first drafter's probabilities. `branches`: the first draft, and branches that the second drafter
-    completes. `three levels`: these, and as many branches of the completed ones. `two-drafter tree`: a tree of both
-    drafters' probabilities. `best chain`: the one path that takes the likeliest token by both drafters' probabilities.
+    completes. `three levels`: the paper's branches, and as many branches of the completed ones. `two-drafter tree`: a
+    tree of both drafters' probabilities. `best chain`: the one path that takes the likeliest token by both drafters.
     """
     second: str | None = None
     """Who drafts second: `first_as_second` (the first drafter again), `d2sd` (the second drafter), or nobody."""
@@ -63,5 +63,5 @@ def all_ways(config: EvalConfig, seconds: list[str]) -> Iterator[Way]:
             yield from (Way(BEST_CHAIN, second, policy, k) for k in several_k)
             for name in (BRANCHES, TWO_DRAFTER_TREE, BEST_CHAIN):
                 yield from (Way(name, second, policy, k, nodes) for k in several_k for nodes in budgets)
-            if config.k and second == D2SD:
+            if config.k and (second, policy) == (D2SD, "paper"):
                 yield from (Way(THREE_LEVELS, second, policy, config.k, nodes) for nodes in (None, *budgets))

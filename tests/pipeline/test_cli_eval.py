@@ -35,13 +35,13 @@ def test_every_way_is_listed_by_branches_and_nodes(result: dict):
     expected = {("chain", None, None, 0, nodes) for nodes in limits}
     expected |= {("tree", None, None, 0, nodes) for nodes in limits[1:]}
     expected |= {("resampled", None, None, k, None) for k in range(1, 6)}
+    expected |= {("three levels", "d2sd", "paper", 4, nodes) for nodes in limits}
     for second in ("first_as_second", "d2sd"):
         for policy in ("paper", "runner-up"):
             expected |= {("branches", second, policy, k, None) for k in range(6)}
             expected |= {("best chain", second, policy, k, nodes) for k in (1, 2, 4) for nodes in limits}
             expected |= {("branches", second, policy, k, nodes) for k in (1, 2, 4) for nodes in limits[1:]}
             expected |= {("two-drafter tree", second, policy, k, nodes) for k in (1, 2, 4) for nodes in limits[1:]}
-            expected |= {("three levels", "d2sd", policy, 4, nodes) for nodes in limits}
     assert set(ways) == expected
     assert result["alpha"] == {
         "first": ways["chain", None, None, 0, None],
