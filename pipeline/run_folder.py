@@ -15,6 +15,7 @@ from typing import Any
 from ..data.cache.cache import Cache
 from ..data.cache.storage.files import require_folder, write_text_durably
 from ..data.errors import ConfigError, DrafterError
+from ..stages.drafter.checkpoint import WEIGHTS
 from ..stages.holdout import RUN_CONFIG
 from ..stages.train.checkpoints import find_drafter
 from ..stages.trained_on import KEY, PROVENANCE, UNKNOWN, training_record
@@ -49,9 +50,14 @@ class RunFolder:
         """Opens the folder; `start` writes to it.
 
         Raises:
-            ConfigError: the folder holds a run with other settings or from another state of the cache.
+            ConfigError: the folder holds a run with other settings or from another state of the cache, or a drafter.
         """
         require_folder(folder)
+        if (folder / WEIGHTS).is_file():
+            raise ConfigError(
+                f"expected a new folder or a run at {folder}, found a drafter ({WEIGHTS}). Choose another --out; to "
+                f"start from that drafter, add --init {folder}."
+            )
         self.folder = folder
         self._config, self._cache = config, cache
         self.run_id = secrets.token_hex(4)

@@ -65,6 +65,7 @@ def run_extract(
     if report.num_left or (drafting is not None and was_stopped):
         left = f"{report.num_left} sequences" if report.num_left else "first drafts"
         click.echo(f"vpd: stopped; {left} are left, the same command continues.", err=True)
+    report.require_confirmed()
     return report
 
 

@@ -20,6 +20,9 @@ from .conversations import FinishedSequence
 from .left_out import LeftOut
 from .units import PreparedUnit, WorkBoard
 
+LEAST_CONFIRMED, MIN_CHECKED = 0.5, 20
+"""Share of the greedy choices that the stored states must confirm, if at least so many were compared. Rounding to
+bfloat16 turns some choices; states of other tokens or layers turn nearly all of them."""
 MIN_QUARANTINED = 3
 """Number of sequences that may go into quarantine even if their share is larger than allowed."""
 
@@ -58,6 +61,19 @@ class ExtractReport:
         self.left_out.counts.update(unit.hopeless.values())
         self.left_out.update(unit.left_out)
         self.rules.update(unit.rules)
+
+    def require_confirmed(self) -> None:
+        """
+        Raises:
+            ExtractionError: the stored states do not lead to the target's choices.
+        """
+        confirmed = self.num_checked - self.num_argmax_differing
+        if self.num_checked >= MIN_CHECKED and confirmed < LEAST_CONFIRMED * self.num_checked:
+            raise ExtractionError(
+                f"of {self.num_checked} greedy choices compared, the stored states confirm {confirmed}: the states are "
+                "not those that led to the choices. Do not train on this cache. Extract into another folder with "
+                "another engine (--engine transformers) or --dtype float32."
+            )
 
     def to_json(self) -> dict[str, Any]:
         names = ("num_written", "num_present", "num_checked", "num_argmax_differing", "num_left", "audit")

@@ -14,6 +14,7 @@ from support.tiny import HIDDEN, PROMPTS, VOCAB, run_vpd, snapshot, vpd
 from vpd.data.cache.cache import Cache
 from vpd.data.cache.storage.local import LocalStorage
 from vpd.data.cache.target_files import store_target_files
+from vpd.stages.train.checkpoints import find_drafter
 
 
 class Wrong(NamedTuple):
@@ -341,3 +342,13 @@ def test_a_traceback_is_shown_only_with_debug(tmp_path: Path):
     assert debug.startswith("Traceback (most recent call last):")
     assert "vpd.data.errors.CacheNotFoundError: expected a cache at" in debug
     assert (done.returncode, done.stdout) == (1, "")
+
+
+def test_a_drafters_folder_is_no_place_for_a_run(drafted_cache: Path, first_run: Path):
+    checkpoint = find_drafter(first_run)
+    before = sorted(path.name for path in checkpoint.iterdir())
+    outcome = run_vpd("train", drafted_cache, "--out", checkpoint)
+    assert outcome.code == 2
+    assert "found a drafter (model.safetensors)" in outcome.message
+    assert f"--init {checkpoint}" in outcome.message
+    assert sorted(path.name for path in checkpoint.iterdir()) == before

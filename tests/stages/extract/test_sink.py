@@ -183,3 +183,16 @@ def test_what_ends_the_thread_reaches_who_puts(fails: str, make: Make, monkeypat
 )
 def test_find_fault(changes: dict[str, Any], found: tuple[str, bool]):
     assert find_fault(finished("id-0", **changes)) == found
+
+
+@pytest.mark.parametrize(
+    ("num_checked", "num_differing", "trusted"),
+    [(100, 100, False), (100, 51, False), (100, 50, True), (20, 11, False), (19, 19, True), (0, 0, True)],
+)
+def test_states_that_do_not_lead_to_the_choices_are_an_error(num_checked: int, num_differing: int, trusted: bool):
+    report = ExtractReport(num_checked=num_checked, num_argmax_differing=num_differing)
+    if trusted:
+        report.require_confirmed()
+    else:
+        with pytest.raises(ExtractionError, match=f"of {num_checked} greedy.*confirm {num_checked - num_differing}:"):
+            report.require_confirmed()
