@@ -106,7 +106,7 @@ class LiveDecoder:
         return torch.cat(choices, dim=1), torch.cat(features, dim=1).to(self.pieces.embed_VH.dtype), past
 
     def candidates(self, tokens: list[int], features_TD: Tensor) -> Tensor:
-        """The first draft and the completed branches [B, J], padded with `NO_TOKEN`."""
+        """The paths [B, J] that the target verifies, padded with `NO_TOKEN`."""
         anchor_N = torch.tensor([len(tokens) - 1], device=features_TD.device)
         anchor_id_N = torch.tensor([tokens[-1]], device=features_TD.device)
         context = self.first.context(features_TD)
