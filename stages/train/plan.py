@@ -183,7 +183,8 @@ def plan_evaluator(
     def alpha_of(checkpoint: Path) -> float:
         return plan.run(checkpoint).best_alpha
 
-    measure = settings.model_dump(mode="json", exclude={"device", "live_prompts", "max_k"})
+    without_effect = {"device", "live_prompts", "max_k", "gpu", "speed_target", "speed_context"}
+    measure = settings.model_dump(mode="json", exclude=without_effect)
     first_drafts = plan.first.fingerprint if isinstance(plan.first, FirstDrafts) else None
     return Evaluator(alpha_of, measure | {"first_drafts": first_drafts})
 
